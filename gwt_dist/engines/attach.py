@@ -1,0 +1,99 @@
+"""`attach`: give the optimizer the layout that an engine hides, once it has been checked against the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from gwt_dist.comm import Shard
+from gwt_dist.engines import deepspeed
+from gwt_dist.engines.flat import FlatBuffer
+from gwt_dist.layout import LayoutError, join
+from gwt_dist.optimizer import GWTAdamW
+
+
+def attach(optimizer: Any, engine: Any) -> None:
+    """Tell `optimizer` which elements of which weights the flat buffers of `engine` hold.
+
+    Call it once, on all ranks, after the engine is built and before the first step or the loading of a checkpoint.
+    Where an engine hides nothing (one process, DDP, ZeRO stage 0 in fp32) there is nothing to do.
+
+    Args:
+        optimizer: The `GWTAdamW`, or any wrapper that holds it as ``.optimizer``.
+        engine: A DeepSpeed engine, or its ZeRO optimizer.
+
+    Raises:
+        ValueError: If there is no `GWTAdamW` in `optimizer`, or the engine has a layout or setting that cannot be right.
+        LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or several.
+    """
+    inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
+    if inner is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer of each wrapper); pass the "
+            f"optimizer that the engine was built with"
+        )
+    deepspeed.refuse(getattr(engine, "_config", None))
+    for wrapper in _unwrapped(engine):
+        buffers = deepspeed.read(wrapper)
+        if buffers is not None:
+            attach_buffers(inner, buffers)
+            return
+
+
+def attach_buffers(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer]) -> None:
+    """Check the buffers of all ranks and attach them; either every rank attaches or every rank raises."""
+    by_group: dict[ProcessGroup | None, list[FlatBuffer]] = {}
+    for buffer in buffers:
+        by_group.setdefault(buffer.group, []).append(buffer)
+    shards: dict[Tensor, Shard] = {}
+    for group, members in by_group.items():
+        for buffer, shard in zip(members, _joined(members, group), strict=True):
+            shards[buffer.parameter] = shard
+    optimizer.attach(shards)
+
+
+def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[Shard]:
+    mine = ([b.fragments for b in buffers], _mismatch(buffers))
+    everyone: list[Any] = [mine]
+    if group is not None:
+        everyone = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+    for rank, (_, mismatch) in enumerate(everyone):
+        if mismatch:
+            raise LayoutError(f"rank {rank}: {mismatch}")
+    return [
+        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, group)
+        for i, buffer in enumerate(buffers)
+    ]
+
+
+def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
+    """What is wrong with the fragments of this rank, compared bit for bit with the weights of the model."""
+    for buffer in buffers:
+        for fragment, weight in zip(buffer.fragments, buffer.weights, strict=True):
+            held = buffer.parameter.detach().narrow(0, fragment.offset, fragment.numel)
+            if not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
+                return (
+                    f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a flat "
+                    f"buffer of {buffer.parameter.numel()}, are not those of the model's weight; this version of the "
+                    f"engine lays its buffers out in another way, and a step would change the wrong elements"
+                )
+    return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # NaN equals nothing, itself included; its bits do.
+    return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _unwrapped(thing: Any) -> Iterator[Any]:
+    seen: set[int] = set()
+    while thing is not None and id(thing) not in seen:
+        seen.add(id(thing))
+        yield thing
+        thing = getattr(thing, "optimizer", None)

@@ -1,0 +1,86 @@
+"""What a kernel is given: fragments with their geometry (`Piece`) and their tensors (`Job`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from gwt_dist import layout
+from gwt_dist.layout import Block, Fragment, Units
+from gwt_dist.update import Rule
+from gwt_dist.wavelet import Transform, transform
+
+
+def level_of(shape: Sequence[int], level: int) -> int:
+    """Scalars and 1-D tensors are level 0 whatever their group says."""
+    return level if len(shape) >= 2 else 0
+
+
+def units_of(shape: Sequence[int], level: int, wavelet: str) -> Units:
+    """The units of a tensor of `shape` in a group of `level`."""
+    columns = layout.columns_of(shape)
+    return Units(columns, *transform(wavelet, level_of(shape, level)).unit(columns))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The geometry of one fragment at one level, fixed for the life of the layout."""
+
+    fragment: Fragment  # elements in the weight and gradient buffers
+    moments: Fragment  # coefficients in the buffers of exp_avg and exp_avg_sq
+    level: int
+    transform: Transform
+    units: Units
+    blocks: tuple[Block, ...]
+    owned: tuple[int, int]  # coefficients that count in norms, from the start of `moments`
+
+    @classmethod
+    def of(cls, fragment: Fragment, moments: Fragment, level: int, wavelet: str) -> Piece:
+        """The piece of `fragment` in a group of `level`, with its moments at `moments`."""
+        units = units_of(fragment.shape, level, wavelet)
+        level = level_of(fragment.shape, level)
+        first = units.touched(fragment)[0]
+        low, high = (units.coefficients * (unit - first) for unit in units.owned(fragment))
+        blocks = units.blocks(fragment)
+        return cls(fragment, moments, level, transform(wavelet, level), units, blocks, (low, high))
+
+    @property
+    def touched(self) -> int:
+        """Number of units."""
+        return self.moments.numel // self.units.coefficients if self.moments.numel else 0
+
+    def counts(self, like: Tensor) -> Tensor:
+        """Elements behind each coefficient that are not padding, ``[moments.numel]`` in dtype and device of `like`."""
+        width, full = self.moments.columns, 1 << self.level
+        counts = torch.full((self.moments.numel,), full, dtype=like.dtype, device=like.device)
+        if width:
+            last = (width - 1 - self.moments.start) % width
+            counts[last::width] = self.units.columns - (width - 1) * full
+        return counts
+
+
+@dataclass(slots=True)
+class Job:
+    """One piece with its tensors at one step."""
+
+    piece: Piece
+    weight: Tensor  # 1-D local buffer, any floating dtype
+    gradient: Tensor  # 1-D local buffer, any floating dtype
+    exp_avg: Tensor  # 1-D, fp32 or fp64
+    exp_avg_sq: Tensor  # 1-D, fp32 or fp64
+    completed: Sequence[tuple[int, Tensor]]  # (unit, its real elements) of each cut unit
+    rule: Rule
+    step_size: Tensor  # 0-d fp64
+    norm: int  # place in the vector of squared norms, -1: this tensor has no limiter
+
+
+def moments_shape(shape: Sequence[int], level: int, wavelet: str) -> tuple[int, ...]:
+    """Shape of the moments of a whole tensor: its own at level 0, else ``[rows, coefficients of a row]``."""
+    if level_of(shape, level) == 0:
+        return tuple(shape)
+    whole = Fragment("", tuple(shape), 0, prod(shape))
+    return units_of(shape, level, wavelet).moments(whole).shape

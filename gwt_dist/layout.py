@@ -1,0 +1,279 @@
+"""Who holds what, in integers.
+
+Every sharding engine leaves a rank with contiguous row-major intervals of tensors. That interval is a `Fragment`. The
+elements of a row come in units, and moments are kept for each unit that a fragment touches: an interval again.
+
+    tensor [R=2, C=10], unit length 4, K=3 units a row       rank 0 holds 0..7, rank 1 holds 7..20
+
+    element   0  1  2  3 | 4  5  6  7 | 8  9  .  .           . is padding, never stored
+    unit           0     |     1      |     2
+    rank      0  0  0  0 | 0  0  0  1 | 1  1                 unit 1 is a cut unit
+              10 11 12 13|14 15 16 17 |18 19  .  .
+    unit           3     |     4      |     5                units never cross rows
+
+A cut unit is kept by each rank that touches it, computed by all of them from the same completed elements. The rank that
+holds its first element owns it: counts it in norms and writes it to checkpoints.
+
+This module knows no torch: plans are the same arithmetic before a run, in a run and in a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+class LayoutError(ValueError):
+    """Fragments that do not make up their tensors: training on them would update wrong elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Elements ``start..stop`` (row-major, half open) of tensor `fqn`, at `offset` of a rank's local buffer.
+
+    `shape` is the tensor's own. It is read as the matrix ``[rows, columns] = [shape[0], rest]``; tensors of fewer than
+    two dimensions are one row.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= prod(self.shape) or self.offset < 0:
+            raise LayoutError(
+                f"fragment {self.start}..{self.stop} at offset {self.offset} does not lie in tensor {self.fqn!r} "
+                f"of shape {self.shape} ({prod(self.shape)} elements)"
+            )
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> int:
+        return columns_of(self.shape)
+
+    def intersect(self, other: Fragment) -> Fragment | None:
+        """The part of `self` that `other` holds too, at its offset in the buffer of `self`; None if there is none."""
+        start, stop = max(self.start, other.start), min(self.stop, other.stop)
+        if self.fqn != other.fqn or start >= stop:
+            return None
+        return Fragment(self.fqn, self.shape, start, stop, self.offset + start - self.start)
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """Row length of a tensor read as a matrix."""
+    return prod(shape[1:]) if len(shape) >= 2 else prod(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`rows` runs of `columns` elements, dense from `source` on, placed from `destination` on with `stride`.
+
+    Between a fragment (dense) and its units (rows padded to whole units), three blocks are always enough: a partial
+    first row, whole rows, a partial last row.
+    """
+
+    source: int
+    destination: int
+    rows: int
+    columns: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """How rows of `columns` elements are cut into units of `length`, with `coefficients` moments for each unit."""
+
+    columns: int
+    length: int
+    coefficients: int = 1
+
+    @property
+    def per_row(self) -> int:
+        return -(-self.columns // self.length)
+
+    def index(self, element: int) -> int:
+        """The unit that holds `element`."""
+        row, column = divmod(element, self.columns)
+        return row * self.per_row + column // self.length
+
+    def bounds(self, unit: int) -> tuple[int, int]:
+        """First element of `unit` and the end of its last; the last unit of a row may be short."""
+        row, k = divmod(unit, self.per_row)
+        first = k * self.length
+        return row * self.columns + first, row * self.columns + min(first + self.length, self.columns)
+
+    def touched(self, fragment: Fragment) -> tuple[int, int]:
+        """First unit that `fragment` touches and the one after the last."""
+        if fragment.numel == 0:
+            return 0, 0
+        return self.index(fragment.start), self.index(fragment.stop - 1) + 1
+
+    def owned(self, fragment: Fragment) -> tuple[int, int]:
+        """As `touched`, without a first unit that begins on another rank."""
+        first, last = self.touched(fragment)
+        if first < last and self.bounds(first)[0] < fragment.start:
+            first += 1
+        return first, last
+
+    def moments(self, fragment: Fragment, offset: int = 0) -> Fragment:
+        """The interval of the ``[rows, per_row * coefficients]`` moments that goes with `fragment`."""
+        first, last = self.touched(fragment)
+        width = self.per_row * self.coefficients
+        rows = prod(fragment.shape) // self.columns if self.columns else 0
+        return Fragment(
+            fragment.fqn, (rows, width), first * self.coefficients, last * self.coefficients, offset
+        )
+
+    def blocks(self, fragment: Fragment) -> tuple[Block, ...]:
+        """Where the elements of `fragment` stand in its units, a ``[touched units, length]`` buffer.
+
+        `Block.source` counts from the start of the fragment.
+        """
+        if fragment.numel == 0:
+            return ()
+        padded = self.per_row * self.length
+        origin = self._padded(self.bounds(self.index(fragment.start))[0])
+        if padded == self.columns:
+            return (Block(0, self._padded(fragment.start) - origin, 1, fragment.numel, fragment.numel),)
+        first_row, last_row = -(-fragment.start // self.columns), fragment.stop // self.columns
+        if first_row > last_row:  # within one row
+            runs = [(fragment.start, fragment.stop)]
+        else:
+            cuts = (fragment.start, first_row * self.columns, last_row * self.columns, fragment.stop)
+            runs = list(zip(cuts, cuts[1:], strict=False))
+        return tuple(
+            Block(
+                start - fragment.start,
+                self._padded(start) - origin,
+                rows := max(1, (stop - start) // self.columns),
+                (stop - start) // rows,
+                padded,
+            )
+            for start, stop in runs
+            if start < stop
+        )
+
+    def _padded(self, element: int) -> int:
+        row, column = divmod(element, self.columns)
+        return row * self.per_row * self.length + column
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor as all ranks hold it: its shape, and the elements at which one rank's fragment ends."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+
+def join(ranks: Sequence[Iterable[Fragment]]) -> tuple[Tensor, ...]:
+    """The tensors that the fragments of all ranks make up, in order of first appearance.
+
+    Raises `LayoutError` naming the tensor and the elements when one is held by no rank or by several.
+    """
+    held: dict[str, list[tuple[int, int, int]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rank, fragments in enumerate(ranks):
+        for fragment in fragments:
+            if shapes.setdefault(fragment.fqn, fragment.shape) != fragment.shape:
+                raise LayoutError(
+                    f"tensor {fragment.fqn!r} has shape {fragment.shape} on rank {rank} and "
+                    f"{shapes[fragment.fqn]} on a lower rank; ranks must build the same model"
+                )
+            intervals = held.setdefault(fragment.fqn, [])
+            if fragment.numel:
+                intervals.append((fragment.start, fragment.stop, rank))
+    tensors = []
+    for fqn, intervals in held.items():
+        reached, numel = 0, prod(shapes[fqn])
+        for start, stop, rank in [*sorted(intervals), (numel, numel, -1)]:
+            if start != reached:
+                found = "by no rank" if start > reached else f"by rank {rank} and another"
+                raise LayoutError(
+                    f"elements {min(start, reached)}..{max(start, reached)} of tensor {fqn!r} (shape {shapes[fqn]}) "
+                    f"are held {found}; each element must be held exactly once"
+                )
+            reached = stop
+        tensors.append(Tensor(fqn, shapes[fqn], tuple(sorted(s for s, _, _ in intervals if s))))
+    return tuple(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """`length` elements at `source` of the local buffer go to `slot` of the exchange buffer."""
+
+    source: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """`length` elements at `slot` of the exchange buffer complete a unit of local fragment number `fragment`.
+
+    `unit` counts from the first unit that the fragment touches.
+    """
+
+    fragment: int
+    unit: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How one rank takes part in completing cut units: a sum over ranks of a buffer of `length` elements."""
+
+    length: int
+    sends: tuple[Send, ...]
+    receives: tuple[Receive, ...]
+
+
+def plan_exchange(
+    tensors: Sequence[Tensor], fragments: Sequence[Fragment], units_of: Callable[[tuple[int, ...]], Units]
+) -> Exchange:
+    """The exchange that completes the cut units of `tensors`, seen from the rank that holds `fragments`.
+
+    The buffer has a place for each cut unit, in the order of `tensors`, so it is the same on every rank; each element
+    of it is sent by exactly one rank. `units_of` gives the units of a shape.
+    """
+    slots: dict[tuple[str, int], int] = {}
+    length = 0
+    for tensor in tensors:
+        units = units_of(tensor.shape)
+        for cut in tensor.cuts:
+            unit = units.index(cut)
+            start, stop = units.bounds(unit)
+            if start < cut and (tensor.fqn, unit) not in slots:
+                slots[tensor.fqn, unit] = length
+                length += stop - start
+    sends, receives = [], []
+    for number, fragment in enumerate(fragments):
+        first, last = units_of(fragment.shape).touched(fragment)
+        for unit in sorted({first, last - 1} if first < last else ()):
+            slot = slots.get((fragment.fqn, unit))
+            if slot is None:
+                continue
+            start, stop = units_of(fragment.shape).bounds(unit)
+            held_start, held_stop = max(start, fragment.start), min(stop, fragment.stop)
+            source = fragment.offset + held_start - fragment.start
+            sends.append(Send(source, slot + held_start - start, held_stop - held_start))
+            receives.append(Receive(number, unit - first, slot, stop - start))
+    return Exchange(length, tuple(sends), tuple(receives))
+
+
+def pack(fragments: Sequence[Fragment], units_of: Callable[[tuple[int, ...]], Units]) -> tuple[Fragment, ...]:
+    """The moments of `fragments`, one after the other in one buffer."""
+    packed, offset = [], 0
+    for fragment in fragments:
+        moments = units_of(fragment.shape).moments(fragment, offset)
+        packed.append(moments)
+        offset += moments.numel
+    return tuple(packed)

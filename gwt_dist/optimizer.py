@@ -1,0 +1,255 @@
+"""`GWTAdamW`: Adam with moments in wavelet space, for whole tensors and for the fragments of a sharding engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gwt_dist import kernels
+from gwt_dist.comm import Shard, sum_over_ranks
+from gwt_dist.plan import Active, Plan, limit_growth, make_jobs, state_dtype
+from gwt_dist.recipes import check_group, rule_of
+
+Group = dict[str, Any]
+
+
+class GWTAdamW(torch.optim.Optimizer):
+    r"""Adam whose moments live on the wavelet approximation of the gradient, ``2**level`` times smaller than AdamW's.
+
+    Drop-in for `torch.optim.AdamW`. Tensors of two or more dimensions are read as ``[shape[0], rest]`` and transformed
+    along their rows; scalars and 1-D tensors are level 0, which is AdamW. See `param_groups` for the usual choice of
+    levels by module name.
+
+    Under an engine that hides the layout of the weights behind flat buffers (DeepSpeed ZeRO), call
+    `gwt_dist.attach(optimizer, engine)` once, or use `gwt_dist.initialize`. A step on such a buffer that was never
+    attached raises; it never becomes another optimizer.
+
+    Every keyword is also a key of a parameter group. State of a parameter: ``step`` (0-d fp32), ``exp_avg`` and
+    ``exp_avg_sq`` (``[R, ceil(C / 2**level)]``, one packed vector for a flat buffer; fp32, or fp64 for fp64
+    parameters) and ``limited_norm`` (one number a tensor).
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate; a float or a 0-d tensor.
+        betas: Decay rates of the first and second moment.
+        eps: Added to the uncorrected ``sqrt(exp_avg_sq)``, as in the published code.
+        weight_decay: Decoupled, multiplied by ``lr``.
+        level: 0 (AdamW) to 16; moments shrink by ``2**level``.
+        scale: Factor on the update of tensors with level > 0.
+        wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
+        recipe: ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or ``"energy"``
+            (second moment of the unit's energy, details weighted by ``1 - beta1``, no limiter, no collective).
+        second_moment: ``"approximation"`` or ``"energy"``; None as the recipe says.
+        detail_gain: Factor on the details, 0 to 1; None as the recipe says.
+        limiter: Largest growth of the update's norm in one step, at least 1, or 0 for none; None as the recipe says.
+
+    Raises:
+        ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        level: int = 2,
+        scale: float = 0.25,
+        wavelet: str = "haar",
+        recipe: str = "paper",
+        second_moment: str | None = None,
+        detail_gain: float | None = None,
+        limiter: float | None = None,
+    ) -> None:
+        self._forget_layout()
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            level=level,
+            scale=scale,
+            wavelet=wavelet,
+            recipe=recipe,
+            second_moment=second_moment,
+            detail_gain=detail_gain,
+            limiter=limiter,
+        )
+        check_group(defaults, "the arguments of GWTAdamW")
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group`; raises `ValueError` for values out of range."""
+        super().add_param_group(param_group)
+        check_group(self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}")
+        for parameter in self.param_groups[-1]["params"]:
+            self._given[parameter] = True
+
+    def attach(self, shards: Mapping[Tensor, Shard]) -> None:
+        """Take the layout of flat parameters as an engine adapter read it: parameter to what this rank holds of it.
+
+        Users call `gwt_dist.attach`, which reads and checks the layout first. Raises `ValueError` if a parameter already
+        has state in another layout.
+        """
+        for parameter, shard in shards.items():
+            if self.state.get(parameter):
+                raise ValueError(
+                    f"the parameter that holds {shard.tensors[0].fqn!r} already has optimizer state; attach before the "
+                    f"first step and before loading a checkpoint, or its moments would belong to other elements"
+                )
+            self._shards[parameter] = shard
+            self._plans.pop(parameter, None)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        A parameter that was attached joins its collectives whatever its gradient, so that all ranks make the same calls.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, which is returned.
+
+        Raises:
+            ValueError: For a flat parameter of a sharding engine that was never attached, a sparse gradient, or a level or
+                wavelet that was changed after the first step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for process_group, active in self._active().items():
+            jobs = make_jobs(active, process_group)
+            norms = sum(one.norms for one in active)
+            squared_norms = torch.zeros(norms, dtype=torch.float64, device=active[0].device)
+            kernels.moments(jobs, squared_norms)
+            sum_over_ranks(squared_norms, process_group)
+            kernels.write(jobs, limit_growth(active, squared_norms))
+            for one in active:
+                one.finish()
+        return loss
+
+    def load_state_dict(self, state_dict: Group) -> None:
+        """Load what `state_dict` returned; moments keep their own precision whatever the dtype of the parameter.
+
+        Raises `ValueError`, before anything is changed, if levels or wavelets differ from this optimizer's or a moment
+        does not have the size that this layout needs.
+        """
+        saved = state_dict["param_groups"]
+        by_id: dict[Any, Tensor] = {}
+        for i, (mine, theirs) in enumerate(zip(self.param_groups, saved, strict=False)):
+            for key in ("level", "wavelet"):
+                if theirs.get(key, mine[key]) != mine[key]:
+                    raise ValueError(
+                        f"{key} of parameter group {i} is {theirs[key]!r} in the state to load and {mine[key]!r} in this "
+                        f"optimizer; its moments would mean something else. Build the optimizer with {key}={theirs[key]!r}"
+                    )
+            for key, parameter in zip(theirs["params"], mine["params"], strict=False):
+                by_id[key] = parameter
+                self._check_moments(state_dict["state"].get(key, {}), parameter, mine, i)
+        super().load_state_dict(state_dict)
+        # torch casts floating state to the dtype of the parameter, which bf16 moments do not survive.
+        for key, values in state_dict["state"].items():
+            if key not in by_id:
+                continue
+            parameter = by_id[key]
+            for name in ("exp_avg", "exp_avg_sq", "limited_norm"):
+                if name in values:
+                    self.state[parameter][name] = values[name].to(
+                        parameter.device, state_dtype(parameter), copy=True
+                    )
+
+    def __setstate__(self, state: Group) -> None:
+        super().__setstate__(state)
+        if "_given" not in self.__dict__:  # unpickled or deep-copied, rather than loading a state_dict
+            self._forget_layout()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self._given[parameter] = True
+
+    def _forget_layout(self) -> None:
+        self._shards: WeakIdKeyDictionary = WeakIdKeyDictionary()  # attached parameter -> Shard
+        self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> Plan
+        self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that the user passed -> True
+
+    def _active(self) -> dict[ProcessGroup | None, list[Active]]:
+        """What takes part in this step, by the process group of its collectives."""
+        active: dict[ProcessGroup | None, list[Active]] = {}
+        for i, group in enumerate(self.param_groups):
+            rule = rule_of(group)
+            for j, parameter in enumerate(group["params"]):
+                plan = self._plan(parameter, group, f"parameter {j} of group {i}")
+                if plan is None:
+                    continue
+                if not self.state[parameter]:
+                    self.state[parameter].update(plan.fresh_state(parameter))
+                self.state[parameter]["step"] += 1
+                one = Active(parameter, plan, rule, self.state[parameter])
+                active.setdefault(plan.shard.group, []).append(one)
+        return active
+
+    def _plan(self, parameter: Tensor, group: Group, where: str) -> Plan | None:
+        """The plan of a parameter that takes part in this step, else None."""
+        plan: Plan | None = self._plans.get(parameter)
+        attached = parameter in self._shards
+        if parameter.grad is None and not attached:
+            return None
+        if plan is None:
+            if attached:
+                shard = self._shards[parameter]
+            elif self._is_whole(parameter, where):
+                shard = Shard.whole(where, tuple(parameter.shape))
+            else:
+                return None
+            plan = self._plans[parameter] = Plan.of(shard, group["level"], group["wavelet"])
+        if (plan.level, plan.wavelet) != (group["level"], group["wavelet"]):
+            raise ValueError(
+                f"level={group['level']}, wavelet={group['wavelet']!r} of {where} differ from level={plan.level}, "
+                f"wavelet={plan.wavelet!r} at its first step; its moments cannot follow. Build a new optimizer"
+            )
+        return plan
+
+    def _is_whole(self, parameter: Tensor, where: str) -> bool:
+        """Whether the shape of a parameter that was never attached is the shape of its tensor.
+
+        False for the zero-gradient dry run that engines make on buffers of their own; raises on their first real step.
+        """
+        if parameter.is_complex() or (parameter.grad is not None and parameter.grad.is_sparse):
+            raise ValueError(f"{where} is complex or has a sparse gradient; GWTAdamW takes real, dense tensors")
+        if isinstance(parameter, DTensor) or hasattr(parameter, "_fsdp_flattened"):
+            raise ValueError(
+                f"{where} is sharded by FSDP, whose layout this version does not read; a step on it would be another "
+                f"optimizer. Train with DeepSpeed ZeRO, DDP or one process"
+            )
+        if parameter in self._given or parameter.dim() >= 2:
+            return True
+        if parameter.grad is None or not parameter.grad.any():
+            return False
+        raise ValueError(
+            f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
+            f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step would be "
+            f"another optimizer. Add gwt_dist.attach(optimizer, engine) after the engine is built, or build it with "
+            f"gwt_dist.initialize"
+        )
+
+    def _check_moments(self, state: Mapping[str, Any], parameter: Tensor, group: Group, i: int) -> None:
+        if parameter in self._shards:
+            shard = self._shards[parameter]
+        elif parameter in self._given and not isinstance(parameter, DTensor):
+            shard = Shard.whole("", tuple(parameter.shape))
+        else:
+            return
+        expected = Plan.of(shard, group["level"], group["wavelet"]).moments_shape
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and tuple(state[name].shape) != expected:
+                raise ValueError(
+                    f"{name} of a parameter in group {i} has shape {tuple(state[name].shape)} in the state to load and needs "
+                    f"{expected} here; it was saved with another level, model, world size or engine"
+                )

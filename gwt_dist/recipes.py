@@ -1,0 +1,83 @@
+"""The two recipes, and the check of what a parameter group says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gwt_dist.update import Rule
+from gwt_dist.wavelet import transform
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the keys `second_moment`, `detail_gain` and `limiter` are where they are None."""
+
+    second_moment: str
+    detail_gain: float | None  # None: 1 - beta1
+    limiter: float
+
+
+RECIPES = {
+    # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
+    "paper": Recipe(second_moment="approximation", detail_gain=1.0, limiter=1.01),
+    # A detail contributes what one fresh gradient contributes to Adam's momentum, over the energy of its own unit.
+    # Bounded, so it needs no norm and no collective.
+    "energy": Recipe(second_moment="energy", detail_gain=None, limiter=0.0),
+}
+SECOND_MOMENTS = ("approximation", "energy")
+
+
+def rule_of(group: Mapping[str, Any]) -> Rule:
+    """The numbers of a checked parameter group, its recipe resolved."""
+    recipe = RECIPES[group["recipe"]]
+    detail_gain = recipe.detail_gain if group["detail_gain"] is None else group["detail_gain"]
+    return Rule(
+        lr=group["lr"],
+        betas=tuple(group["betas"]),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        scale=group["scale"],
+        energy=(group["second_moment"] or recipe.second_moment) == "energy",
+        detail_gain=1 - group["betas"][0] if detail_gain is None else detail_gain,
+        limiter=recipe.limiter if group["limiter"] is None else group["limiter"],
+    )
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` naming the key, its value and the legal range, for the first key of `group` that is wrong."""
+    transform(group["wavelet"], group["level"])
+    if group["recipe"] not in RECIPES:
+        raise ValueError(f"recipe={group['recipe']!r} in {where} must be one of {sorted(RECIPES)}")
+    if group["second_moment"] not in (None, *SECOND_MOMENTS):
+        raise ValueError(
+            f"second_moment={group['second_moment']!r} in {where} must be one of {SECOND_MOMENTS} or None (as the recipe)"
+        )
+    betas = group["betas"]
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_within(b, 0, 1) and b < 1 for b in betas)):
+        raise ValueError(f"betas={betas!r} in {where} must be two numbers in [0, 1)")
+    for key in ("lr", "weight_decay", "scale"):
+        if not _within(group[key], 0, math.inf):
+            raise ValueError(f"{key}={group[key]!r} in {where} must be a finite number >= 0")
+    if not (_within(group["eps"], 0, math.inf) and group["eps"] > 0):
+        raise ValueError(f"eps={group['eps']!r} in {where} must be a finite number > 0")
+    if group["detail_gain"] is not None and not _within(group["detail_gain"], 0, 1):
+        raise ValueError(f"detail_gain={group['detail_gain']!r} in {where} must be in [0, 1] or None (as the recipe)")
+    limiter = group["limiter"]
+    if limiter not in (None, 0) and not _within(limiter, 1, math.inf):
+        raise ValueError(f"limiter={limiter!r} in {where} must be 0 (none), at least 1, or None (as the recipe)")
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and math.isfinite(value)
+    )

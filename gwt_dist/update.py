@@ -1,0 +1,102 @@
+"""One Adam step with moments in wavelet space, as pure functions of units: the reference for every kernel.
+
+    a    = approximation(x)
+    m    = b1*m + (1-b1)*a
+    v    = b2*v + (1-b2)*e        e = a**2 ("approximation") or the mean square of the unit ("energy")
+    d    = sqrt(v) + eps
+    u    = synthesis of m/d and detail_gain * details / d
+    rho  = max(||m/d|| / (prev + 1e-8), limiter) / limiter        the norm-growth limiter, one number a tensor
+    prev = ||m/d|| / rho
+    W   -= lr * sqrt(1-b2**t)/(1-b1**t) * scale/rho * u
+    W   -= lr * weight_decay * W
+
+Source: Gradient Wavelet Transform (arXiv 2501.07237), Adam with ``eps`` beside the uncorrected ``sqrt(v)``. At level 0
+``a = x`` and the details vanish, which leaves AdamW.
+
+Shapes: N coefficients, U elements of a unit, see `wavelet`. Mathematics is in the dtype of the arguments: fp32, or fp64
+for fp64 parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gwt_dist.wavelet import Transform
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The numbers of a parameter group at one step, recipe resolved."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    scale: float  # factor on the update where level > 0
+    energy: bool  # second moment from the energy of the unit, not from its approximation
+    detail_gain: float  # factor on the details
+    limiter: float  # growth of ||m/d|| allowed in one step, 0: unlimited
+
+
+def update_moments(
+    x_NU: Tensor,  # (N, U) gradient, zeros where a unit is padded
+    exp_avg_N: Tensor,  # (N,) updated in place
+    exp_avg_sq_N: Tensor,  # (N,) updated in place
+    count_N: Tensor,  # (N,) elements of the unit that are not padding
+    transform: Transform,
+    rule: Rule,
+) -> None:
+    """Decay both moments and add this step's approximation and second moment."""
+    beta1, beta2 = rule.betas
+    a_N = transform.approximation(x_NU)
+    e_N = transform.energy(x_NU, count_N) if rule.energy else a_N * a_N
+    exp_avg_N.mul_(beta1).add_(a_N.mul_(1 - beta1))
+    exp_avg_sq_N.mul_(beta2).add_(e_N.mul_(1 - beta2))
+
+
+def denominator(exp_avg_sq_N: Tensor, eps: float) -> Tensor:
+    """``sqrt(v) + eps``, shape (N,)."""
+    return exp_avg_sq_N.sqrt().add_(eps)
+
+
+def squared_norm(exp_avg_N: Tensor, exp_avg_sq_N: Tensor, eps: float) -> Tensor:
+    """``||m/d||**2`` over the given coefficients, a 0-d fp64 tensor."""
+    return (exp_avg_N / denominator(exp_avg_sq_N, eps)).double().square_().sum()
+
+
+def limit_growth(
+    squared_norm_T: Tensor,  # (T,) fp64, ||m/d||**2 of each whole tensor
+    limited_norm_T: Tensor,  # (T,) fp64, prev; <= 0 means not yet set
+    limiter: float,
+) -> tuple[Tensor, Tensor]:
+    """The divisor rho of T tensors and the norms to remember, (T,) fp64 each.
+
+    A zero or non-finite norm is never remembered: it would hold later updates near zero for thousands of steps.
+    """
+    norm_T = squared_norm_T.sqrt()
+    valid_T = norm_T.isfinite() & (norm_T > 0)
+    rho_T = (norm_T / (limited_norm_T + 1e-8)).clamp_(min=limiter).div_(limiter)
+    rho_T = torch.where(valid_T & (limited_norm_T > 0), rho_T, 1.0)
+    return rho_T, torch.where(valid_T, norm_T / rho_T, limited_norm_T)
+
+
+def step_size(step: Tensor, rule: Rule) -> Tensor:
+    """``lr * sqrt(1-b2**t)/(1-b1**t)`` as a 0-d fp64 tensor; `step` is t, 0-d."""
+    beta1, beta2 = rule.betas
+    t = step.double()
+    return (1 - beta2**t).sqrt_() / (1 - beta1**t) * rule.lr
+
+
+def direction(
+    x_NU: Tensor,  # (N, U) gradient, zeros where a unit is padded
+    exp_avg_N: Tensor,  # (N,) after update_moments
+    exp_avg_sq_N: Tensor,  # (N,) after update_moments
+    transform: Transform,
+    rule: Rule,
+) -> Tensor:
+    """The update ``u``, (N, U), before scale, limiter and learning rate."""
+    d_N = denominator(exp_avg_sq_N, rule.eps)
+    return transform.direction(x_NU, exp_avg_N, d_N, rule.detail_gain)

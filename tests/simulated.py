@@ -1,0 +1,112 @@
+"""Ranks simulated in one process: every rank is a thread that runs the real optimizer on its own fragments."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from gwt_dist import GWTAdamW
+from gwt_dist.comm import Shard
+from gwt_dist.layout import Fragment, join
+
+
+@dataclass(eq=False)
+class Group:
+    """Stands where a process group stands; sums buffers over threads, in the order of ranks."""
+
+    world: int
+    calls: list[int] = field(default_factory=list)  # elements of each sum, as rank 0 saw them
+
+    def __post_init__(self) -> None:
+        self._barrier = threading.Barrier(self.world)
+        self._buffers: list[Tensor | None] = [None] * self.world
+        self._rank = threading.local()
+
+    def sum_over_ranks(self, buffer: Tensor, group: object) -> None:
+        assert group is self
+        if not buffer.numel():
+            return
+        rank: int = self._rank.value
+        if rank == 0:
+            self.calls.append(buffer.numel())
+        self._buffers[rank] = buffer.clone()
+        self._barrier.wait(timeout=30)
+        buffers = [b for b in self._buffers if b is not None]
+        assert len({b.shape for b in buffers}) == 1, "ranks disagree on the length of a collective"
+        total = torch.zeros_like(buffer)
+        for other in buffers:
+            total += other
+        self._barrier.wait(timeout=30)
+        buffer.copy_(total)
+
+    def run(self, function: Callable[[int], None]) -> None:
+        """Call `function(rank)` on every rank at once; the first exception of a rank is raised here."""
+        errors: list[BaseException] = []
+
+        def work(rank: int) -> None:
+            self._rank.value = rank
+            try:
+                function(rank)
+            except BaseException as error:
+                errors.append(error)
+                self._barrier.abort()
+
+        with (
+            patch("gwt_dist.plan.sum_over_ranks", self.sum_over_ranks),
+            patch("gwt_dist.optimizer.sum_over_ranks", self.sum_over_ranks),
+        ):
+            threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.world)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        real = [e for e in errors if not isinstance(e, threading.BrokenBarrierError)]
+        for error in real or errors:
+            raise error
+
+
+class Sharded:
+    """A model of whole `weights` that ranks hold as `ranks[r]`, fragments in a flat buffer each, stepped together.
+
+    What lies between fragments is NaN in weights and gradients: an engine's padding is uninitialised memory.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        ranks: Sequence[Sequence[Fragment]],
+        **options: object,
+    ) -> None:
+        self.group, self.ranks = Group(len(ranks)), ranks
+        self.flats = [self.scatter(weights, rank) for rank in range(len(ranks))]
+        tensors = join(ranks)
+        self.optimizers = []
+        for rank, flat in enumerate(self.flats):
+            optimizer = GWTAdamW([flat], **options)  # type: ignore[arg-type]
+            optimizer.attach({flat: Shard(tensors, tuple(ranks[rank]), self.group)})  # type: ignore[arg-type]
+            self.optimizers.append(optimizer)
+
+    def step(self, gradients: dict[str, Tensor]) -> None:
+        for rank, flat in enumerate(self.flats):
+            flat.grad = self.scatter(gradients, rank).detach()
+        self.group.run(lambda rank: self.optimizers[rank].step())
+
+    def scatter(self, tensors: dict[str, Tensor], rank: int) -> torch.nn.Parameter:
+        like = next(iter(tensors.values()))
+        end = max((f.offset + f.numel for f in self.ranks[rank]), default=0) + 3
+        flat = torch.full((end,), float("nan"), dtype=like.dtype)
+        for f in self.ranks[rank]:
+            flat[f.offset : f.offset + f.numel] = tensors[f.fqn].reshape(-1)[f.start : f.stop]
+        return torch.nn.Parameter(flat)
+
+    def gather(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        whole = {fqn: torch.full(shape, float("nan"), dtype=self.flats[0].dtype) for fqn, shape in shapes.items()}
+        for flat, fragments in zip(self.flats, self.ranks, strict=True):
+            for f in fragments:
+                whole[f.fqn].view(-1)[f.start : f.stop] = flat.detach()[f.offset : f.offset + f.numel]
+        return whole

@@ -1,0 +1,228 @@
+"""Fragments, units, ownership and cut units: properties over random shapes, levels, cuts and ranks.
+
+The last tests run the real optimizer on simulated ranks: the sharded step is the whole step.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulated import Sharded
+
+from gwt_dist import Fragment, GWTAdamW, LayoutError
+from gwt_dist.kernels import units_of
+from gwt_dist.layout import Tensor, Units, join, plan_exchange
+
+settings.register_profile(
+    "gwt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("gwt")
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 7), st.integers(1, 23)),
+    st.tuples(st.integers(1, 40)),
+    st.tuples(st.just(1), st.integers(1, 70)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7)),
+    st.just(()),
+)
+UNITS = st.builds(Units, st.integers(1, 23), st.integers(1, 9), st.integers(1, 4))
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[dict[str, tuple[int, ...]], list[list[Fragment]]]:
+    """Shapes, and who holds what: each tensor cut at random among 1 to 9 ranks in random order, some of them empty."""
+    shapes = {f"t{i}": shape for i, shape in enumerate(draw(st.lists(SHAPES, min_size=1, max_size=3)))}
+    world = draw(st.integers(1, 9))
+    ranks: list[list[Fragment]] = [[] for _ in range(world)]
+    used = [0] * world
+    for fqn, shape in shapes.items():
+        numel = prod(shape)
+        cuts = sorted(draw(st.lists(st.integers(0, numel), min_size=world - 1, max_size=world - 1)))
+        order = draw(st.permutations(range(world)))
+        for rank, start, stop in zip(order, [0, *cuts], [*cuts, numel], strict=True):
+            used[rank] += draw(st.integers(0, 2))
+            ranks[rank].append(Fragment(fqn, shape, start, stop, used[rank]))
+            used[rank] += stop - start
+    return shapes, ranks
+
+
+@given(worlds(), st.integers(0, 6), st.sampled_from(["haar", "db2"]))
+def test_every_unit_is_owned_once_and_kept_where_it_is_touched(world, level, wavelet) -> None:
+    shapes, ranks = world
+    for fqn, shape in shapes.items():
+        units = units_of(shape, level, wavelet)
+        owners: dict[int, int] = {}
+        keepers: dict[int, set[int]] = {}
+        for rank, fragments in enumerate(ranks):
+            for f in (f for f in fragments if f.fqn == fqn):
+                for unit in range(*units.owned(f)):
+                    assert owners.setdefault(unit, rank) == rank
+                    assert units.bounds(unit)[0] >= f.start
+                for unit in range(*units.touched(f)):
+                    keepers.setdefault(unit, set()).add(rank)
+                touching = {units.index(e) for e in range(f.start, f.stop)}
+                assert touching == set(range(*units.touched(f)))
+                moments = units.moments(f)
+                assert moments.numel == len(touching) * units.coefficients
+        every = set(range(units.index(prod(shape) - 1) + 1))
+        assert set(owners) == set(keepers) == every
+        assert all(owners[unit] in keepers[unit] for unit in every)
+
+
+@given(UNITS, st.integers(1, 5), st.data())
+def test_units_are_intervals_of_one_row(units: Units, rows: int, data: st.DataObject) -> None:
+    numel = rows * units.columns
+    seen = 0
+    for unit in range(rows * units.per_row):
+        start, stop = units.bounds(unit)
+        assert start == seen < stop <= start + units.length
+        assert start // units.columns == (stop - 1) // units.columns
+        assert all(units.index(element) == unit for element in range(start, stop))
+        seen = stop
+    assert seen == numel
+    start = data.draw(st.integers(0, numel))
+    fragment = Fragment("w", (rows, units.columns), start, data.draw(st.integers(start, numel)))
+    first, last = units.touched(fragment)
+    buffer: list[int | None] = [None] * ((last - first) * units.length)
+    for block in units.blocks(fragment):
+        for row in range(block.rows):
+            for column in range(block.columns):
+                place = block.destination + row * block.stride + column
+                assert buffer[place] is None
+                buffer[place] = fragment.start + block.source + row * block.columns + column
+    for i, unit in enumerate(range(first, last)):
+        begin, end = units.bounds(unit)
+        for u in range(units.length):
+            element = begin + u
+            held = element < end and fragment.start <= element < fragment.stop
+            assert buffer[i * units.length + u] == (element if held else None)
+
+
+@given(worlds(), st.integers(0, 6), st.sampled_from(["haar", "db2"]))
+def test_completed_cut_units_equal_the_original_ones(world, level, wavelet) -> None:
+    shapes, ranks = world
+
+    def units(shape):
+        return units_of(shape, level, wavelet)
+
+    tensors = join(ranks)
+    plans = [plan_exchange(tensors, fragments, units) for fragments in ranks]
+    assert len({plan.length for plan in plans}) == 1
+    base = {t.fqn: 1000 * i for i, t in enumerate(tensors)}
+    buffer: list[int | None] = [None] * plans[0].length
+    for fragments, plan in zip(ranks, plans, strict=True):
+        local = {}
+        for f in fragments:
+            local |= {f.offset + i: base[f.fqn] + f.start + i for i in range(f.numel)}
+        for send in plan.sends:
+            for i in range(send.length):
+                assert buffer[send.slot + i] is None, "an element was sent twice"
+                buffer[send.slot + i] = local[send.source + i]
+    assert None not in buffer, "an element was not sent"
+    for fragments, plan in zip(ranks, plans, strict=True):
+        received = {(r.fragment, r.unit): r for r in plan.receives}
+        for number, f in enumerate(fragments):
+            u = units(f.shape)
+            first, last = u.touched(f)
+            for unit in range(first, last):
+                start, stop = u.bounds(unit)
+                cut = start < f.start or stop > f.stop
+                assert cut == ((number, unit - first) in received)
+                if cut:
+                    r = received[number, unit - first]
+                    assert buffer[r.slot : r.slot + r.length] == [base[f.fqn] + e for e in range(start, stop)]
+
+
+@given(worlds())
+def test_join_finds_every_cut_and_nothing_else(world) -> None:
+    shapes, ranks = world
+    for tensor in join(ranks):
+        starts = {f.start for fragments in ranks for f in fragments if f.fqn == tensor.fqn and f.numel}
+        assert tensor == Tensor(tensor.fqn, shapes[tensor.fqn], tuple(sorted(starts - {0})))
+
+
+def test_join_names_what_is_held_by_nobody_or_twice() -> None:
+    def held(*intervals: tuple[int, int]) -> list[list[Fragment]]:
+        return [[Fragment("mlp.weight", (2, 5), *interval)] for interval in intervals]
+
+    with pytest.raises(LayoutError, match=r"elements 4\.\.6 of tensor 'mlp.weight'.* held by no rank"):
+        join(held((0, 4), (6, 10)))
+    with pytest.raises(LayoutError, match=r"elements 8\.\.10 of tensor 'mlp.weight'.* held by no rank"):
+        join(held((0, 8)))
+    with pytest.raises(LayoutError, match=r"elements 3\.\.4 of tensor 'mlp.weight'.* by rank 1 and another"):
+        join(held((0, 4), (3, 10)))
+    with pytest.raises(LayoutError, match=r"shape \(5, 2\) on rank 1 and \(2, 5\)"):
+        join([[Fragment("w", (2, 5), 0, 10)], [Fragment("w", (5, 2), 0, 0)]])
+
+
+def test_a_fragment_outside_its_tensor_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"3\.\.11 at offset 0 does not lie in tensor 'w' of shape \(2, 5\)"):
+        Fragment("w", (2, 5), 3, 11)
+
+
+def test_intersection_is_the_common_part_at_its_place() -> None:
+    a, b = Fragment("w", (4, 5), 3, 12, 100), Fragment("w", (4, 5), 8, 20)
+    assert a.intersect(b) == Fragment("w", (4, 5), 8, 12, 105)
+    assert b.intersect(a) == Fragment("w", (4, 5), 8, 12, 0)
+    assert a.intersect(Fragment("w", (4, 5), 12, 20)) is None
+    assert a.intersect(Fragment("v", (4, 5), 3, 12)) is None
+
+
+def run(world, level: int, recipe: str, wavelet: str, dtype: torch.dtype) -> tuple[dict, dict, Sharded, list]:
+    """Three steps of the same gradients, whole and sharded: both weights, and both optimizers."""
+    shapes, ranks = world
+    generator = torch.Generator().manual_seed(prod(sum(shapes.values(), (1,))) + level)
+
+    def random(size: float) -> dict[str, torch.Tensor]:
+        return {f: size * torch.randn(s, generator=generator, dtype=dtype) for f, s in shapes.items()}
+
+    start = random(1.0)
+    options = dict(lr=0.01, level=level, recipe=recipe, wavelet=wavelet, weight_decay=0.1)
+    sharded = Sharded(start, ranks, **options)
+    whole = {fqn: torch.nn.Parameter(tensor.clone()) for fqn, tensor in start.items()}
+    optimizer = GWTAdamW(whole.values(), **options)  # type: ignore[arg-type]
+    for size in (1.0, 0.1, 3.0):
+        gradients = random(size)
+        for fqn, parameter in whole.items():
+            parameter.grad = gradients[fqn].clone()
+        optimizer.step()
+        sharded.step(gradients)
+    return {f: p.detach() for f, p in whole.items()}, sharded.gather(shapes), sharded, [optimizer, whole]
+
+
+@settings(max_examples=150)
+@given(worlds(), st.integers(0, 6), st.sampled_from(["haar", "haar", "db2"]), st.sampled_from([torch.float32, torch.float64]))
+def test_the_sharded_energy_step_is_the_whole_step_bit_for_bit(world, level, wavelet, dtype) -> None:
+    whole, sharded, ranks, _ = run(world, level, "energy", wavelet, dtype)
+    for fqn in whole:
+        assert torch.equal(whole[fqn], sharded[fqn]), fqn
+    # Nothing but cut units is exchanged, and nothing at all if no unit is cut.
+    cut = plan_exchange(join(ranks.ranks), (), lambda shape: units_of(shape, level, wavelet)).length
+    assert ranks.group.calls == ([cut] * 3 if cut else [])
+
+
+@settings(max_examples=150)
+@given(worlds(), st.integers(0, 6), st.sampled_from(["haar", "haar", "db2"]))
+def test_the_sharded_paper_step_is_the_whole_step_but_for_the_order_of_its_norm(world, level, wavelet) -> None:
+    whole, sharded, ranks, (optimizer, parameters) = run(world, level, "paper", wavelet, torch.float64)
+    for fqn in whole:
+        size = max(1.0, float(whole[fqn].abs().max()))
+        assert float((whole[fqn] - sharded[fqn]).abs().max()) <= 1e-14 * size, fqn
+    for fragments, flat, one in zip(ranks.ranks, ranks.flats, ranks.optimizers, strict=True):
+        # The limiter of each tensor is the same on all ranks, those that hold nothing of it included.
+        for i, fqn in enumerate(parameters):
+            expected = float(optimizer.state[parameters[fqn]]["limited_norm"])
+            assert abs(float(one.state[flat]["limited_norm"][i]) - expected) <= 1e-13 * max(1, expected)
+        # Moments are those of the whole tensor, at the place that the layout says.
+        place = 0
+        for f in fragments:
+            moments = units_of(f.shape, level, wavelet).moments(f)
+            for key in ("exp_avg", "exp_avg_sq"):
+                expected_part = optimizer.state[parameters[f.fqn]][key].view(-1)[moments.start : moments.stop]
+                assert torch.equal(one.state[flat][key][place : place + moments.numel], expected_part)
+            place += moments.numel
+        assert place == one.state[flat]["exp_avg"].numel()

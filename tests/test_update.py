@@ -1,0 +1,175 @@
+"""The step itself: against the published implementation's trajectories and against PyWavelets in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle
+
+from gwt_dist import GWTAdamW
+
+# PyWavelets, as the oracle, warns when filters are longer than the row, which is what these tests are after.
+pytestmark = pytest.mark.filterwarnings("ignore:Level value of .* is too high:UserWarning")
+
+GOLDEN = np.load(Path(__file__).parent / "data" / "haar_adamw.npz")
+CASES = json.loads(bytes(GOLDEN["meta"]))
+RECIPES = {
+    "paper": dict(energy=False, detail_gain=1.0, limiter=1.01),
+    "energy": dict(energy=True, detail_gain=1 - 0.9, limiter=0.0),
+}
+
+
+def gradients(shape: tuple[int, ...], steps: int, seed: int = 0) -> list[np.ndarray]:
+    """Normal gradients whose norm grows, with a spike, so that the limiter acts on some steps and not on others."""
+    rng = np.random.default_rng(seed)
+    sizes = [0.01 * 1.3**t * (50 if t == 4 else 1) for t in range(steps)]
+    return [size * rng.standard_normal(shape) for size in sizes]
+
+
+def run(optimizer: GWTAdamW, weight: torch.nn.Parameter, grads: list[np.ndarray]) -> np.ndarray:
+    for gradient in grads:
+        weight.grad = torch.from_numpy(gradient.copy()).to(weight.dtype)
+        optimizer.step()
+    return weight.detach().double().numpy()
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_equals_the_published_trajectories(case: int) -> None:
+    settings, name = CASES[case], f"{case:02d}"
+    weight = torch.nn.Parameter(torch.from_numpy(GOLDEN[f"{name}.param0"].copy()))
+    optimizer = GWTAdamW(
+        [weight],
+        lr=settings["lr"],
+        betas=tuple(settings["betas"]),
+        eps=settings["eps"],
+        weight_decay=settings["wd"],
+        level=settings["level"],
+        scale=settings["scale"],
+    )
+    for gradient, expected in zip(GOLDEN[f"{name}.grads"], GOLDEN[f"{name}.params"], strict=True):
+        found = run(optimizer, weight, [gradient])
+        assert np.abs(found - expected).max() < 1e-12
+    state = optimizer.state[weight]
+    for key in ("exp_avg", "exp_avg_sq", "limited_norm"):
+        np.testing.assert_allclose(state[key].numpy(), GOLDEN[f"{name}.{key}"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", range(17))
+@pytest.mark.parametrize("shape", [(3, 97), (5, 64), (4, 1), (1, 33)])
+def test_haar_equals_pywavelets_at_every_level(
+    shape: tuple[int, int], level: int, recipe: str
+) -> None:
+    start = np.random.default_rng(1).standard_normal(shape)
+    oracle = Oracle(start, level, weight_decay=0.1, **RECIPES[recipe])
+    weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = GWTAdamW([weight], lr=0.01, weight_decay=0.1, level=level, recipe=recipe)
+    grads = gradients(shape, 7)
+    for gradient in grads:
+        oracle.step(gradient)
+    change = np.abs(oracle.weight - start).max()
+    assert np.abs(run(optimizer, weight, grads) - oracle.weight).max() < 1e-12 * change
+    assert optimizer.state[weight]["exp_avg"].numel() == shape[0] * math.ceil(shape[1] / 2**level)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", [0, 1, 2, 4])
+@pytest.mark.parametrize("wavelet", ["db1", "db2", "sym4", "bior2.2", "rbio3.1", "coif2", "dmey"])
+def test_any_wavelet_equals_pywavelets(wavelet: str, level: int, recipe: str) -> None:
+    shape = (3, 41)
+    start = np.random.default_rng(2).standard_normal(shape)
+    oracle = Oracle(start, level, wavelet, **RECIPES[recipe])
+    weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = GWTAdamW([weight], lr=0.01, level=level, wavelet=wavelet, recipe=recipe)
+    grads = gradients(shape, 7)
+    for gradient in grads:
+        oracle.step(gradient)
+    change = np.abs(oracle.weight - start).max()
+    assert np.abs(run(optimizer, weight, grads) - oracle.weight).max() < 1e-11 * change
+
+
+def test_the_limiter_acts_in_these_tests() -> None:
+    oracle = Oracle(np.zeros((3, 97)), 2, **RECIPES["paper"])
+    for gradient in gradients((3, 97), 7):
+        oracle.step(gradient)
+    assert 0 < sum(rho > 1 for rho in oracle.rhos) < 7
+
+
+def test_level_0_is_adamw_with_eps_beside_the_uncorrected_root() -> None:
+    start = np.random.default_rng(3).standard_normal((4, 9))
+    weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = GWTAdamW([weight], lr=0.01, level=0, eps=1e-6)
+    grads = gradients((4, 9), 5)
+    m = v = np.zeros((4, 9))
+    expected = start
+    for t, g in enumerate(grads, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        expected = expected - 0.01 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-6)
+    assert np.abs(run(optimizer, weight, grads) - expected).max() < 1e-14
+
+
+def test_the_first_energy_step_is_adam_with_a_second_moment_per_unit() -> None:
+    """W -= lr * scale * x / rms(unit), exactly but for eps."""
+    gradient = np.random.default_rng(4).standard_normal((2, 8))
+    weight = torch.nn.Parameter(torch.zeros(2, 8, dtype=torch.float64))
+    found = run(GWTAdamW([weight], lr=1.0, level=2, eps=1e-30, recipe="energy"), weight, [gradient])
+    rms = np.sqrt((gradient.reshape(2, 2, 4) ** 2).mean(-1, keepdims=True))
+    assert np.abs(found + 0.25 * (gradient.reshape(2, 2, 4) / rms).reshape(2, 8)).max() < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(7,), (), (2, 3, 5), (0, 4), (3, 0)])
+def test_every_shape_is_a_matrix(shape: tuple[int, ...]) -> None:
+    """1-D and 0-d tensors are AdamW whatever their group says; higher dimensions are rows of the rest."""
+    start = np.random.default_rng(5).standard_normal(shape)
+    matrix = start.reshape(shape[0], -1) if len(shape) > 1 and start.size else start.reshape(1, -1)
+    oracle = Oracle(matrix, 2 if len(shape) > 1 else 0, **RECIPES["paper"])
+    weight = torch.nn.Parameter(torch.from_numpy(np.array(start)))
+    grads = gradients(shape, 5)
+    if start.size:
+        for gradient in grads:
+            oracle.step(np.asarray(gradient).reshape(matrix.shape))
+    found = run(GWTAdamW([weight], lr=0.01, level=2), weight, [np.array(g) for g in grads])
+    assert np.abs(found.reshape(matrix.shape) - oracle.weight).max(initial=0.0) < 1e-12
+
+
+def test_bf16_weights_take_fp32_mathematics() -> None:
+    """A bf16 weight moves as an fp32 one does, rounded once a step; its moments are fp32."""
+    torch.manual_seed(0)
+    low = torch.nn.Parameter(torch.randn(6, 20).bfloat16())
+    high = torch.nn.Parameter(low.detach().float())
+    optimizers = [GWTAdamW([p], lr=0.01, level=2) for p in (low, high)]
+    gradient = torch.randn(6, 20).bfloat16()
+    low.grad, high.grad = gradient, gradient.float()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(low.detach(), high.detach().bfloat16())
+    assert optimizers[0].state[low]["exp_avg_sq"].dtype == torch.float32
+    assert torch.equal(optimizers[0].state[low]["exp_avg"], optimizers[1].state[high]["exp_avg"])
+
+
+def test_a_zero_gradient_step_does_not_freeze_the_limiter() -> None:
+    """PyTorch runs such a step on a fresh optimizer; storing its norm 0 would hold updates near zero for ages."""
+    grads = gradients((4, 16), 4)
+    clean, zero_first = (torch.nn.Parameter(torch.zeros(4, 16, dtype=torch.float64)) for _ in range(2))
+    run(GWTAdamW([clean], lr=0.01), clean, grads)
+    poisoned = GWTAdamW([zero_first], lr=0.01)
+    run(poisoned, zero_first, [np.zeros((4, 16))])
+    assert float(poisoned.state[zero_first]["limited_norm"]) == 0.0
+    before = zero_first.detach().clone()
+    run(poisoned, zero_first, grads)
+    ratio = float((zero_first.detach() - before).norm() / clean.detach().norm())
+    assert 0.5 < ratio < 2.0
+
+
+def test_a_norm_that_is_not_finite_is_not_remembered() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 8, dtype=torch.float64))
+    optimizer = GWTAdamW([weight], lr=0.01)
+    run(optimizer, weight, [np.ones((2, 8))])
+    before = optimizer.state[weight]["limited_norm"].clone()
+    run(optimizer, weight, [np.full((2, 8), np.inf)])
+    assert torch.equal(optimizer.state[weight]["limited_norm"], before)
