@@ -155,16 +155,18 @@ class GWTAdamW(torch.optim.Optimizer):
                 by_id[key] = parameter
                 self._check_moments(state_dict["state"].get(key, {}), parameter, mine, i)
         super().load_state_dict(state_dict)
-        # torch casts floating state to the dtype of the parameter, which bf16 moments do not survive.
+        # torch casts floating state to the dtype of the parameter, which bf16 moments do not survive, and it shares the
+        # step with the state that was loaded.
         for key, values in state_dict["state"].items():
-            if key not in by_id:
+            parameter = by_id.get(key)
+            if parameter is None:
                 continue
-            parameter = by_id[key]
+            state = self.state[parameter]
             for name in ("exp_avg", "exp_avg_sq", "limited_norm"):
                 if name in values:
-                    self.state[parameter][name] = values[name].to(
-                        parameter.device, state_dtype(parameter), copy=True
-                    )
+                    state[name] = values[name].to(parameter.device, state_dtype(parameter), copy=True)
+            if "step" in values:
+                state["step"] = torch.as_tensor(values["step"]).to("cpu", torch.float32, copy=True)
 
     def __setstate__(self, state: Group) -> None:
         super().__setstate__(state)

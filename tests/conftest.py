@@ -1,0 +1,101 @@
+"""Fixtures for all tests: real ranks, a folder for compiled extensions, and a clean end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ranks import RankPool
+
+# Tests never reach out: a model or data set that is not here is an error, not a download.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+# Compiled extensions go to a folder of this session, set before anything can import DeepSpeed: a
+# rank killed while it compiles leaves a lock behind, on which every later run would wait for ever.
+# Who sets the variable keeps what was compiled there, half a minute a run.
+_extensions = tempfile.TemporaryDirectory(prefix="gwt_dist-extensions-")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", _extensions.name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """At the end of the session no process that the tests started is still there."""
+    yield
+    # multiprocessing's tracker lives as long as its parent, by design.
+    children = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "multiprocessing.resource_tracker" not in " ".join(_command(child))
+    ]
+    _, alive = psutil.wait_procs(children, timeout=5)
+    left = {child.pid: " ".join(_command(child)) for child in alive}
+    for child in alive:
+        child.kill()
+    _extensions.cleanup()
+    assert not left, f"processes left over by the tests (killed now): {left}"
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture(scope="session")
+def _rank_pools(nothing_left_over: None) -> Iterator[dict[int, RankPool]]:
+    pools: dict[int, RankPool] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def ranks(_rank_pools: dict[int, RankPool]) -> Callable[..., list[Any]]:
+    """`ranks(world_size, function, *args, timeout=60)`: one result a rank; see `ranks.py`."""
+
+    def run(
+        world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0
+    ) -> list[Any]:
+        pool = _rank_pools.setdefault(world_size, RankPool(world_size))
+        return pool.run(function, *args, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torch_extensions_dir(nothing_left_over: None) -> Path:
+    """The folder of compiled extensions, with what `deepspeed.init_distributed` needs in it.
+
+    DeepSpeed compiles its shared-memory op on first use, for half a minute. Built here, once, it
+    neither counts against the time limit of a case nor is compiled by all ranks at once.
+    """
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    script = (
+        "import deepspeed\n"
+        "from deepspeed.accelerator import get_accelerator\n"
+        "builder = get_accelerator().create_op_builder('ShareMemCommBuilder')\n"
+        "if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):\n"
+        "    builder.load()\n"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    except subprocess.TimeoutExpired:
+        locks = ", ".join(map(str, folder.glob("*/lock"))) or "none"
+        pytest.fail(f"DeepSpeed's op was not built within 240 s; lock files in its way: {locks}")
+    assert done.returncode == 0, f"DeepSpeed's op does not build:\n{done.stdout}\n{done.stderr}"
+    return folder

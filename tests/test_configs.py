@@ -1,0 +1,69 @@
+"""Every file in configs/ loads, is documented, and says what its name says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gwt_dist.train import ds_config
+from gwt_dist.train.config import config_from, find_file, read_mapping
+from gwt_dist.train.model import model_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DOCUMENTED = set(re.findall(r"`([\w.]+)`", (CONFIGS / "README.md").read_text(encoding="utf-8")))
+WEIGHTS = {"60m": 58e6, "130m": 134e6, "350m": 368e6, "1b": 1.34e9, "3b": 2.7e9, "7b": 6.74e9}
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, dict) and key != "params":
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain").glob("*")), ids=lambda p: p.name)
+def test_run(path: Path) -> None:
+    config = config_from(read_mapping(path), str(path))
+    assert find_file(config.model, "configs/models").is_file()
+    assert find_file(config.deepspeed_config).is_file()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert all("#" in line for line in lines), "each key has a comment"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda p: p.name)
+def test_deepspeed(path: Path, world_size: int) -> None:
+    content, sizes = ds_config.load(path, world_size)
+    assert sizes.train == sizes.micro * sizes.accumulation * world_size
+    assert ds_config.zero_stage(content) == int(path.stem[4])
+    assert ds_config.precision(content) == ("bf16" if "bf16" in path.stem else "fp32")
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert set(leaves(written)) <= DOCUMENTED
+    assert set(written["optimizer"]["params"]) <= DOCUMENTED
+    assert "gradient_clipping" in written, "DeepSpeed clips at 1.0 where nothing is said"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "models").glob("*")), ids=lambda p: p.stem)
+def test_model(path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    shapes = read_mapping(path)
+    assert set(shapes) <= DOCUMENTED
+    config = model_config(path, shapes["vocab_size"], 256)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    if path.stem == "tiny":
+        assert 1e6 < weights < 2e6
+    else:
+        assert weights == pytest.approx(WEIGHTS[path.stem], rel=0.03)
+
+
+def test_model_of_one_billion_has_an_odd_width() -> None:
+    assert read_mapping(CONFIGS / "models" / "1b.json")["intermediate_size"] == 5461

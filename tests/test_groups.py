@@ -1,0 +1,108 @@
+"""Which parameters get which level."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from gwt_dist import param_groups
+
+
+def model() -> nn.Module:
+    net = nn.Module()
+    net.embed = nn.Embedding(10, 8)
+    net.layers = nn.ModuleList([nn.Module() for _ in range(2)])
+    for layer in net.layers:
+        layer.self_attn = nn.Linear(8, 8)
+        layer.mlp = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False))
+        layer.norm = nn.LayerNorm(8)
+    net.head = nn.Linear(8, 10, bias=False)
+    net.head.weight = net.embed.weight
+    return net
+
+
+def chosen(net: nn.Module, groups: list[dict]) -> dict[int, set[str]]:
+    names = {id(p): n for n, p in net.named_parameters()}
+    return {g["level"]: {names[id(p)] for p in g["params"]} for g in groups}
+
+
+def test_linear_weights_that_match_get_the_level_and_all_others_level_0() -> None:
+    net = model()
+    groups = chosen(net, param_groups(net, level=3))
+    assert groups[3] == {f"layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.weight", "mlp.0.weight", "mlp.1.weight")}
+    assert groups[0] == {n for n, _ in net.named_parameters()} - groups[3]
+    assert "layers.0.self_attn.bias" in groups[0]
+    assert "embed.weight" in groups[0], "a tied weight is taken once"
+
+
+def test_first_match_wins_and_a_regular_expression_matches_the_whole_name() -> None:
+    net = model()
+    groups = chosen(net, param_groups(net, targets={r"layers\.0\..*": 1, "mlp": 4, r"layers\.\d+\.self_attn": 2}))
+    assert groups[1] == {"layers.0.self_attn.weight", "layers.0.mlp.0.weight", "layers.0.mlp.1.weight"}
+    assert groups[4] == {"layers.1.mlp.0.weight", "layers.1.mlp.1.weight"}
+    assert groups[2] == {"layers.1.self_attn.weight"}
+
+
+def test_all_linear_includes_a_tied_head() -> None:
+    net = model()
+    assert "embed.weight" in chosen(net, param_groups(net, targets="all-linear"))[2]
+
+
+def test_options_reach_every_group_and_given_groups_keep_their_own() -> None:
+    net = model()
+    first, second = list(net.layers[0].parameters()), list(net.layers[1].parameters())
+    groups = param_groups(
+        net, params=[{"params": first, "lr": 0.5}, {"params": second, "name": "late"}], lr=0.1, recipe="energy"
+    )
+    assert [(g["level"], g["lr"], g["recipe"], g.get("name")) for g in groups] == [
+        (2, 0.5, "energy", None),
+        (0, 0.5, "energy", None),
+        (2, 0.1, "energy", "late"),
+        (0, 0.1, "energy", "late"),
+    ]
+    assert sum(len(g["params"]) for g in groups) == len(first) + len(second)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    net = model()
+    net.layers[0].requires_grad_(False)
+    names = set().union(*chosen(net, param_groups(net)).values())
+    assert names == {n for n, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["attn", "mpl"], r"target 'mpl' matches no Linear weight to be trained.*layers\.0\.mlp\.0"),
+        ("embed", "target 'embed' matches no Linear weight"),
+        ([], "targets is empty"),
+        (["mlp", "("], r"target '\(' is not a regular expression"),
+        ([""], "target '' must be a part of a module name"),
+    ],
+)
+def test_targets_that_choose_nothing_are_refused(targets: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(model(), targets=targets)  # type: ignore[arg-type]
+
+
+def test_a_frozen_target_is_refused() -> None:
+    net = model()
+    for layer in net.layers:
+        layer.mlp.requires_grad_(False)
+    with pytest.raises(ValueError, match="target 'mlp' matches no Linear weight to be trained"):
+        param_groups(net)
+
+
+def test_a_parameter_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(3,\) in `params` does not belong to the model"):
+        param_groups(model(), params=[nn.Parameter(torch.zeros(3))])
+
+
+def test_it_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="gwt_dist"):
+        param_groups(model())
+    assert "attn                 level 2      2 tensors             128 elements" in caplog.text
+    assert "all others           level 0" in caplog.text
