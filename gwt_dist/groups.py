@@ -25,10 +25,10 @@ def param_groups(
 ) -> list[Group]:
     """Parameter groups of a model: Linear weights that match a target get a level, all others level 0 (AdamW).
 
-    A target matches the name of an `nn.Linear` module (such as ``model.layers.0.mlp.down_proj``) if it is a part of it, or
-    if it is a regular expression that matches all of it. ``"all-linear"`` matches every one. Patterns are tried in order
-    and the first that matches decides. Frozen parameters are left out; a weight shared by modules is taken once, under the
-    name that `named_parameters` gives it.
+    A target matches the name of an `nn.Linear` module (such as ``model.layers.0.mlp.down_proj``) if it is a part of
+    it, or if it is a regular expression that matches all of it. ``"all-linear"`` matches every one. Patterns are
+    tried in order and the first that matches decides. Frozen parameters are left out; a weight shared by modules is
+    taken once, under the name that `named_parameters` gives it.
 
     Args:
         model: The model; under `deepspeed.zero.Init` too.
@@ -46,7 +46,9 @@ def param_groups(
     patterns = _patterns(targets, level)
     names = {id(p): name for name, p in model.named_parameters()}
     linear = {
-        id(module.weight): name for name, module in reversed(list(model.named_modules())) if isinstance(module, nn.Linear)
+        id(module.weight): name
+        for name, module in reversed(list(model.named_modules()))
+        if isinstance(module, nn.Linear)
     }
     groups: list[Group] = []
     matched: dict[str, list[Tensor]] = {pattern: [] for pattern in patterns}
@@ -56,7 +58,8 @@ def param_groups(
         for parameter in given.pop("params"):
             if id(parameter) not in names:
                 raise ValueError(
-                    f"a parameter of shape {_shape(parameter)} in `params` does not belong to the model, so no target can "
+                    f"a parameter of shape {_shape(parameter)} in `params` does not belong to the model, so no target "
+                    f"can "
                     f"match it; pass the parameters of this model"
                 )
             if not parameter.requires_grad:
@@ -70,7 +73,8 @@ def param_groups(
     for pattern, parameters in matched.items():
         if not parameters:
             raise ValueError(
-                f"target {pattern!r} matches no Linear weight to be trained, so it would be AdamW in silence. Names that can "
+                f"target {pattern!r} matches no Linear weight to be trained, so it would be AdamW in silence. Names "
+                f"that can "
                 f"match: {_examples(linear)}"
             )
     _log_table(patterns, matched, rest)
@@ -124,7 +128,8 @@ def _examples(linear: Mapping[int, str]) -> str:
 def _log_table(patterns: Mapping[str, int], matched: Mapping[str, list[Tensor]], rest: list[Tensor]) -> None:
     rows = [(pattern, patterns[pattern], matched[pattern]) for pattern in patterns] + [("all others", 0, rest)]
     lines = [
-        f"  {pattern:<20} level {level:<2} {len(tensors):>5} tensors {sum(prod(_shape(t)) for t in tensors):>15,} elements"
+        f"  {pattern:<20} level {level:<2} {len(tensors):>5} tensors {sum(prod(_shape(t)) for t in tensors):>15,} "
+        f"elements"
         for pattern, level, tensors in rows
     ]
     logger.info("levels by name, first match wins:\n%s", "\n".join(lines))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 
@@ -51,10 +52,12 @@ class Fragment:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return self.stop - self.start
 
     @property
     def columns(self) -> int:
+        """Row length of the tensor."""
         return columns_of(self.shape)
 
     def intersect(self, other: Fragment) -> Fragment | None:
@@ -95,6 +98,7 @@ class Units:
 
     @property
     def per_row(self) -> int:
+        """Units of a row."""
         return -(-self.columns // self.length)
 
     def index(self, element: int) -> int:
@@ -126,9 +130,7 @@ class Units:
         first, last = self.touched(fragment)
         width = self.per_row * self.coefficients
         rows = prod(fragment.shape) // self.columns if self.columns else 0
-        return Fragment(
-            fragment.fqn, (rows, width), first * self.coefficients, last * self.coefficients, offset
-        )
+        return Fragment(fragment.fqn, (rows, width), first * self.coefficients, last * self.coefficients, offset)
 
     def blocks(self, fragment: Fragment) -> tuple[Block, ...]:
         """Where the elements of `fragment` stand in its units, a ``[touched units, length]`` buffer.
@@ -146,7 +148,7 @@ class Units:
             runs = [(fragment.start, fragment.stop)]
         else:
             cuts = (fragment.start, first_row * self.columns, last_row * self.columns, fragment.stop)
-            runs = list(zip(cuts, cuts[1:], strict=False))
+            runs = list(pairwise(cuts))
         return tuple(
             Block(
                 start - fragment.start,

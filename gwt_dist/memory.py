@@ -1,7 +1,7 @@
 """Optimizer-state bytes of a rank, from shapes alone: before anything is allocated, and exactly.
 
-The fragments that ZeRO will make are written down here by arithmetic, without an engine; `layout` turns them into moments as
-it does in a run. What an engine really made is read in `engines`, and tests hold the two against each other.
+The fragments that ZeRO will make are written down here by arithmetic, without an engine; `layout` turns them into
+moments as it does in a run. What an engine really made is read in `engines`, and tests hold the two against each other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class GroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Bytes of optimizer state on one rank, by the level of the tensors, beside AdamW's in fp32 on the same elements."""
+    """Bytes of optimizer state on one rank, by the level of the tensors, beside AdamW's in fp32 on the same
+    elements.
+    """
 
     wavelet: int  # both moments of tensors with level > 0, cut units counted wherever they are kept
     wavelet_cut: int  # the part of `wavelet` that another rank owns
@@ -65,9 +67,7 @@ def plan_zero(
 ) -> StateBytes:
     """State bytes of `rank` under DeepSpeed ZeRO stage 1, 2 or 3 over `world_size` ranks."""
     split = _stage_3 if stage == 3 else _stage_1_and_2
-    buffers = [
-        (group, fragments) for group in groups for fragments in split(group, world_size, rank, sub_group_size)
-    ]
+    buffers = [(group, fragments) for group in groups for fragments in split(group, world_size, rank, sub_group_size)]
     return measure(buffers)
 
 

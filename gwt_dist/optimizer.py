@@ -96,8 +96,8 @@ class GWTAdamW(torch.optim.Optimizer):
     def attach(self, shards: Mapping[Tensor, Shard]) -> None:
         """Take the layout of flat parameters as an engine adapter read it: parameter to what this rank holds of it.
 
-        Users call `gwt_dist.attach`, which reads and checks the layout first. Raises `ValueError` if a parameter already
-        has state in another layout.
+        Users call `gwt_dist.attach`, which reads and checks the layout first. Raises `ValueError` if a parameter
+        already has state in another layout.
         """
         for parameter, shard in shards.items():
             if self.state.get(parameter):
@@ -109,17 +109,18 @@ class GWTAdamW(torch.optim.Optimizer):
             self._plans.pop(parameter, None)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
-        A parameter that was attached joins its collectives whatever its gradient, so that all ranks make the same calls.
+        A parameter that was attached joins its collectives whatever its gradient, so that all ranks make the same
+        calls.
 
         Args:
             closure: Evaluates the model again and returns the loss, which is returned.
 
         Raises:
-            ValueError: For a flat parameter of a sharding engine that was never attached, a sparse gradient, or a level or
-                wavelet that was changed after the first step.
+            ValueError: For a flat parameter of a sharding engine that was never attached, a sparse gradient, or a
+                level or wavelet that was changed after the first step.
         """
         loss = None
         if closure is not None:
@@ -148,8 +149,10 @@ class GWTAdamW(torch.optim.Optimizer):
             for key in ("level", "wavelet"):
                 if theirs.get(key, mine[key]) != mine[key]:
                     raise ValueError(
-                        f"{key} of parameter group {i} is {theirs[key]!r} in the state to load and {mine[key]!r} in this "
-                        f"optimizer; its moments would mean something else. Build the optimizer with {key}={theirs[key]!r}"
+                        f"{key} of parameter group {i} is {theirs[key]!r} in the state to load and {mine[key]!r} in "
+                        f"this "
+                        f"optimizer; its moments would mean something else. Build the optimizer with "
+                        f"{key}={theirs[key]!r}"
                     )
             for key, parameter in zip(theirs["params"], mine["params"], strict=False):
                 by_id[key] = parameter
@@ -236,7 +239,8 @@ class GWTAdamW(torch.optim.Optimizer):
             return False
         raise ValueError(
             f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
-            f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step would be "
+            f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step "
+            f"would be "
             f"another optimizer. Add gwt_dist.attach(optimizer, engine) after the engine is built, or build it with "
             f"gwt_dist.initialize"
         )
@@ -252,6 +256,7 @@ class GWTAdamW(torch.optim.Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state and tuple(state[name].shape) != expected:
                 raise ValueError(
-                    f"{name} of a parameter in group {i} has shape {tuple(state[name].shape)} in the state to load and needs "
+                    f"{name} of a parameter in group {i} has shape {tuple(state[name].shape)} in the state to load and "
+                    f"needs "
                     f"{expected} here; it was saved with another level, model, world size or engine"
                 )

@@ -37,10 +37,10 @@ class Plan:
             return units_of(shape, level, wavelet)
 
         packed = layout.pack(shard.fragments, units)
+        moments: tuple[int, ...] = (sum(m.numel for m in packed),)
+        norms: tuple[int, ...] = (len(shard.tensors),)
         if shard.is_whole:
             moments, norms = moments_shape(shard.tensors[0].shape, level, wavelet), ()
-        else:
-            moments, norms = (sum(m.numel for m in packed),), (len(shard.tensors),)
         return cls(
             shard=shard,
             level=level,
@@ -57,12 +57,15 @@ class Plan:
 
     def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """State before the first step, on the device of `parameter`."""
-        like = {"dtype": state_dtype(parameter), "device": parameter.device}
+
+        def zeros(shape: tuple[int, ...]) -> Tensor:
+            return torch.zeros(shape, dtype=state_dtype(parameter), device=parameter.device)
+
         return {
             "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros(self.moments_shape, **like),
-            "exp_avg_sq": torch.zeros(self.moments_shape, **like),
-            "limited_norm": torch.zeros(self.norms_shape, **like),
+            "exp_avg": zeros(self.moments_shape),
+            "exp_avg_sq": zeros(self.moments_shape),
+            "limited_norm": zeros(self.norms_shape),
         }
 
 
@@ -77,9 +80,7 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 class Active:
     """One parameter that takes part in one step."""
 
-    def __init__(
-        self, parameter: Tensor, plan: Plan, rule: update.Rule, state: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, parameter: Tensor, plan: Plan, rule: update.Rule, state: Mapping[str, Any]) -> None:
         self.plan, self.rule, self.state = plan, rule, state
         self.gradient: Tensor | None = parameter.grad
         self._data = parameter.detach()
@@ -92,6 +93,7 @@ class Active:
 
     @property
     def device(self) -> torch.device:
+        """Where the local buffer lies."""
         return self._data.device
 
     def jobs(self, completed: Mapping[int, list[tuple[int, Tensor]]], first_norm: int) -> list[Job]:
@@ -109,9 +111,7 @@ class Active:
                 completed=completed.get(i, ()),
                 rule=self.rule,
                 step_size=step_size,
-                norm=first_norm + self.plan.places[piece.fragment.fqn]
-                if self.norms and piece.level
-                else -1,
+                norm=first_norm + self.plan.places[piece.fragment.fqn] if self.norms and piece.level else -1,
             )
             for i, piece in enumerate(self.plan.pieces)
             if piece.touched

@@ -55,7 +55,8 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"recipe={group['recipe']!r} in {where} must be one of {sorted(RECIPES)}")
     if group["second_moment"] not in (None, *SECOND_MOMENTS):
         raise ValueError(
-            f"second_moment={group['second_moment']!r} in {where} must be one of {SECOND_MOMENTS} or None (as the recipe)"
+            f"second_moment={group['second_moment']!r} in {where} must be one of {SECOND_MOMENTS} or None (as the "
+            f"recipe)"
         )
     betas = group["betas"]
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_within(b, 0, 1) and b < 1 for b in betas)):

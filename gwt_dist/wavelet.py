@@ -19,7 +19,7 @@ Shapes: N units, U elements of a unit, R rows, C columns, K = ceil(C / 2**level)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import pywt
@@ -73,16 +73,20 @@ class HaarTransform:
     level: int
 
     def unit(self, columns: int) -> tuple[int, int]:
+        """See `Transform.unit`."""
         # A unit longer than the row would hold nothing but padding beyond it.
         return max(1, min(1 << self.level, columns)), 1
 
     def approximation(self, x_NU: Tensor) -> Tensor:
+        """See `Transform.approximation`."""
         return unit_sum(x_NU) * self._gain()
 
     def energy(self, x_NU: Tensor, count_N: Tensor) -> Tensor:
+        """See `Transform.energy`."""
         return unit_sum(x_NU * x_NU) / count_N
 
     def direction(self, x_NU: Tensor, m_N: Tensor, d_N: Tensor, detail_gain: float) -> Tensor:
+        """See `Transform.direction`."""
         # u = (g * (x - s*a) + s*m) / d, design: the closed form of one Haar-GWT Adam step.
         mean_N = self.approximation(x_NU) * self._gain()
         u_NU = (x_NU - mean_N[:, None]).mul_(detail_gain)
@@ -100,13 +104,17 @@ class FilterBankTransform:
     level: int
 
     def unit(self, columns: int) -> tuple[int, int]:
+        """See `Transform.unit`."""
         return max(1, columns), -(-columns // (1 << self.level))
 
     def approximation(self, x_NU: Tensor) -> Tensor:
+        """See `Transform.approximation`."""
         return wavedec(self._padded(x_NU), self.bank, self.level)[0].reshape(-1)
 
     def energy(self, x_NU: Tensor, count_N: Tensor) -> Tensor:
-        # The tree under one approximation coefficient: by Parseval the mean square of the unit where the wavelet is Haar.
+        """See `Transform.energy`."""
+        # The tree under one approximation coefficient: by Parseval the mean square of the unit where the wavelet is
+        # Haar.
         approximation, *details = wavedec(self._padded(x_NU), self.bank, self.level)
         total = approximation * approximation
         for j, detail in enumerate(details):
@@ -114,6 +122,7 @@ class FilterBankTransform:
         return total.reshape(-1) / count_N
 
     def direction(self, x_NU: Tensor, m_N: Tensor, d_N: Tensor, detail_gain: float) -> Tensor:
+        """See `Transform.direction`."""
         _, *details = wavedec(self._padded(x_NU), self.bank, self.level)
         d = d_N.view(x_NU.shape[0], -1)
         scaled = [m_N.view(x_NU.shape[0], -1) / d]
@@ -135,7 +144,7 @@ class FilterBank:
     rec_hi: tuple[float, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def filter_bank(wavelet: str) -> FilterBank:
     """The filter bank of a discrete PyWavelets wavelet.
 

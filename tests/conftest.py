@@ -62,9 +62,7 @@ def _rank_pools(nothing_left_over: None) -> Iterator[dict[int, RankPool]]:
 def ranks(_rank_pools: dict[int, RankPool]) -> Callable[..., list[Any]]:
     """`ranks(world_size, function, *args, timeout=60)`: one result a rank; see `ranks.py`."""
 
-    def run(
-        world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0
-    ) -> list[Any]:
+    def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         pool = _rank_pools.setdefault(world_size, RankPool(world_size))
         return pool.run(function, *args, timeout=timeout)
 

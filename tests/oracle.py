@@ -38,9 +38,7 @@ class Oracle:
         (beta1, beta2), unit = self.betas, 2**self.level
         columns = gradient.shape[1]
         padded = np.pad(gradient, ((0, 0), (0, -columns % unit)))
-        approximation, *details = pywt.wavedec(
-            padded, self.wavelet, mode="periodization", level=self.level, axis=-1
-        )
+        approximation, *details = pywt.wavedec(padded, self.wavelet, mode="periodization", level=self.level, axis=-1)
         self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * approximation
         second = approximation**2
         if self.energy:
@@ -58,8 +56,7 @@ class Oracle:
             self.limited_norm = norm / rho
         self.rhos.append(rho)
         update = pywt.waverec(
-            [normed]
-            + [self.detail_gain * detail / np.repeat(d, 2**j, axis=-1) for j, detail in enumerate(details)],
+            [normed] + [self.detail_gain * detail / np.repeat(d, 2**j, axis=-1) for j, detail in enumerate(details)],
             self.wavelet,
             mode="periodization",
             axis=-1,

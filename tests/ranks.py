@@ -51,9 +51,7 @@ class RanksFailed(AssertionError):
     """A case failed on at least one rank; the message has every rank's traceback or output."""
 
 
-def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
-) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """`[function(*args) on rank 0, on rank 1, ...]`, on fresh processes that end with the call.
 
     For cases that change a process for good; the others use a pool.

@@ -72,9 +72,7 @@ def test_validation_is_the_same_for_any_number_of_ranks(world_size: int, micro: 
         numbers_of_batches.add(len(own))
         for batch in own:
             assert batch.tokens.shape == (micro, LENGTH + 1)
-            for window, counted, size in zip(
-                batch.tokens, batch.counted, batch.text_bytes, strict=True
-            ):
+            for window, counted, size in zip(batch.tokens, batch.counted, batch.text_bytes, strict=True):
                 if counted:
                     assert int(window[0]) not in seen
                     seen[int(window[0])] = int(size)

@@ -85,7 +85,10 @@ def test_sha256_covers_texts_and_names(tmp_path: Path) -> None:
         ({"a.md": "text"}, "holds 1 files, none of them .txt or .jsonl"),
         ({"a.txt": "one"}, "holds 1 documents with text; at least 2"),
         ({"a.txt": "", "b.txt": ""}, "holds 0 documents with text"),
-        ({"a.jsonl": '{"text": "x"}\n{"txt": "y"}\n'}, r'a\.jsonl:2: expected an object with a "te'),
+        (
+            {"a.jsonl": '{"text": "x"}\n{"txt": "y"}\n'},
+            r'a\.jsonl:2: expected an object with a "te',
+        ),
         ({"a.jsonl": '{"text": "x"}\n{"text": 3}\n'}, r'a\.jsonl:2: expected an object with a "te'),
         ({"a.jsonl": "{\n"}, r"a\.jsonl:1: not a line of JSON"),
     ],
@@ -120,9 +123,7 @@ def test_text_that_is_not_utf8_names_the_file(tmp_path: Path) -> None:
         ("here/missing", False),
     ],
 )
-def test_dataset_names(
-    spec: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dataset_names(spec: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     assert is_dataset_name(spec) == expected

@@ -6,6 +6,8 @@ import re
 from math import prod
 
 import pytest
+
+from gwt_dist.kernels import moments_shape
 from zero_cases import (
     Net,
     forgotten_attach_case,
@@ -16,8 +18,6 @@ from zero_cases import (
     wrong_layout_case,
     zero_case,
 )
-
-from gwt_dist.kernels import moments_shape
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
 
@@ -95,8 +95,16 @@ def test_another_layout_on_one_rank_is_refused_by_all(ranks, stage, what, expect
 @pytest.mark.parametrize(
     ("change", "params", "message"),
     [
-        ({"zero_optimization": {"elastic_checkpoint": True}}, {}, "zero_optimization.elastic_checkpoint=True cannot be"),
-        ({"zero_optimization": {"compute_grad_norm": False}}, {}, "zero_optimization.compute_grad_norm=False cannot be"),
+        (
+            {"zero_optimization": {"elastic_checkpoint": True}},
+            {},
+            "zero_optimization.elastic_checkpoint=True cannot be",
+        ),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            {},
+            "zero_optimization.compute_grad_norm=False cannot be",
+        ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}},
             {},

@@ -32,7 +32,9 @@ def chosen(net: nn.Module, groups: list[dict]) -> dict[int, set[str]]:
 def test_linear_weights_that_match_get_the_level_and_all_others_level_0() -> None:
     net = model()
     groups = chosen(net, param_groups(net, level=3))
-    assert groups[3] == {f"layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.weight", "mlp.0.weight", "mlp.1.weight")}
+    assert groups[3] == {
+        f"layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.weight", "mlp.0.weight", "mlp.1.weight")
+    }
     assert groups[0] == {n for n, _ in net.named_parameters()} - groups[3]
     assert "layers.0.self_attn.bias" in groups[0]
     assert "embed.weight" in groups[0], "a tied weight is taken once"

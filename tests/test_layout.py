@@ -11,15 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated import Sharded
 
 from gwt_dist import Fragment, GWTAdamW, LayoutError
 from gwt_dist.kernels import units_of
 from gwt_dist.layout import Tensor, Units, join, plan_exchange
+from simulated import Sharded
 
-settings.register_profile(
-    "gwt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("gwt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gwt")
 
 SHAPES = st.one_of(
@@ -104,7 +102,7 @@ def test_units_are_intervals_of_one_row(units: Units, rows: int, data: st.DataOb
 
 @given(worlds(), st.integers(0, 6), st.sampled_from(["haar", "db2"]))
 def test_completed_cut_units_equal_the_original_ones(world, level, wavelet) -> None:
-    shapes, ranks = world
+    _, ranks = world
 
     def units(shape):
         return units_of(shape, level, wavelet)
@@ -195,7 +193,12 @@ def run(world, level: int, recipe: str, wavelet: str, dtype: torch.dtype) -> tup
 
 
 @settings(max_examples=150)
-@given(worlds(), st.integers(0, 6), st.sampled_from(["haar", "haar", "db2"]), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    worlds(),
+    st.integers(0, 6),
+    st.sampled_from(["haar", "haar", "db2"]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_the_sharded_energy_step_is_the_whole_step_bit_for_bit(world, level, wavelet, dtype) -> None:
     whole, sharded, ranks, _ = run(world, level, "energy", wavelet, dtype)
     for fqn in whole:

@@ -242,7 +242,7 @@ def test_complex_and_sparse_are_refused(parameter: torch.Tensor) -> None:
 
 def test_a_flat_buffer_that_was_never_attached_is_refused_on_its_first_real_step() -> None:
     """Engines put buffers of their own in the place of the parameters; a zero-gradient dry run must pass."""
-    model, optimizer = make()
+    _, optimizer = make()
     flat = torch.zeros(200, requires_grad=True)
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.zeros(200)

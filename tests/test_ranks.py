@@ -87,9 +87,7 @@ def test_the_fixture_gives_a_pool_of_each_size(ranks: Callable[..., list[Any]]) 
     ("function", "args", "timeout", "found"),
     [
         pytest.param(raise_on, (1,), 60, ["rank 1: raised", "ValueError", "the trouble of rank 1"]),
-        pytest.param(
-            sleep_on, (2,), 2, ["rank 2: did not answer", "about to sleep", "in sleep_on"]
-        ),
+        pytest.param(sleep_on, (2,), 2, ["rank 2: did not answer", "about to sleep", "in sleep_on"]),
         pytest.param(die_on, (0,), 60, ["rank 0: was ended by SIGKILL"]),
         pytest.param(return_unpicklable, (), 60, ["rank 0: raised", "rank 2: raised", "lambda"]),
     ],
@@ -130,9 +128,7 @@ def test_a_function_that_cannot_travel_is_refused_before_anything_starts() -> No
         RankPool(0)
 
 
-def test_run_ranks_leaves_no_process_and_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_ranks_leaves_no_process_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (pid,) = [pid for *_, pid in run_ranks(who, 1)]
     assert not psutil.pid_exists(pid)
@@ -152,9 +148,7 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2

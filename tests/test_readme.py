@@ -88,9 +88,7 @@ def test_its_python_runs(tmp_path: Path, torch_extensions_dir: Path) -> None:
 
 @functools.cache
 def help_of(*command: str) -> str:
-    done = subprocess.run(
-        [*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{' '.join(command)} --help fails:\n{done.stderr}"
     return done.stdout
 

@@ -17,7 +17,13 @@ from gwt_dist.train.tokens import (
     train_bpe,
 )
 
-TEXTS = ["hello world, hello again\n", "naïve café, 漢字 and 🙂🙂\n", "", "  blanks  \r\n\ttabs", "\n"]
+TEXTS = [
+    "hello world, hello again\n",
+    "naïve café, 漢字 and 🙂🙂\n",
+    "",
+    "  blanks  \r\n\ttabs",
+    "\n",
+]
 
 
 def bpe(size: int = 300) -> Tokenizer:
@@ -32,9 +38,7 @@ def normalising_backend() -> Any:
     backend = Backend(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=80, special_tokens=["[UNK]", "</s>"], show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[UNK]", "</s>"], show_progress=False)
     backend.train_from_iterator(TEXTS, trainer)
     return backend
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle
 
 from gwt_dist import GWTAdamW
+from gwt_dist.update import limit_growth
+from oracle import Oracle
 
 # PyWavelets, as the oracle, warns when filters are longer than the row, which is what these tests are after.
 pytestmark = pytest.mark.filterwarnings("ignore:Level value of .* is too high:UserWarning")
@@ -62,9 +63,7 @@ def test_equals_the_published_trajectories(case: int) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("level", range(17))
 @pytest.mark.parametrize("shape", [(3, 97), (5, 64), (4, 1), (1, 33)])
-def test_haar_equals_pywavelets_at_every_level(
-    shape: tuple[int, int], level: int, recipe: str
-) -> None:
+def test_haar_equals_pywavelets_at_every_level(shape: tuple[int, int], level: int, recipe: str) -> None:
     start = np.random.default_rng(1).standard_normal(shape)
     oracle = Oracle(start, level, weight_decay=0.1, **RECIPES[recipe])
     weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
@@ -173,3 +172,39 @@ def test_a_norm_that_is_not_finite_is_not_remembered() -> None:
     before = optimizer.state[weight]["limited_norm"].clone()
     run(optimizer, weight, [np.full((2, 8), np.inf)])
     assert torch.equal(optimizer.state[weight]["limited_norm"], before)
+
+
+def test_limit_growth_divides_what_grows_too_fast_and_remembers_only_sound_norms() -> None:
+    nan, inf = float("nan"), float("inf")
+    norms = torch.tensor([4.0, 2.0, 0.0, inf, nan, 3.0, 0.0], dtype=torch.float64)
+    previous = torch.tensor([2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0], dtype=torch.float64)
+    rho, remembered = limit_growth(norms.square(), previous, limiter=1.01)
+    expected_rho = [4 / (2 + 1e-8) / 1.01, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    torch.testing.assert_close(rho, torch.tensor(expected_rho).double(), rtol=1e-7, atol=0)
+    expected = torch.tensor([2.02, 2.0, 2.0, 2.0, 2.0, 3.0, 0.0]).double()
+    torch.testing.assert_close(remembered, expected, rtol=1e-7, atol=0)
+
+
+def test_groups_have_limiters_of_their_own() -> None:
+    """Three groups in one optimizer move as three optimizers."""
+    starts = [np.random.default_rng(i).standard_normal((3, 8)) for i in range(3)]
+    limiters = [1.01, 2.0, 0.0]
+    grads = gradients((3, 8), 7)
+
+    def parameters() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.from_numpy(start.copy())) for start in starts]
+
+    alone = parameters()
+    for parameter, limiter in zip(alone, limiters, strict=True):
+        run(GWTAdamW([parameter], lr=0.01, limiter=limiter), parameter, grads)
+    together = parameters()
+    optimizer = GWTAdamW(
+        [{"params": [p], "limiter": limiter} for p, limiter in zip(together, limiters, strict=True)], lr=0.01
+    )
+    for gradient in grads:
+        for parameter in together:
+            parameter.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(alone[0] - torch.from_numpy(starts[0]), alone[1] - torch.from_numpy(starts[1]))

@@ -1,4 +1,6 @@
-"""What the ranks of the DeepSpeed tests run: a model whose gradients are chosen, trained by an engine and by one process."""
+"""What the ranks of the DeepSpeed tests run: a model whose gradients are chosen, trained by an engine and by
+one process.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +73,7 @@ def gradients(shapes: dict[str, tuple[int, ...]], steps: int) -> Iterator[dict[s
     generator = torch.Generator().manual_seed(2)
     for size in [1.0, 0.25, 4.0, 1.0, 2.0][:steps]:
         yield {
-            name: size * torch.randint(-9, 10, shape, generator=generator).float() / 8
-            for name, shape in shapes.items()
+            name: size * torch.randint(-9, 10, shape, generator=generator).float() / 8 for name, shape in shapes.items()
         }
 
 
@@ -180,9 +181,7 @@ def zero_case(
     start = initial(shapes_of(model))
     train(engine, model, steps=5)
     expected, found = reference(level, recipe, 5, wavelet), masters(model)
-    error = max(
-        float((found[n] - expected[n]).abs().max() / (expected[n] - start[n]).abs().max()) for n in expected
-    )
+    error = max(float((found[n] - expected[n]).abs().max() / (expected[n] - start[n]).abs().max()) for n in expected)
     with zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         stale = max(
             float((p.detach().float() - found[n].to(p.dtype).float()).abs().max())
@@ -248,7 +247,9 @@ def forgotten_attach_case(stage: int) -> str:
 
 
 def plain_json_case(stage: int) -> float:
-    """Plain `deepspeed.initialize` with the type in the JSON, then `gwt_dist.attach`: as one process at level 2 for all."""
+    """Plain `deepspeed.initialize` with the type in the JSON, then `gwt_dist.attach`: as one process at level 2
+    for all.
+    """
     import deepspeed
 
     model = Net()

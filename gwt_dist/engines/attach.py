@@ -28,8 +28,10 @@ def attach(optimizer: Any, engine: Any) -> None:
         engine: A DeepSpeed engine, or its ZeRO optimizer.
 
     Raises:
-        ValueError: If there is no `GWTAdamW` in `optimizer`, or the engine has a layout or setting that cannot be right.
-        LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or several.
+        ValueError: If there is no `GWTAdamW` in `optimizer`, or the engine has a layout or setting that cannot be
+            right.
+        LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
+            several.
     """
     inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
     if inner is None:
@@ -76,10 +78,12 @@ def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
     """What is wrong with the fragments of this rank, compared bit for bit with the weights of the model."""
     for buffer in buffers:
         for fragment, weight in zip(buffer.fragments, buffer.weights, strict=True):
-            held = buffer.parameter.detach().narrow(0, fragment.offset, fragment.numel)
+            # A slice, which may come out short, so that a wrong offset is told to all ranks and not raised on one.
+            held = buffer.parameter.detach()[fragment.offset : fragment.offset + fragment.numel]
             if not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
                 return (
-                    f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a flat "
+                    f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a "
+                    f"flat "
                     f"buffer of {buffer.parameter.numel()}, are not those of the model's weight; this version of the "
                     f"engine lays its buffers out in another way, and a step would change the wrong elements"
                 )

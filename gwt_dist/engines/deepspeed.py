@@ -40,16 +40,12 @@ def _read_stage_1_and_2(zero: Any) -> list[FlatBuffer]:
         group = zero.real_dp_process_group[i]
         low = dist.get_rank(group) * flat.numel()
         fragments, weights = [], []
-        for parameter, begin in zip(
-            zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True
-        ):
+        for parameter, begin in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
             start = max(begin, low) - begin
             stop = min(begin + parameter.numel(), low + flat.numel()) - begin
             # Ranks that hold nothing of a tensor still say that it exists, so that all know the same tensors.
             start, stop, offset = (start, stop, begin + start - low) if start < stop else (0, 0, 0)
-            fragments.append(
-                Fragment(zero.param_names[parameter], tuple(parameter.shape), start, stop, offset)
-            )
+            fragments.append(Fragment(zero.param_names[parameter], tuple(parameter.shape), start, stop, offset))
             weights.append(parameter.detach().reshape(-1)[start:stop])
         buffers.append(FlatBuffer(flat, tuple(fragments), tuple(weights), group))
     return buffers
@@ -70,9 +66,7 @@ def _read_stage_3(zero: Any) -> list[FlatBuffer]:
             slot = parameter.ds_tensor.ds_numel
             start = min(parameter.ds_numel, dist.get_rank(group) * slot)
             stop = min(parameter.ds_numel, start + slot)
-            fragments.append(
-                Fragment(zero.param_names[parameter], tuple(parameter.ds_shape), start, stop, offset)
-            )
+            fragments.append(Fragment(zero.param_names[parameter], tuple(parameter.ds_shape), start, stop, offset))
             weights.append(parameter.ds_tensor.detach().reshape(-1)[: stop - start])
             offset += slot
         buffers.append(FlatBuffer(flat, tuple(fragments), tuple(weights), group))
@@ -134,4 +128,3 @@ def refuse(config: Mapping[str, Any] | Any | None) -> None:
             "torch_autocast with float16 cannot be used with GWTAdamW: each rank skips overflowing steps by itself, so "
             "ranks would wait for each other; use bfloat16"
         )
-

@@ -39,15 +39,15 @@ def initialize(
 
     With ``{"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"]}}}`` in the
     JSON it builds the parameter groups by name (`param_groups`), the optimizer and the engine, and attaches them; a
-    `GWTAdamW` that is passed as `optimizer` is attached too. `model_parameters` narrows the choice to these parameters, or
-    keeps the options of these groups. Any other optimizer goes to DeepSpeed as it is.
+    `GWTAdamW` that is passed as `optimizer` is attached too. `model_parameters` narrows the choice to these
+    parameters, or keeps the options of these groups. Any other optimizer goes to DeepSpeed as it is.
 
     Returns:
         ``(engine, optimizer, training_dataloader, lr_scheduler)``.
 
     Raises:
-        ValueError: For an unknown key in ``optimizer.params``, an optimizer given twice, targets that match nothing, or a
-            DeepSpeed setting under which the update could not be right.
+        ValueError: For an unknown key in ``optimizer.params``, an optimizer given twice, targets that match nothing,
+            or a DeepSpeed setting under which the update could not be right.
         LayoutError: If DeepSpeed lays its buffers out in a way that this version does not know.
     """
     import deepspeed
@@ -55,7 +55,7 @@ def initialize(
     settings = _settings(args, config if config is not None else config_params)
     build = _builder(settings, model, optimizer, model_parameters)
     keywords: dict[str, Any] = {} if distributed_port is None else {"distributed_port": distributed_port}
-    result = deepspeed.initialize(
+    result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
         args=args if settings is None else None,
         model=model,
         optimizer=optimizer if build is None else build,
@@ -114,7 +114,8 @@ def _builder(
     if settings is not None and isinstance(optimizer, GWTAdamW):
         if section:
             raise ValueError(
-                f"the JSON has an optimizer section of type {section.get('type')!r} and a GWTAdamW was passed too; DeepSpeed "
+                f"the JSON has an optimizer section of type {section.get('type')!r} and a GWTAdamW was passed too; "
+                f"DeepSpeed "
                 f"would ignore the section in silence. Remove one of them"
             )
         _prepare(settings)
@@ -130,7 +131,7 @@ def _prepare(settings: dict[str, Any]) -> None:
 
 
 def _checked(params: Mapping[str, Any]) -> dict[str, Any]:
-    known = [*inspect.signature(GWTAdamW.__init__).parameters][2:] + ["targets"]
+    known = [*list(inspect.signature(GWTAdamW.__init__).parameters)[2:], "targets"]
     for key in params:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -140,4 +141,3 @@ def _checked(params: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])
     return options
-

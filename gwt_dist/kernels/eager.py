@@ -24,9 +24,7 @@ def moments(jobs: Sequence[Job], squared_norms: Tensor) -> None:
         update.update_moments(_gather(job), exp_avg, exp_avg_sq, counts, piece.transform, job.rule)
         if job.norm >= 0:
             low, high = piece.owned
-            squared_norms[job.norm] += update.squared_norm(
-                exp_avg[low:high], exp_avg_sq[low:high], job.rule.eps
-            )
+            squared_norms[job.norm] += update.squared_norm(exp_avg[low:high], exp_avg_sq[low:high], job.rule.eps)
 
 
 def write(jobs: Sequence[Job], rho: Tensor) -> None:
@@ -57,9 +55,7 @@ def _moments(job: Job) -> tuple[Tensor, Tensor]:
 def _gather(job: Job) -> Tensor:
     """The gradient of the touched units, (N, U), cut units completed, zeros at the padding of rows."""
     units = job.piece.units
-    x_NU = torch.zeros(
-        (job.piece.touched, units.length), dtype=job.exp_avg.dtype, device=job.gradient.device
-    )
+    x_NU = torch.zeros((job.piece.touched, units.length), dtype=job.exp_avg.dtype, device=job.gradient.device)
     for source, padded in _blocks(job, job.gradient, x_NU.view(-1)):
         padded.copy_(source)
     for unit, elements in job.completed:
@@ -73,9 +69,7 @@ def _blocks(job: Job, buffer: Tensor, padded: Tensor) -> list[tuple[Tensor, Tens
     return [
         (
             buffer.narrow(0, start + b.source, b.rows * b.columns).view(b.rows, b.columns),
-            padded.as_strided(
-                (b.rows, b.columns), (b.stride, 1), padded.storage_offset() + b.destination
-            ),
+            padded.as_strided((b.rows, b.columns), (b.stride, 1), padded.storage_offset() + b.destination),
         )
         for b in job.piece.blocks
     ]

@@ -1,0 +1,50 @@
+# Each target sets up .venv by itself; nothing is needed but Python >= 3.10 (and a C++ compiler for DeepSpeed on CPU).
+#   make test                  the whole suite            make test ARGS="tests/test_layout.py -x"
+#   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
+#   make lint | format | clean
+#   PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip call (a mirror, CPU-only wheels of torch).
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+BIN := $(CURDIR)/.venv/bin
+PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+STAMP := .venv/.installed
+# The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: test pretrain lint format clean
+.DELETE_ON_ERROR:
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+pretrain: export OMP_NUM_THREADS := 1
+pretrain: $(STAMP)
+	$(BIN)/deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config configs/zero2.json \
+	    --config configs/pretrain/tiny.yaml $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find gwt_dist launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone: deepspeed and fairscale are source distributions that import torch while they build. pip's
+# isolated build environment would fetch a torch of its own choice for that, gigabytes of it, hence --no-build-isolation.
+# The stamp is the last line, so an interrupted install is taken up again by the next make.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) setuptools wheel ninja
+	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,dev]'
+	@touch $@
