@@ -7,6 +7,7 @@ kills and signals go through the real launchers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -37,7 +38,8 @@ MODEL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-OPTIMIZER = {"type": "GWTAdamW", "params": {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"]}}
+PARAMS: dict[str, Any] = {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"]}
+OPTIMIZER = {"type": "GWTAdamW", "params": PARAMS}
 ENGINE = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
@@ -179,10 +181,8 @@ def test_run_leaves_curve_checkpoints_and_summary(whole_run: tuple[Path, str]) -
     assert [row[0] for row in validations] == [6, 12]
     # Each predicted token is a byte or the end of a document, which no byte of text stands for.
     assert 1.0 <= validations[-1][2] / (validations[-1][1] / math.log(2)) < 1.02
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
-        "step_00000008",
-        "step_00000012",
-    ]
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000008", "step_00000012"]
     assert list((run / "tensorboard").iterdir())
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert record["identity"]["optimizer.wavelet"] == "haar"
@@ -191,14 +191,19 @@ def test_run_leaves_curve_checkpoints_and_summary(whole_run: tuple[Path, str]) -
     assert "Warning" not in output.replace("[WARNING]", ""), output
 
 
+def matrix_elements_and_units() -> tuple[int, int]:
+    """Of the Linear layers in attention and MLP, at level 2."""
+    hidden, width = MODEL["hidden_size"], MODEL["intermediate_size"]
+    shapes = [(hidden, hidden)] * 4 + [(width, hidden)] * 2 + [(hidden, width)]
+    elements = sum(r * c for r, c in shapes)
+    units = sum(r * math.ceil(c / 4) for r, c in shapes)
+    return MODEL["num_hidden_layers"] * elements, MODEL["num_hidden_layers"] * units
+
+
 def test_summary_counts_a_quarter_of_adamw(whole_run: tuple[Path, str]) -> None:
     run, output = whole_run
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    hidden, width = MODEL["hidden_size"], MODEL["intermediate_size"]
-    rows_and_columns = [(hidden, hidden)] * 4 + [(width, hidden)] * 2 + [(hidden, width)]
-    layers = MODEL["num_hidden_layers"]
-    elements = layers * sum(r * c for r, c in rows_and_columns)
-    units = layers * sum(r * math.ceil(c / 4) for r, c in rows_and_columns)
+    elements, units = matrix_elements_and_units()
     moments = sum(rank["wavelet_moments"] for rank in summary["ranks"])
     adamw = sum(rank["wavelet_adamw"] for rank in summary["ranks"])
     # DeepSpeed pads its buffer to an even share; a unit cut between two ranks is kept by both.
@@ -226,25 +231,42 @@ def test_killed_and_resumed_run_has_the_same_curve(inputs: Path, whole_run: tupl
     assert curve(run) == curve(whole_run[0])
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(inputs: Path, torch_extensions_dir: Path) -> None:
-    run = inputs / "stopped"
-    endless = {"steps": 10**6, "save_every": 0, "eval_every": 0}
-    with started([*deepspeed_launcher(), *arguments(inputs, run, **endless)]) as process:
-        wait_for(run / "metrics.jsonl", process)
-        while len(rows(run, "step")) < 3:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
-        code, output = finish(process, 60)
-        # The launcher leaves at once; its ranks finish their step and save.
-        found = run / "checkpoints"
-        limit = time.monotonic() + 30
-        while not list(found.glob("*/run.json")) and time.monotonic() < limit:
-            time.sleep(0.02)
-    assert code != 0
-    saved = [path.parent.name for path in found.glob("*/run.json")]
+ENDLESS = {"steps": 10**6, "save_every": 0, "eval_every": 0}
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
+    wait_for(run / "metrics.jsonl", process)
+    while len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) < 3:
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.01)
+
+
+def check_stopped(run: Path, output: str) -> None:
+    saved = [path.parent.name for path in (run / "checkpoints").glob("*/run.json")]
     assert len(saved) == 1, output
     step = int(saved[0].removeprefix("step_"))
     assert step >= 3 and rows(run, "step")[-1] == [step]
+
+
+def test_ctrl_c_under_the_launcher_saves(inputs: Path, torch_extensions_dir: Path) -> None:
+    run = inputs / "stopped"
+    with started([*deepspeed_launcher(), *arguments(inputs, run, **ENDLESS)]) as process:
+        wait_for_steps(run, process)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        code, output = finish(process, 60)  # until the ranks, which hold the pipe, have ended
+    assert code != 0
+    assert "stopped and saved at step" in output
+    check_stopped(run, output)
+
+
+def test_sigterm_saves_and_is_told_by_the_exit_code(inputs: Path, torch_extensions_dir: Path) -> None:
+    run = inputs / "terminated"
+    with started([sys.executable, str(SCRIPT), *arguments(inputs, run, **ENDLESS)]) as process:
+        wait_for_steps(run, process)
+        process.send_signal(signal.SIGTERM)
+        code, output = finish(process, 60)
+    assert code == 130, output
+    check_stopped(run, output)
 
 
 def test_one_plain_process_with_zero3_and_bpe(inputs: Path, torch_extensions_dir: Path) -> None:
@@ -264,14 +286,17 @@ def test_one_plain_process_with_zero3_and_bpe(inputs: Path, torch_extensions_dir
 
 
 def run_session(argv: list[str], probe: str = "") -> dict[str, Any]:
-    """One run on the ranks of a pool: losses, weights and what was raised, as plain data."""
+    """One run on the ranks of a pool: losses, weights and what was raised, as plain data.
+
+    `probe`: a number that the loss is multiplied by, once on the last rank.
+    """
     import torch
 
-    from gwt_dist.train import loop
+    from gwt_dist.train import loop, model
     from gwt_dist.train.config import parse_arguments
     from gwt_dist.train.ranks import ranks_from_environment
     from gwt_dist.train.session import open_session
-    from gwt_dist.train.summary import OptimizerWatch
+    from gwt_dist.train.summary import OptimizerWatch, measure
 
     config, _ = parse_arguments(argv)
     session = open_session(config, ranks_from_environment(None))
@@ -282,7 +307,7 @@ def run_session(argv: list[str], probe: str = "") -> dict[str, Any]:
         return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
 
     calls = 0
-    healthy = loop.token_losses
+    healthy = model.token_losses
 
     def failing(module: Any, tokens: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -298,7 +323,8 @@ def run_session(argv: list[str], probe: str = "") -> dict[str, Any]:
         if probe:
             stack.enter_context(mock.patch.object(loop, "token_losses", failing))
         try:
-            outcome = loop.train(session, OptimizerWatch(engine))
+            watch = OptimizerWatch(engine)
+            outcome = loop.train(session, watch)
         except loop.NonFiniteLoss as error:
             raised = str(error)
     session.metrics.close()
@@ -308,8 +334,37 @@ def run_session(argv: list[str], probe: str = "") -> dict[str, Any]:
         result["calls"] = calls
     else:
         result["validation_loss"] = outcome.validation_loss
+        result["bytes"] = dataclasses.asdict(measure(engine, watch))
+        result["planned"] = session.planned and dataclasses.asdict(session.planned)
     engine.destroy()
     return result
+
+
+def run_streamed(argv: list[str], files: str) -> dict[str, Any]:
+    """`run_session`, with local files in the place of a dataset that would be fetched."""
+    import datasets
+
+    from gwt_dist.train import stream
+
+    def local(spec: str) -> tuple[Any, None]:
+        splits = datasets.load_dataset("text", data_files=files, streaming=True)
+        return splits["train"], None
+
+    with mock.patch.object(stream, "open_stream", local):
+        return run_session(argv)
+
+
+def test_streamed_run_goes_on_in_another_folder_with_the_same_curve(
+    inputs: Path, ranks: Ranks, torch_extensions_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"corpus": "some/dataset", "steps": 6, "save_every": 3, "shuffle_buffer": 20}
+    files = str(inputs / "text" / "*.txt")
+    whole, branch = tmp_path / "whole", tmp_path / "branch"
+    ranks(2, run_streamed, arguments(inputs, whole, **changes), files, timeout=120)
+    changes["resume"] = whole / "checkpoints" / "step_00000003"
+    ranks(2, run_streamed, arguments(inputs, branch, **changes), files, timeout=120)
+    assert len(curve(whole)) == 7  # six steps and a validation
+    assert curve(branch) == curve(whole)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -342,6 +397,39 @@ def test_validation_does_not_depend_on_ranks_or_stage(
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2-bf16", "zero2-adamw"])
+def test_each_engine_setting_trains(
+    inputs: Path, ranks: Ranks, torch_extensions_dir: Path, tmp_path: Path, name: str
+) -> None:
+    settings = REPOSITORY / "configs" / f"{name}.json"
+    argv = arguments(inputs, tmp_path / "run", deepspeed_config=settings, steps=3)
+    results = ranks(2, run_session, argv, timeout=120)
+    assert math.isfinite(results[0]["validation_loss"])
+    elements, units = matrix_elements_and_units()
+    held = [result["bytes"] for result in results]
+    moments = sum(one["wavelet_moments"] for one in held)
+    if name == "zero2-adamw":
+        assert moments == 0 and results[0]["planned"] is None
+        assert all(one["plain_moments"] == one["plain_adamw"] for one in held)
+        return
+    for result in results:
+        measured, planned = result["bytes"], result["planned"]
+        assert measured["wavelet_moments"] == planned["wavelet"]
+        assert measured["plain_moments"] == planned["rest"]
+        assert measured["scalars"] == planned["scalars"]
+    assert moments == 8 * units + sum(result["planned"]["wavelet_cut"] for result in results)
+    # ZeRO-1/2 cut one buffer, ZeRO-3 each of the seven matrices of a layer.
+    cuts = 7 * MODEL["num_hidden_layers"] if name == "zero3" else 1
+    assert 8 * units <= moments <= 8 * (units + cuts)
+    adamw = sum(one["wavelet_adamw"] for one in held)
+    assert 8 * elements <= adamw <= 8 * (elements + 4 * cuts)
+    # ZeRO-1/2 keep the weights on both ranks and divide the fp32 masters; ZeRO-3 divides both.
+    weights = sum(one["weights"] for one in held)
+    masters = sum(one["masters"] for one in held)
+    copies = {"zero3": 1.0, "zero2-bf16": 2 * 0.5}.get(name, 2.0)
+    assert weights / masters == pytest.approx(copies, rel=0.001)
+
+
 def fails(argv: list[str]) -> tuple[int, str]:
     """Exit code and stderr of the command, in a rank of the pool, which stays usable."""
     from gwt_dist.train import command
@@ -353,7 +441,7 @@ def fails(argv: list[str]) -> tuple[int, str]:
 
 
 def optimizer(**params: Any) -> dict[str, Any]:
-    return {"optimizer": {"type": "GWTAdamW", "params": OPTIMIZER["params"] | params}}
+    return {"optimizer": {"type": "GWTAdamW", "params": PARAMS | params}}
 
 
 @pytest.mark.parametrize(
@@ -417,7 +505,7 @@ def test_resume_of_another_run_is_refused(
     run, _ = whole_run
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
     settings = engine(tmp_path, "engine", **engine_changes)
-    values = {"deepspeed_config": settings, "resume": "latest", "steps": 20} | changes
+    values: dict[str, Any] = {"deepspeed_config": settings, "resume": "latest", "steps": 20} | changes
     values = {k: v.format(inputs=inputs) if k == "corpus" else v for k, v in values.items()}
     (code, error), _ = ranks(2, fails, arguments(inputs, run, **values), timeout=120)
     assert code == 2 and error.count("\n") == 1
@@ -431,4 +519,4 @@ def test_resume_with_another_number_of_ranks_is_refused(
     argv = arguments(inputs, whole_run[0], resume="latest", steps=20)
     code, error = ranks(1, fails, argv, timeout=120)[0]
     assert code == 2
-    assert "train_batch_size is 4 in this run and 8" in error or "world_size is 1" in error
+    assert "world_size is 1 in this run and 2 in" in error

@@ -35,7 +35,7 @@ def normalising_backend() -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-    backend = Backend(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[UNK]", "</s>"], show_progress=False)
@@ -46,7 +46,8 @@ def normalising_backend() -> Any:
 def save_pretrained(folder: Path, **tokens: str) -> Path:
     from transformers import PreTrainedTokenizerFast
 
-    loaded = PreTrainedTokenizerFast(tokenizer_object=normalising_backend(), **tokens)
+    build: Any = PreTrainedTokenizerFast
+    loaded = build(tokenizer_object=normalising_backend(), **tokens)
     loaded.save_pretrained(str(folder))
     return folder
 

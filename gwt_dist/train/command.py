@@ -1,0 +1,95 @@
+"""The command: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from gwt_dist.train.config import TrainConfig, parse_arguments
+from gwt_dist.train.ranks import Ranks, ranks_from_environment
+
+DONE = 0
+USER_ERROR = 2
+NON_FINITE = 3
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pre-train as the command line says.
+
+    Returns:
+        0 at the end of the run, 2 for a mistake of the user (told in one line), 3 for a NaN or
+        infinite loss, 130 when stopped by SIGINT or SIGTERM.
+    """
+    try:
+        config, local_rank = parse_arguments(argv)
+        ranks = ranks_from_environment(local_rank)
+    except ValueError as error:
+        return _fail(error, USER_ERROR)
+    try:
+        return _run(config, ranks)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        _leave()
+
+
+def start() -> NoReturn:
+    """Run `main` and end the process with its exit code, without the interpreter's own ending.
+
+    In that ending gloo's threads can abort a process that has done all its work, which would turn a
+    good run into a failed one.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(config: TrainConfig, ranks: Ranks) -> int:
+    from gwt_dist.train.checkpoints import write_json
+    from gwt_dist.train.loop import NonFiniteLoss, train
+    from gwt_dist.train.session import open_session
+    from gwt_dist.train.summary import OptimizerWatch, summarise
+
+    try:
+        session = open_session(config, ranks)
+    except ValueError as error:
+        return _fail(error, USER_ERROR)
+    try:
+        watch = OptimizerWatch(session.engine)
+        outcome = train(session, watch)
+    except NonFiniteLoss as error:
+        return _fail(error, NON_FINITE)
+    finally:
+        session.metrics.close()
+    if outcome.stopped:
+        if ranks.rank == 0:
+            print(
+                f"stopped and saved at step {outcome.steps_done} of {config.steps}; "
+                f"go on with --output {config.output} --resume latest",
+                flush=True,
+            )
+        return INTERRUPTED
+    summary = summarise(session, watch, outcome)
+    if ranks.rank == 0:
+        write_json(Path(config.output) / "summary.json", summary.as_dict())
+        print(summary.table(), flush=True)
+    return DONE
+
+
+def _fail(error: Exception, code: int) -> int:
+    """Print the error once on each machine: what is wrong may be a file of that machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

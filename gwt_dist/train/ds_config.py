@@ -1,0 +1,220 @@
+"""The DeepSpeed JSON, checked before DeepSpeed sees it.
+
+DeepSpeed ignores unknown top-level keys in silence and asserts on batch sizes; here both are one
+clear error. Nothing is filled in but the batch sizes, so the JSON stays the one place for them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gwt_dist.train.config import read_mapping, refuse_unknown_keys
+
+# Every top-level key that DeepSpeed 0.19.8 reads, in the order of its runtime/config.py.
+TOP_LEVEL_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "steps_per_print",
+    "dump_state",
+    "disable_python_gc",
+    "disable_allgather",
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "gradient_allreduce_op",
+    "gradient_clipping",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",
+    "comms_logger",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "fp16",
+    "bf16",
+    "bfloat16",
+    "torch_autocast",
+    "optimizer",
+    "scheduler",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "autotuning",
+    "use_data_before_expert_parallelism",
+    "hybrid_engine",
+    "pipeline",
+    "data_efficiency",
+    "checkpoint",
+    "data_types",
+    "aio",
+    "dataloader_drop_last",
+    "log_level",
+    "datastates_ckpt",
+    "weight_quantization",
+    "compile",
+    "timers",
+    "tensor_parallel",
+    "expert_parallel",
+    "sequence_parallel_size",
+    "data_parallel_size",
+    "vocabulary_size",
+)
+
+OPTIMIZER_KEYS = ("type", "params", "legacy_fusion")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """Sequences: `train` = `micro` (one forward of one rank) * `accumulation` * world size."""
+
+    train: int
+    micro: int
+    accumulation: int
+
+
+def load(path: Path, world_size: int) -> tuple[dict[str, Any], BatchSizes]:
+    """The JSON at `path` as a dict, with all three batch sizes filled in, and those sizes.
+
+    Raises:
+        ValueError: unknown key or optimizer parameter, a section that the recipe sets itself, or
+            batch sizes that do not multiply out for `world_size` ranks.
+    """
+    content = read_mapping(path)
+    refuse_unknown_keys(content, TOP_LEVEL_KEYS, str(path))
+    if "scheduler" in content:
+        raise ValueError(
+            f"section 'scheduler' in {path}: the learning rate would have two schedules; remove it "
+            "and set warmup_steps, steps and min_lr_ratio of the run instead"
+        )
+    _check_sections(content, path)
+    _check_optimizer(content, path)
+    sizes = batch_sizes(content, world_size, str(path))
+    content["train_batch_size"] = sizes.train
+    content["train_micro_batch_size_per_gpu"] = sizes.micro
+    content["gradient_accumulation_steps"] = sizes.accumulation
+    return content, sizes
+
+
+def batch_sizes(content: dict[str, Any], world_size: int, where: str) -> BatchSizes:
+    """The three batch sizes of a DeepSpeed JSON; one that is absent follows from the other two.
+
+    Raises:
+        ValueError: not whole positive numbers, too few given, or the product is wrong.
+    """
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for name in names:
+        value = content.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} in {where} must be a whole number, 1 or more")
+    train: int | None
+    train, micro, accumulation = (content.get(name) for name in names)
+    if train is None:
+        if micro is None:
+            raise ValueError(
+                f"{where} gives neither train_batch_size nor train_micro_batch_size_per_gpu; add at least one of them"
+            )
+        accumulation = accumulation or 1
+        train = micro * accumulation * world_size
+    elif micro is None:
+        accumulation = accumulation or 1
+        micro = max(train // (accumulation * world_size), 1)
+    elif accumulation is None:
+        accumulation = max(train // (micro * world_size), 1)
+    product = micro * accumulation * world_size
+    if train != product:
+        raise ValueError(
+            f"batch sizes in {where} do not multiply out: train_micro_batch_size_per_gpu {micro} * "
+            f"gradient_accumulation_steps {accumulation} * {world_size} ranks = {product}, but "
+            f"train_batch_size = {train}; correct one of them or leave train_batch_size out"
+        )
+    return BatchSizes(train=train, micro=micro, accumulation=accumulation)
+
+
+def zero_stage(content: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed JSON, 0 to 3."""
+    return int(content.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision(content: dict[str, Any]) -> str:
+    """'bf16', 'fp16' or 'fp32': the storage of the weights that the forward pass uses."""
+    for name, key in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16")):
+        if content.get(key, {}).get("enabled"):
+            return name
+    return "fp32"
+
+
+def _check_sections(content: dict[str, Any], path: Path) -> None:
+    # Imported late: it takes seconds and --help does not need it.
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "bfloat16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    for section, model in models.items():
+        value = content.get(section, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"section {section!r} in {path} must be a mapping, found {value!r}")
+        fields = model.model_fields
+        known = set(fields) | {item.alias for item in fields.values() if item.alias}
+        refuse_unknown_keys(value, known, f"section {section!r} of {path}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ValueError(f"zero_optimization.stage={stage!r} in {path}: expected 0, 1, 2 or 3")
+
+
+def _check_optimizer(content: dict[str, Any], path: Path) -> None:
+    section = content.get("optimizer")
+    if not isinstance(section, dict) or "type" not in section:
+        raise ValueError(
+            f"{path} has no optimizer: add a section such as "
+            '"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.005, "level": 2}}'
+        )
+    refuse_unknown_keys(section, OPTIMIZER_KEYS, f"section 'optimizer' of {path}")
+    kind, params = section["type"], section.get("params", {})
+    if not isinstance(params, dict):
+        raise ValueError(f"optimizer.params in {path} must be a mapping, found {params!r}")
+    known = _optimizer_parameters(kind, path)
+    if known is not None:
+        refuse_unknown_keys(params, known, f"optimizer.params of {path} ({kind})")
+    lr = params.get("lr")
+    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or lr < 0:
+        raise ValueError(f"optimizer.params.lr={lr!r} in {path}: expected a number, 0 or more")
+
+
+def _optimizer_parameters(kind: str, path: Path) -> set[str] | None:
+    """Names that `optimizer.params` may hold; None where DeepSpeed's own class decides."""
+    import torch
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    from gwt_dist import GWTAdamW, param_groups
+
+    if kind == "GWTAdamW":
+        return _keywords(GWTAdamW) | _keywords(param_groups)
+    if str(kind).lower() in ("adam", "adamw"):
+        return _keywords(torch.optim.AdamW) | {"torch_adam", "adam_w_mode"}
+    if str(kind).lower() in DEEPSPEED_OPTIMIZERS:
+        return None
+    if not isinstance(getattr(torch.optim, str(kind), None), type):
+        raise ValueError(
+            f"optimizer.type={kind!r} in {path}: expected 'GWTAdamW', a name of torch.optim, or "
+            f"one of DeepSpeed's ({', '.join(DEEPSPEED_OPTIMIZERS)})"
+        )
+    return _keywords(getattr(torch.optim, kind))
+
+
+def _keywords(function: Any) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named - {"self", "params", "model"}

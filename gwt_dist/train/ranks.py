@@ -1,0 +1,90 @@
+"""Who this process is among the ranks, and how it leaves them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+# Set by mpirun and its kin. A process that sees one without RANK would run alone, like the rest.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECOND_SIGNAL_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The `rank` of this process among `world_size`, and its `local_rank` on this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def ranks_from_environment(local_rank: int | None) -> Ranks:
+    """Ranks as the launcher set them; a plain `python` start becomes the only rank.
+
+    Fills in the environment that torch.distributed needs; talks to no other process.
+
+    Raises:
+        ValueError: started by mpirun without RANK and WORLD_SIZE, or only some of the variables.
+    """
+    env = os.environ
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        for name in MPI_SIZES:
+            if int(env.get(name, "1")) > 1:
+                raise ValueError(
+                    f"{name}={env[name]} but RANK and WORLD_SIZE are unset: every process would "
+                    "train alone; start with the deepspeed launcher or with torchrun"
+                )
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for name, value in zip(RENDEZVOUS, (0, 1, 0, "127.0.0.1", port), strict=True):
+            env.setdefault(name, str(value))
+    if local_rank is not None:
+        env.setdefault("LOCAL_RANK", str(local_rank))
+    # The deepspeed launcher's mark for "all ranks on this machine": with it DeepSpeed opens shared
+    # memory for inference, tens of megabytes a rank that nobody removes. Training does not use it.
+    env.pop("LOCAL_SIZE", None)
+    missing = [name for name in RENDEZVOUS if name not in env]
+    if missing:
+        raise ValueError(
+            f"the environment lacks {', '.join(missing)}; start with the deepspeed launcher, with "
+            "torchrun, or as one plain process"
+        )
+    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+class StopRequest:
+    """Remembers SIGINT and SIGTERM, so that the run can end between two steps.
+
+    The deepspeed launcher answers Ctrl-C by sending SIGTERM after the SIGINT that the terminal sent
+    already, so a second signal counts as impatience only after a few seconds; it then interrupts
+    at once, unsaved. Use as a context manager; the old handlers come back at its end.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._first = 0.0
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.requested and now - self._first > SECOND_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self._first = True, now

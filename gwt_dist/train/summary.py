@@ -1,0 +1,187 @@
+"""What a run shows at its end: bytes that were measured, beside what AdamW would hold."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from gwt_dist.memory import StateBytes
+
+if TYPE_CHECKING:
+    from gwt_dist.train.loop import Outcome
+    from gwt_dist.train.session import Session
+
+ADAMW_MOMENTS = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class OptimizerWatch:
+    """Times the inner optimizer and sees what it is given, by torch's own step hooks.
+
+    DeepSpeed hides which flat buffer belongs to which parameter group outside of a step (ZeRO-3
+    even empties the groups), so the level of each buffer is taken down during the steps.
+
+    Args:
+        engine: DeepSpeed engine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.optimizer: torch.optim.Optimizer = engine.basic_optimizer or engine.optimizer
+        self.levels: dict[torch.Tensor, int] = {}
+        self.gradient_bytes: dict[torch.Tensor, int] = {}
+        self.timing = False
+        self.seconds = 0.0
+        self._synchronize = engine.device.type != "cpu"
+        self._started = 0.0
+        self.optimizer.register_step_pre_hook(self._before)
+        self.optimizer.register_step_post_hook(self._after)
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.levels:
+                    self.levels[parameter] = int(group.get("level", 0))
+                    gradient = parameter.grad
+                    self.gradient_bytes[parameter] = 0 if gradient is None else _bytes(gradient)
+        if self.timing:
+            self._started = self._now()
+
+    def _after(self, *_: Any) -> None:
+        if self.timing:
+            self.seconds += self._now() - self._started
+
+    def _now(self) -> float:
+        if self._synchronize:
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """Bytes that one rank holds. `wavelet_*` are the tensors of level 1 and more, `plain_*` the
+    rest; `*_adamw` is what AdamW would hold for the same elements, two fp32 moments.
+    `scalars` are step counters and limiter norms; `masters` the fp32 copies of weights that ZeRO
+    keeps; `gradients` those handed to the optimizer, by the buffer.
+    """
+
+    rank: int
+    wavelet_moments: int
+    wavelet_adamw: int
+    plain_moments: int
+    plain_adamw: int
+    scalars: int
+    weights: int
+    masters: int
+    gradients: int
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def measure(engine: Any, watch: OptimizerWatch) -> RankBytes:
+    """Bytes of this rank, counted on the live tensors."""
+    sums = dict.fromkeys(("wavelet_moments", "wavelet_adamw", "plain_moments", "plain_adamw"), 0)
+    scalars = 0
+    for parameter, state in watch.optimizer.state.items():
+        kind = "wavelet" if watch.levels.get(parameter, 0) > 0 else "plain"
+        sums[f"{kind}_adamw"] += ADAMW_MOMENTS * parameter.numel() * torch.float32.itemsize
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                if name in MOMENTS:
+                    sums[f"{kind}_moments"] += _bytes(value)
+                else:
+                    scalars += _bytes(value)
+    # Under ZeRO-3 a parameter is empty between steps and its part of this rank is ds_tensor.
+    parts = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+    held = {id(parameter) for parameter in engine.module.parameters()}
+    return RankBytes(
+        rank=dist.get_rank(),
+        scalars=scalars,
+        weights=sum(_bytes(part) for part in parts),
+        masters=sum(_bytes(p) for p in watch.levels if id(p) not in held),
+        gradients=sum(watch.gradient_bytes.values()),
+        **sums,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The end of a run; all of it goes into `summary.json`."""
+
+    steps: int
+    validation_loss: float
+    bits_per_byte: float
+    tokens_per_second: float
+    optimizer_time_share: float
+    optimizer: str
+    world_size: int
+    ranks: tuple[RankBytes, ...]
+    planned: tuple[StateBytes | None, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Text for the terminal: bytes per rank, then the results."""
+        rows = [("bytes per rank", *(f"rank {r.rank}" for r in self.ranks), "of AdamW's")]
+        planned = [plan for plan in self.planned if plan is not None]
+        for label, kind, plan_field in (
+            ("moments, level > 0", "wavelet", "wavelet"),
+            ("moments, level 0", "plain", "rest"),
+        ):
+            have = [getattr(r, f"{kind}_moments") for r in self.ranks]
+            would = [getattr(r, f"{kind}_adamw") for r in self.ranks]
+            share = f"{sum(have) / sum(would):.4f}" if sum(would) else "-"
+            rows.append((label, *(f"{n:,}" for n in have), share))
+            if planned:
+                rows.append(("  planned", *(f"{getattr(p, plan_field):,}" for p in planned), ""))
+            rows.append(("  AdamW would hold", *(f"{n:,}" for n in would), ""))
+        if planned:
+            rows.append(("units cut between ranks", *(f"{p.wavelet_cut:,}" for p in planned), ""))
+        for label, name in (
+            ("step counters, norms", "scalars"),
+            ("weights", "weights"),
+            ("fp32 masters", "masters"),
+            ("gradients at the step", "gradients"),
+        ):
+            rows.append((label, *(f"{getattr(r, name):,}" for r in self.ranks), ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        lines += [
+            "",
+            f"{self.optimizer}, {self.steps} steps, {self.world_size} ranks",
+            f"validation loss {self.validation_loss:.4f} nats a token, {self.bits_per_byte:.4f} bits a byte",
+            f"{self.tokens_per_second:,.0f} tokens/s, "
+            f"{100 * self.optimizer_time_share:.1f} % of the time in the optimizer's step",
+        ]
+        return "\n".join(lines)
+
+
+def summarise(session: Session, watch: OptimizerWatch, outcome: Outcome) -> Summary:
+    """Gather the figures of all ranks. A collective."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (measure(session.engine, watch), session.planned))
+    seconds = outcome.timed_seconds
+    return Summary(
+        steps=outcome.steps_done,
+        validation_loss=outcome.validation_loss,
+        bits_per_byte=outcome.bits_per_byte,
+        tokens_per_second=outcome.timed_tokens / seconds if seconds else 0.0,
+        optimizer_time_share=watch.seconds / seconds if seconds else 0.0,
+        optimizer=session.record["deepspeed"]["optimizer"]["type"],
+        world_size=len(gathered),
+        ranks=tuple(bytes_ for bytes_, _ in gathered),
+        planned=tuple(plan for _, plan in gathered),
+    )
