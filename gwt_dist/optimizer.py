@@ -150,8 +150,7 @@ class GWTAdamW(torch.optim.Optimizer):
                 if theirs.get(key, mine[key]) != mine[key]:
                     raise ValueError(
                         f"{key} of parameter group {i} is {theirs[key]!r} in the state to load and {mine[key]!r} in "
-                        f"this "
-                        f"optimizer; its moments would mean something else. Build the optimizer with "
+                        f"this optimizer; its moments would mean something else. Build the optimizer with "
                         f"{key}={theirs[key]!r}"
                     )
             for key, parameter in zip(theirs["params"], mine["params"], strict=False):
@@ -240,9 +239,8 @@ class GWTAdamW(torch.optim.Optimizer):
         raise ValueError(
             f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
             f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step "
-            f"would be "
-            f"another optimizer. Add gwt_dist.attach(optimizer, engine) after the engine is built, or build it with "
-            f"gwt_dist.initialize"
+            f"would be another optimizer. Add gwt_dist.attach(optimizer, engine) after the engine is built, or build "
+            f"it with gwt_dist.initialize"
         )
 
     def _check_moments(self, state: Mapping[str, Any], parameter: Tensor, group: Group, i: int) -> None:
@@ -257,6 +255,5 @@ class GWTAdamW(torch.optim.Optimizer):
             if name in state and tuple(state[name].shape) != expected:
                 raise ValueError(
                     f"{name} of a parameter in group {i} has shape {tuple(state[name].shape)} in the state to load and "
-                    f"needs "
-                    f"{expected} here; it was saved with another level, model, world size or engine"
+                    f"needs {expected} here; it was saved with another level, model, world size or engine"
                 )

@@ -18,6 +18,9 @@ from ranks import RankPool
 # Tests never reach out: a model or data set that is not here is an error, not a download.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+# DeepSpeed compiles with the `ninja` that it finds first; another one would compile everything again.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
 # Compiled extensions go to a folder of this session, set before anything can import DeepSpeed: a
 # rank killed while it compiles leaves a lock behind, on which every later run would wait for ever.
 # Who sets the variable keeps what was compiled there, half a minute a run.

@@ -123,8 +123,11 @@ def _builder(
 
 
 def _prepare(settings: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
     adapter.refuse(settings)
-    settings["zero_allow_untested_optimizer"] = True
+    if GWTAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(GWTAdamW)
     if (settings.get("zero_optimization") or {}).get("offload_optimizer"):
         # True, the default, makes wrappers put DeepSpeedCPUAdam in the place of the optimizer.
         settings["zero_force_ds_cpu_optimizer"] = False

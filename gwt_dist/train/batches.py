@@ -121,7 +121,3 @@ class Validation:
                 counted=np.array(counted, dtype=np.float64),
                 text_bytes=np.array([self._covered[s + 1 : e].sum(dtype="int64") for s, e in spans]),
             )
-
-    def _text_bytes(self, start: int, end: int) -> int:
-        """Bytes of the predicted text of a window, whose first token is not predicted."""
-        return int(self._covered[start + 1 : end].sum(dtype=np.int64))

@@ -27,7 +27,7 @@ def _key(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Everything about a run that is not the engine's business; see `gwt-dist train --help`.
+    """Everything about a run that is not the engine's business; see `launch/pretrain.py --help`.
 
     Raises:
         ValueError: a value is outside its range; the message names key, value and range.
