@@ -33,8 +33,9 @@ class LayoutError(ValueError):
 class Fragment:
     """Elements ``start..stop`` (row-major, half open) of tensor `fqn`, at `offset` of a rank's local buffer.
 
-    `shape` is the tensor's own. It is read as the matrix ``[rows, columns] = [shape[0], rest]``; tensors of fewer than
-    two dimensions are one row.
+    `shape` is the tensor's own. It is read as the matrix ``[R, C] = [shape[0], rest]``; tensors of fewer than two
+    dimensions are one row. With `rows` above 1 the interval lies within one row and is repeated in the rows after it,
+    dense in the buffer: the rectangle that a rank holds where columns are sharded.
     """
 
     fqn: str
@@ -42,30 +43,33 @@ class Fragment:
     start: int
     stop: int
     offset: int = 0
+    rows: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= self.stop <= prod(self.shape) or self.offset < 0:
+        end = self.stop + (self.rows - 1) * self.columns
+        inside = 0 <= self.start <= self.stop and end <= prod(self.shape) and self.offset >= 0 and self.rows >= 1
+        if not inside or (self.rows > 1 and self.start % self.columns + self.stop - self.start > self.columns):
             raise LayoutError(
-                f"fragment {self.start}..{self.stop} at offset {self.offset} does not lie in tensor {self.fqn!r} "
-                f"of shape {self.shape} ({prod(self.shape)} elements)"
+                f"fragment {self.start}..{self.stop} ({self.rows} rows) at offset {self.offset} does not lie in tensor "
+                f"{self.fqn!r} of shape {self.shape} ({prod(self.shape)} elements)"
             )
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return self.stop - self.start
+        return self.rows * (self.stop - self.start)
 
     @property
     def columns(self) -> int:
         """Row length of the tensor."""
         return columns_of(self.shape)
 
-    def intersect(self, other: Fragment) -> Fragment | None:
-        """The part of `self` that `other` holds too, at its offset in the buffer of `self`; None if there is none."""
-        start, stop = max(self.start, other.start), min(self.stop, other.stop)
-        if self.fqn != other.fqn or start >= stop:
-            return None
-        return Fragment(self.fqn, self.shape, start, stop, self.offset + start - self.start)
+    @property
+    def intervals(self) -> list[tuple[int, int]]:
+        """``(start, stop)`` of each of its rows; empty if it has no elements."""
+        if self.start == self.stop:
+            return []
+        return [(self.start + i * self.columns, self.stop + i * self.columns) for i in range(self.rows)]
 
 
 def columns_of(shape: Sequence[int]) -> int:
@@ -90,7 +94,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """How rows of `columns` elements are cut into units of `length`, with `coefficients` moments for each unit."""
+    """How rows of `columns` elements are cut into units of `length`, with `coefficients` moments for each unit.
+
+    Units are numbered over the whole tensor, row by row. A fragment of several rows touches the same units in each:
+    `touched` and `owned` speak of its first row.
+    """
 
     columns: int
     length: int
@@ -127,20 +135,24 @@ class Units:
 
     def moments(self, fragment: Fragment, offset: int = 0) -> Fragment:
         """The interval of the ``[rows, per_row * coefficients]`` moments that goes with `fragment`."""
-        first, last = self.touched(fragment)
-        width = self.per_row * self.coefficients
+        first, last = (unit * self.coefficients for unit in self.touched(fragment))
         rows = prod(fragment.shape) // self.columns if self.columns else 0
-        return Fragment(fragment.fqn, (rows, width), first * self.coefficients, last * self.coefficients, offset)
+        shape = (rows, self.per_row * self.coefficients)
+        return Fragment(fragment.fqn, shape, first, last, offset, fragment.rows)
 
     def blocks(self, fragment: Fragment) -> tuple[Block, ...]:
-        """Where the elements of `fragment` stand in its units, a ``[touched units, length]`` buffer.
+        """Where the elements of `fragment` stand in its units, a ``[rows * touched units, length]`` buffer.
 
         `Block.source` counts from the start of the fragment.
         """
         if fragment.numel == 0:
             return ()
+        first, last = self.touched(fragment)
+        if fragment.rows > 1:
+            lead, width = fragment.start - self.bounds(first)[0], fragment.stop - fragment.start
+            return (Block(0, lead, fragment.rows, width, (last - first) * self.length),)
         padded = self.per_row * self.length
-        origin = self._padded(self.bounds(self.index(fragment.start))[0])
+        origin = self._padded(self.bounds(first)[0])
         if padded == self.columns:
             return (Block(0, self._padded(fragment.start) - origin, 1, fragment.numel, fragment.numel),)
         first_row, last_row = -(-fragment.start // self.columns), fragment.stop // self.columns
@@ -190,8 +202,7 @@ def join(ranks: Sequence[Iterable[Fragment]]) -> tuple[Tensor, ...]:
                     f"{shapes[fragment.fqn]} on a lower rank; ranks must build the same model"
                 )
             intervals = held.setdefault(fragment.fqn, [])
-            if fragment.numel:
-                intervals.append((fragment.start, fragment.stop, rank))
+            intervals += [(start, stop, rank) for start, stop in fragment.intervals]
     tensors = []
     for fqn, intervals in held.items():
         reached, numel = 0, prod(shapes[fqn])
@@ -220,7 +231,7 @@ class Send:
 class Receive:
     """`length` elements at `slot` of the exchange buffer complete a unit of local fragment number `fragment`.
 
-    `unit` counts from the first unit that the fragment touches.
+    `unit` counts the units that the fragment touches, row by row.
     """
 
     fragment: int
@@ -258,16 +269,18 @@ def plan_exchange(
                 length += stop - start
     sends, receives = [], []
     for number, fragment in enumerate(fragments):
-        first, last = units_of(fragment.shape).touched(fragment)
-        for unit in sorted({first, last - 1} if first < last else ()):
-            slot = slots.get((fragment.fqn, unit))
-            if slot is None:
-                continue
-            start, stop = units_of(fragment.shape).bounds(unit)
-            held_start, held_stop = max(start, fragment.start), min(stop, fragment.stop)
-            source = fragment.offset + held_start - fragment.start
-            sends.append(Send(source, slot + held_start - start, held_stop - held_start))
-            receives.append(Receive(number, unit - first, slot, stop - start))
+        units = units_of(fragment.shape)
+        for row, (begin, end) in enumerate(fragment.intervals):
+            first, last = units.index(begin), units.index(end - 1)
+            for unit in sorted({first, last}):
+                slot = slots.get((fragment.fqn, unit))
+                if slot is None:
+                    continue
+                start, stop = units.bounds(unit)
+                low, high = max(start, begin), min(stop, end)
+                source = fragment.offset + row * (end - begin) + low - begin
+                sends.append(Send(source, slot + low - start, high - low))
+                receives.append(Receive(number, row * (last - first + 1) + unit - first, slot, stop - start))
     return Exchange(length, tuple(sends), tuple(receives))
 
 

@@ -85,7 +85,7 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateByt
             first, last = units.owned(fragment)
             if level_of(fragment.shape, group.level):
                 wavelet += 2 * FP32 * kept
-                cut += 2 * FP32 * (kept - (last - first) * units.coefficients)
+                cut += 2 * FP32 * (kept - fragment.rows * (last - first) * units.coefficients)
                 wavelet_adamw += 2 * FP32 * fragment.numel
             else:
                 rest += 2 * FP32 * kept

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gwt_dist import kernels
+from gwt_dist import dtensor, kernels
 from gwt_dist.comm import Shard, sum_over_ranks
 from gwt_dist.plan import Active, Plan, limit_growth, make_jobs, state_dtype
 from gwt_dist.recipes import check_group, rule_of
@@ -26,7 +25,8 @@ class GWTAdamW(torch.optim.Optimizer):
     along their rows; scalars and 1-D tensors are level 0, which is AdamW. See `param_groups` for the usual choice of
     levels by module name.
 
-    Under an engine that hides the layout of the weights behind flat buffers (DeepSpeed ZeRO), call
+    DTensor parameters (FSDP2, HSDP, tensor parallelism) are recognised at the first step. Under an engine that hides the
+    layout of the weights behind flat buffers (DeepSpeed ZeRO), call
     `gwt_dist.attach(optimizer, engine)` once, or use `gwt_dist.initialize`. A step on such a buffer that was never
     attached raises; it never becomes another optimizer.
 
@@ -112,8 +112,7 @@ class GWTAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
-        A parameter that was attached joins its collectives whatever its gradient, so that all ranks make the same
-        calls.
+        A parameter that ranks share joins its collectives whatever its gradient, so that all make the same calls.
 
         Args:
             closure: Evaluates the model again and returns the loss, which is returned.
@@ -126,16 +125,31 @@ class GWTAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for process_group, active in self._active().items():
-            jobs = make_jobs(active, process_group)
-            norms = sum(one.norms for one in active)
-            squared_norms = torch.zeros(norms, dtype=torch.float64, device=active[0].device)
+        for device, active in self._active().items():
+            jobs = make_jobs(active)
+            norms = [one.norms for one in active]
+            squared_norms = torch.zeros(sum(norms), dtype=torch.float64, device=device)
             kernels.moments(jobs, squared_norms)
-            sum_over_ranks(squared_norms, process_group)
+            sum_over_ranks(squared_norms, norms, [one.plan.shard.groups for one in active])
             kernels.write(jobs, limit_growth(active, squared_norms))
             for one in active:
                 one.finish()
         return loss
+
+    def state_dict(self) -> Group:
+        """State as torch has it; tensors and plain numbers only, DTensors where the parameters are DTensors.
+
+        Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
+        checkpoint would keep one rank's as if they were everyone's.
+        """
+        for parameter, state in self.state.items():
+            if isinstance(parameter, DTensor) and not isinstance(state.get("exp_avg", parameter), DTensor):
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut within "
+                    f"a unit, so ranks keep moments of the same unit and its state cannot be written as a DTensor. Shard "
+                    f"its columns in multiples of 2**level, or lower its level"
+                )
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: Group) -> None:
         """Load what `state_dict` returned; moments keep their own precision whatever the dtype of the parameter.
@@ -183,34 +197,32 @@ class GWTAdamW(torch.optim.Optimizer):
         self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> Plan
         self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that the user passed -> True
 
-    def _active(self) -> dict[ProcessGroup | None, list[Active]]:
-        """What takes part in this step, by the process group of its collectives."""
-        active: dict[ProcessGroup | None, list[Active]] = {}
+    def _active(self) -> dict[torch.device, list[Active]]:
+        """What takes part in this step, by device."""
+        active: dict[torch.device, list[Active]] = {}
         for i, group in enumerate(self.param_groups):
             rule = rule_of(group)
             for j, parameter in enumerate(group["params"]):
                 plan = self._plan(parameter, group, f"parameter {j} of group {i}")
                 if plan is None:
                     continue
-                if not self.state[parameter]:
-                    self.state[parameter].update(plan.fresh_state(parameter))
-                self.state[parameter]["step"] += 1
-                one = Active(parameter, plan, rule, self.state[parameter])
-                active.setdefault(plan.shard.group, []).append(one)
+                if parameter.grad is not None:
+                    if not self.state[parameter]:
+                        self.state[parameter].update(plan.fresh_state(parameter))
+                    self.state[parameter]["step"] += 1
+                one = Active(parameter, plan, rule, self.state.get(parameter, {}))
+                active.setdefault(one.device, []).append(one)
         return active
 
     def _plan(self, parameter: Tensor, group: Group, where: str) -> Plan | None:
-        """The plan of a parameter that takes part in this step, else None."""
+        """The plan of a parameter, whatever its gradient: ranks that share it must make the same calls.
+
+        None for the buffers of an engine's dry run.
+        """
         plan: Plan | None = self._plans.get(parameter)
-        attached = parameter in self._shards
-        if parameter.grad is None and not attached:
-            return None
         if plan is None:
-            if attached:
-                shard = self._shards[parameter]
-            elif self._is_whole(parameter, where):
-                shard = Shard.whole(where, tuple(parameter.shape))
-            else:
+            shard = self._shard(parameter, where)
+            if shard is None:
                 return None
             plan = self._plans[parameter] = Plan.of(shard, group["level"], group["wavelet"])
         if (plan.level, plan.wavelet) != (group["level"], group["wavelet"]):
@@ -220,22 +232,27 @@ class GWTAdamW(torch.optim.Optimizer):
             )
         return plan
 
-    def _is_whole(self, parameter: Tensor, where: str) -> bool:
-        """Whether the shape of a parameter that was never attached is the shape of its tensor.
+    def _shard(self, parameter: Tensor, where: str) -> Shard | None:
+        """What this rank holds of a parameter: as attached, as its DTensor says, or the whole of it.
 
-        False for the zero-gradient dry run that engines make on buffers of their own; raises on their first real step.
+        None for the zero-gradient dry run that engines make on buffers of their own; raises on their first real step.
         """
+        if parameter in self._shards:
+            shard: Shard = self._shards[parameter]
+            return shard
         if parameter.is_complex() or (parameter.grad is not None and parameter.grad.is_sparse):
             raise ValueError(f"{where} is complex or has a sparse gradient; GWTAdamW takes real, dense tensors")
-        if isinstance(parameter, DTensor) or hasattr(parameter, "_fsdp_flattened"):
+        if isinstance(parameter, DTensor):
+            return dtensor.shard_of(parameter, where)
+        if hasattr(parameter, "_fsdp_flattened"):
             raise ValueError(
-                f"{where} is sharded by FSDP, whose layout this version does not read; a step on it would be another "
-                f"optimizer. Train with DeepSpeed ZeRO, DDP or one process"
+                f"{where} belongs to FSDP1, whose layout this version does not read; a step on it would be another "
+                f"optimizer. Train with FSDP2 (fully_shard), DeepSpeed ZeRO, DDP or one process"
             )
         if parameter in self._given or parameter.dim() >= 2:
-            return True
+            return Shard.whole(where, tuple(parameter.shape))
         if parameter.grad is None or not parameter.grad.any():
-            return False
+            return None
         raise ValueError(
             f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
             f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step "

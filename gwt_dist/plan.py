@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from gwt_dist import layout, update
+from gwt_dist import dtensor, layout, update
 from gwt_dist.comm import Shard, sum_over_ranks
 from gwt_dist.kernels import Job, Piece, moments_shape, units_of
 
@@ -39,8 +38,8 @@ class Plan:
         packed = layout.pack(shard.fragments, units)
         moments: tuple[int, ...] = (sum(m.numel for m in packed),)
         norms: tuple[int, ...] = (len(shard.tensors),)
-        if shard.is_whole:
-            moments, norms = moments_shape(shard.tensors[0].shape, level, wavelet), ()
+        if shard.local_shape is not None:
+            moments, norms = _local_moments(shard.local_shape, shard.tensors[0].shape, packed[0], level, wavelet), ()
         return cls(
             shard=shard,
             level=level,
@@ -56,17 +55,32 @@ class Plan:
         )
 
     def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """State before the first step, on the device of `parameter`."""
+        """State before the first step, on the device of `parameter` and sharded as it is."""
 
         def zeros(shape: tuple[int, ...]) -> Tensor:
             return torch.zeros(shape, dtype=state_dtype(parameter), device=parameter.device)
 
+        def moments() -> Tensor:
+            shape = self.shard.tensors[0].shape
+            whole = moments_shape(shape, self.level, self.wavelet)
+            return dtensor.wrap(zeros(self.moments_shape), parameter, whole, units_of(shape, self.level, self.wavelet))
+
         return {
             "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": zeros(self.moments_shape),
-            "exp_avg_sq": zeros(self.moments_shape),
+            "exp_avg": moments(),
+            "exp_avg_sq": moments(),
             "limited_norm": zeros(self.norms_shape),
         }
+
+
+def _local_moments(
+    local: Sequence[int], shape: Sequence[int], packed: layout.Fragment, level: int, wavelet: str
+) -> tuple[int, ...]:
+    """Shape of the moments of one tensor of `shape` of which this rank holds a part of shape `local`."""
+    whole = moments_shape(shape, level, wavelet)
+    if whole == tuple(shape):  # level 0, or rows of one element
+        return tuple(local)
+    return local[0], packed.numel // local[0] if packed.numel else whole[1]
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -78,15 +92,17 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 
 
 class Active:
-    """One parameter that takes part in one step."""
+    """One parameter that takes part in one step; without a gradient in its collectives alone."""
 
     def __init__(self, parameter: Tensor, plan: Plan, rule: update.Rule, state: Mapping[str, Any]) -> None:
         self.plan, self.rule, self.state = plan, rule, state
-        self.gradient: Tensor | None = parameter.grad
-        self._data = parameter.detach()
+        self.gradient: Tensor | None = None
+        self.dtype = state_dtype(parameter)
+        self._data = dtensor.local(parameter.detach())
         self._weight = self._data.reshape(-1)
-        if self.gradient is not None:
-            self.gradient = self.gradient.reshape(-1)
+        if parameter.grad is not None:
+            self.gradient = dtensor.local(parameter.grad, like=parameter).reshape(-1)
+            self.exp_avg, self.exp_avg_sq = (dtensor.local(state[k]).view(-1) for k in ("exp_avg", "exp_avg_sq"))
         # Tensors that have a place in the vector of norms; static, so that all ranks agree on its length.
         limited = rule.limiter > 0 and plan.level > 0
         self.norms = len(plan.places) if limited else 0
@@ -106,8 +122,8 @@ class Active:
                 piece=piece,
                 weight=self._weight,
                 gradient=self.gradient,
-                exp_avg=self.state["exp_avg"].view(-1),
-                exp_avg_sq=self.state["exp_avg_sq"].view(-1),
+                exp_avg=self.exp_avg,
+                exp_avg_sq=self.exp_avg_sq,
                 completed=completed.get(i, ()),
                 rule=self.rule,
                 step_size=step_size,
@@ -123,11 +139,11 @@ class Active:
             self._data.copy_(self._weight.view(self._data.shape))
 
 
-def make_jobs(active: Sequence[Active], group: ProcessGroup | None) -> list[Job]:
-    """The jobs of a step, their cut units completed by one sum over the ranks of `group`; none if nothing is cut."""
+def make_jobs(active: Sequence[Active]) -> list[Job]:
+    """The jobs of a step, their cut units completed by one sum for each process group; none if nothing is cut."""
     lengths = [one.plan.exchange.length for one in active]
     dtype = torch.float32
-    if any(one.state["exp_avg"].dtype == torch.float64 for one in active):
+    if any(one.dtype == torch.float64 for one in active):
         dtype = torch.float64
     buffer = torch.zeros(sum(lengths), dtype=dtype, device=active[0].device)
     parts = buffer.split(lengths)
@@ -136,7 +152,7 @@ def make_jobs(active: Sequence[Active], group: ProcessGroup | None) -> list[Job]
             for send in one.plan.exchange.sends:
                 elements = one.gradient.narrow(0, send.source, send.length)
                 part.narrow(0, send.slot, send.length).copy_(elements)
-    sum_over_ranks(buffer, group)
+    sum_over_ranks(buffer, lengths, [one.plan.shard.row_groups for one in active])
     jobs: list[Job] = []
     first_norm = 0
     for one, part in zip(active, parts, strict=True):
@@ -153,12 +169,13 @@ def limit_growth(active: Sequence[Active], squared_norms: Tensor) -> Tensor:
     """The limiters rho of all tensors with a norm, fp64, shaped as `squared_norms`; stores the new limited norms."""
     rho = torch.ones_like(squared_norms)
     first = 0
-    limited = [one for one in active if one.norms]
-    for limiter, run in groupby(limited, key=lambda one: one.rule.limiter):
-        stored = [one.state["limited_norm"].view(-1) for one in run]
-        previous = torch.cat(stored)
-        part = slice(first, first + previous.numel())
-        rho[part], new = update.limit_growth(squared_norms[part], previous.double(), limiter)
-        torch._foreach_copy_(stored, list(new.split([s.numel() for s in stored])))
+    # A parameter without a gradient has a place among the norms, but nothing to limit or to remember.
+    for (limiter, moves), run in groupby(active, key=lambda one: (one.rule.limiter, one.gradient is not None)):
+        members = [one for one in run if one.norms]
+        part = slice(first, first + sum(one.norms for one in members))
         first = part.stop
+        if moves and members:
+            stored = [one.state["limited_norm"].view(-1) for one in members]
+            rho[part], new = update.limit_growth(squared_norms[part], torch.cat(stored).double(), limiter)
+            torch._foreach_copy_(stored, list(new.split([s.numel() for s in stored])))
     return rho

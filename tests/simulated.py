@@ -27,10 +27,8 @@ class Group:
         self._buffers: list[Tensor | None] = [None] * self.world
         self._rank = threading.local()
 
-    def sum_over_ranks(self, buffer: Tensor, group: object) -> None:
+    def all_reduce(self, buffer: Tensor, group: object) -> None:
         assert group is self
-        if not buffer.numel():
-            return
         rank: int = self._rank.value
         if rank == 0:
             self.calls.append(buffer.numel())
@@ -56,10 +54,7 @@ class Group:
                 errors.append(error)
                 self._barrier.abort()
 
-        with (
-            patch("gwt_dist.plan.sum_over_ranks", self.sum_over_ranks),
-            patch("gwt_dist.optimizer.sum_over_ranks", self.sum_over_ranks),
-        ):
+        with patch("gwt_dist.comm.all_reduce", self.all_reduce):
             threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.world)]
             for thread in threads:
                 thread.start()
@@ -88,7 +83,7 @@ class Sharded:
         self.optimizers = []
         for rank, flat in enumerate(self.flats):
             optimizer = GWTAdamW([flat], **options)  # type: ignore[arg-type]
-            optimizer.attach({flat: Shard(tensors, tuple(ranks[rank]), self.group)})  # type: ignore[arg-type]
+            optimizer.attach({flat: Shard(tensors, tuple(ranks[rank]), (self.group,), (self.group,))})  # type: ignore[arg-type]
             self.optimizers.append(optimizer)
 
     def step(self, gradients: dict[str, Tensor]) -> None:
@@ -101,12 +96,16 @@ class Sharded:
         end = max((f.offset + f.numel for f in self.ranks[rank]), default=0) + 3
         flat = torch.full((end,), float("nan"), dtype=like.dtype)
         for f in self.ranks[rank]:
-            flat[f.offset : f.offset + f.numel] = tensors[f.fqn].reshape(-1)[f.start : f.stop]
+            for i, (start, stop) in enumerate(f.intervals):
+                place = f.offset + i * (stop - start)
+                flat[place : place + stop - start] = tensors[f.fqn].reshape(-1)[start:stop]
         return torch.nn.Parameter(flat)
 
     def gather(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         whole = {fqn: torch.full(shape, float("nan"), dtype=self.flats[0].dtype) for fqn, shape in shapes.items()}
         for flat, fragments in zip(self.flats, self.ranks, strict=True):
             for f in fragments:
-                whole[f.fqn].view(-1)[f.start : f.stop] = flat.detach()[f.offset : f.offset + f.numel]
+                for i, (start, stop) in enumerate(f.intervals):
+                    place = f.offset + i * (stop - start)
+                    whole[f.fqn].view(-1)[start:stop] = flat.detach()[place : place + stop - start]
         return whole

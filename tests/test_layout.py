@@ -5,6 +5,8 @@ The last tests run the real optimizer on simulated ranks: the sharded step is th
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -21,7 +23,7 @@ settings.register_profile("gwt", deadline=None, derandomize=True, suppress_healt
 settings.load_profile("gwt")
 
 SHAPES = st.one_of(
-    st.tuples(st.integers(1, 7), st.integers(1, 23)),
+    st.tuples(st.integers(2, 7), st.integers(2, 23)),
     st.tuples(st.integers(1, 40)),
     st.tuples(st.just(1), st.integers(1, 70)),
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7)),
@@ -30,21 +32,41 @@ SHAPES = st.one_of(
 UNITS = st.builds(Units, st.integers(1, 23), st.integers(1, 9), st.integers(1, 4))
 
 
+def _grid(draw: st.DrawFn, fqn: str, shape: tuple[int, ...], world: int) -> list[Fragment | None]:
+    """A tensor cut into bands of rows and panels of columns, as two mesh axes do; one rectangle a rank."""
+    rows, columns = shape[0], prod(shape[1:])
+    panels = draw(st.integers(min(2, world), world))
+    bands = world // panels
+    row_cuts = sorted(draw(st.lists(st.integers(0, rows), min_size=bands - 1, max_size=bands - 1)))
+    column_cuts = sorted(draw(st.lists(st.integers(0, columns), min_size=panels - 1, max_size=panels - 1)))
+    held: list[Fragment | None] = []
+    for r0, r1 in pairwise([0, *row_cuts, rows]):
+        for c0, c1 in pairwise([0, *column_cuts, columns]):
+            empty = r0 == r1 or c0 == c1
+            held.append(None if empty else Fragment(fqn, shape, r0 * columns + c0, r0 * columns + c1, 0, r1 - r0))
+    return held + [None] * (world - len(held))
+
+
+def _intervals(draw: st.DrawFn, fqn: str, shape: tuple[int, ...], world: int) -> list[Fragment | None]:
+    """A tensor cut anywhere, as flat buffers do."""
+    cuts = sorted(draw(st.lists(st.integers(0, prod(shape)), min_size=world - 1, max_size=world - 1)))
+    return [Fragment(fqn, shape, start, stop) for start, stop in pairwise([0, *cuts, prod(shape)])]
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[dict[str, tuple[int, ...]], list[list[Fragment]]]:
     """Shapes, and who holds what: each tensor cut at random among 1 to 9 ranks in random order, some of them empty."""
-    shapes = {f"t{i}": shape for i, shape in enumerate(draw(st.lists(SHAPES, min_size=1, max_size=3)))}
     world = draw(st.integers(1, 9))
+    shapes = {f"t{i}": shape for i, shape in enumerate(draw(st.lists(SHAPES, min_size=1, max_size=3)))}
     ranks: list[list[Fragment]] = [[] for _ in range(world)]
     used = [0] * world
     for fqn, shape in shapes.items():
-        numel = prod(shape)
-        cuts = sorted(draw(st.lists(st.integers(0, numel), min_size=world - 1, max_size=world - 1)))
-        order = draw(st.permutations(range(world)))
-        for rank, start, stop in zip(order, [0, *cuts], [*cuts, numel], strict=True):
+        cut = _grid if len(shape) > 1 and draw(st.integers(0, 3)) else _intervals
+        for rank, fragment in zip(draw(st.permutations(range(world))), cut(draw, fqn, shape, world), strict=True):
             used[rank] += draw(st.integers(0, 2))
-            ranks[rank].append(Fragment(fqn, shape, start, stop, used[rank]))
-            used[rank] += stop - start
+            fragment = fragment or Fragment(fqn, shape, 0, 0)
+            ranks[rank].append(replace(fragment, offset=used[rank]))
+            used[rank] += fragment.numel
     return shapes, ranks
 
 
@@ -57,13 +79,15 @@ def test_every_unit_is_owned_once_and_kept_where_it_is_touched(world, level, wav
         keepers: dict[int, set[int]] = {}
         for rank, fragments in enumerate(ranks):
             for f in (f for f in fragments if f.fqn == fqn):
-                for unit in range(*units.owned(f)):
-                    assert owners.setdefault(unit, rank) == rank
-                    assert units.bounds(unit)[0] >= f.start
-                for unit in range(*units.touched(f)):
+                touching = {units.index(e) for start, stop in f.intervals for e in range(start, stop)}
+                below = [i * units.per_row for i in range(f.rows)]
+                assert touching == {unit + row for unit in range(*units.touched(f)) for row in below}
+                for unit in (unit + row for unit in range(*units.owned(f)) for row in below):
+                    assert owners.setdefault(unit, rank) == rank, "a unit has two owners"
+                    start = units.bounds(unit)[0]
+                    assert any(begin <= start < end for begin, end in f.intervals)
+                for unit in touching:
                     keepers.setdefault(unit, set()).add(rank)
-                touching = {units.index(e) for e in range(f.start, f.stop)}
-                assert touching == set(range(*units.touched(f)))
                 moments = units.moments(f)
                 assert moments.numel == len(touching) * units.coefficients
         every = set(range(units.index(prod(shape) - 1) + 1))
@@ -82,21 +106,27 @@ def test_units_are_intervals_of_one_row(units: Units, rows: int, data: st.DataOb
         assert all(units.index(element) == unit for element in range(start, stop))
         seen = stop
     assert seen == numel
-    start = data.draw(st.integers(0, numel))
-    fragment = Fragment("w", (rows, units.columns), start, data.draw(st.integers(start, numel)))
+    start = data.draw(st.integers(0, numel - 1))
+    stop = data.draw(st.integers(start + 1, numel))
+    below = 1
+    if stop - 1 < (start // units.columns + 1) * units.columns:  # in one row, which may come up again below
+        below = data.draw(st.integers(1, rows - start // units.columns))
+    fragment = Fragment("w", (rows, units.columns), start, stop, 0, below)
     first, last = units.touched(fragment)
-    buffer: list[int | None] = [None] * ((last - first) * units.length)
+    buffer: list[int | None] = [None] * (below * (last - first) * units.length)
+    elements = [element for begin, end in fragment.intervals for element in range(begin, end)]
     for block in units.blocks(fragment):
         for row in range(block.rows):
             for column in range(block.columns):
                 place = block.destination + row * block.stride + column
                 assert buffer[place] is None
-                buffer[place] = fragment.start + block.source + row * block.columns + column
-    for i, unit in enumerate(range(first, last)):
+                buffer[place] = elements[block.source + row * block.columns + column]
+    touched = [unit + row * units.per_row for row in range(below) for unit in range(first, last)]
+    for i, unit in enumerate(touched):
         begin, end = units.bounds(unit)
         for u in range(units.length):
             element = begin + u
-            held = element < end and fragment.start <= element < fragment.stop
+            held = element < end and element in elements
             assert buffer[i * units.length + u] == (element if held else None)
 
 
@@ -115,7 +145,8 @@ def test_completed_cut_units_equal_the_original_ones(world, level, wavelet) -> N
     for fragments, plan in zip(ranks, plans, strict=True):
         local = {}
         for f in fragments:
-            local |= {f.offset + i: base[f.fqn] + f.start + i for i in range(f.numel)}
+            elements = [e for start, stop in f.intervals for e in range(start, stop)]
+            local |= {f.offset + i: base[f.fqn] + element for i, element in enumerate(elements)}
         for send in plan.sends:
             for i in range(send.length):
                 assert buffer[send.slot + i] is None, "an element was sent twice"
@@ -126,12 +157,14 @@ def test_completed_cut_units_equal_the_original_ones(world, level, wavelet) -> N
         for number, f in enumerate(fragments):
             u = units(f.shape)
             first, last = u.touched(f)
-            for unit in range(first, last):
+            kept = [unit + row * u.per_row for row in range(f.rows) for unit in range(first, last)]
+            elements = {e for start, stop in f.intervals for e in range(start, stop)}
+            for place, unit in enumerate(kept):
                 start, stop = u.bounds(unit)
-                cut = start < f.start or stop > f.stop
-                assert cut == ((number, unit - first) in received)
+                cut = not elements.issuperset(range(start, stop))
+                assert cut == ((number, place) in received)
                 if cut:
-                    r = received[number, unit - first]
+                    r = received[number, place]
                     assert buffer[r.slot : r.slot + r.length] == [base[f.fqn] + e for e in range(start, stop)]
 
 
@@ -139,7 +172,8 @@ def test_completed_cut_units_equal_the_original_ones(world, level, wavelet) -> N
 def test_join_finds_every_cut_and_nothing_else(world) -> None:
     shapes, ranks = world
     for tensor in join(ranks):
-        starts = {f.start for fragments in ranks for f in fragments if f.fqn == tensor.fqn and f.numel}
+        held = [f for fragments in ranks for f in fragments if f.fqn == tensor.fqn]
+        starts = {start for f in held for start, _ in f.intervals}
         assert tensor == Tensor(tensor.fqn, shapes[tensor.fqn], tuple(sorted(starts - {0})))
 
 
@@ -158,16 +192,12 @@ def test_join_names_what_is_held_by_nobody_or_twice() -> None:
 
 
 def test_a_fragment_outside_its_tensor_is_refused() -> None:
-    with pytest.raises(LayoutError, match=r"3\.\.11 at offset 0 does not lie in tensor 'w' of shape \(2, 5\)"):
+    with pytest.raises(
+        LayoutError, match=r"3\.\.11 \(1 rows\) at offset 0 does not lie in tensor 'w' of shape \(2, 5\)"
+    ):
         Fragment("w", (2, 5), 3, 11)
-
-
-def test_intersection_is_the_common_part_at_its_place() -> None:
-    a, b = Fragment("w", (4, 5), 3, 12, 100), Fragment("w", (4, 5), 8, 20)
-    assert a.intersect(b) == Fragment("w", (4, 5), 8, 12, 105)
-    assert b.intersect(a) == Fragment("w", (4, 5), 8, 12, 0)
-    assert a.intersect(Fragment("w", (4, 5), 12, 20)) is None
-    assert a.intersect(Fragment("v", (4, 5), 3, 12)) is None
+    with pytest.raises(LayoutError, match=r"3\.\.6 \(2 rows\)"):
+        Fragment("w", (4, 5), 3, 6, rows=2)
 
 
 def run(world, level: int, recipe: str, wavelet: str, dtype: torch.dtype) -> tuple[dict, dict, Sharded, list]:
@@ -225,7 +255,8 @@ def test_the_sharded_paper_step_is_the_whole_step_but_for_the_order_of_its_norm(
         for f in fragments:
             moments = units_of(f.shape, level, wavelet).moments(f)
             for key in ("exp_avg", "exp_avg_sq"):
-                expected_part = optimizer.state[parameters[f.fqn]][key].view(-1)[moments.start : moments.stop]
+                every = optimizer.state[parameters[f.fqn]][key].view(-1)
+                expected_part = torch.cat([every[:0], *(every[a:b] for a, b in moments.intervals)])
                 assert torch.equal(one.state[flat][key][place : place + moments.numel], expected_part)
             place += moments.numel
         assert place == one.state[flat]["exp_avg"].numel()

@@ -68,8 +68,9 @@ def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[S
     for rank, (_, mismatch) in enumerate(everyone):
         if mismatch:
             raise LayoutError(f"rank {rank}: {mismatch}")
+    groups = () if group is None else (group,)
     return [
-        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, group)
+        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, groups, groups)
         for i, buffer in enumerate(buffers)
     ]
 

@@ -23,8 +23,9 @@ def moments(jobs: Sequence[Job], squared_norms: Tensor) -> None:
         counts = piece.counts(exp_avg)
         update.update_moments(_gather(job), exp_avg, exp_avg_sq, counts, piece.transform, job.rule)
         if job.norm >= 0:
-            low, high = piece.owned
-            squared_norms[job.norm] += update.squared_norm(exp_avg[low:high], exp_avg_sq[low:high], job.rule.eps)
+            rows, (low, high) = piece.moments.rows, piece.owned
+            m, v = (moment.view(rows, -1)[:, low:high] for moment in (exp_avg, exp_avg_sq))
+            squared_norms[job.norm] += update.squared_norm(m, v, job.rule.eps)
 
 
 def write(jobs: Sequence[Job], rho: Tensor) -> None:

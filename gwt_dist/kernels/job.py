@@ -36,7 +36,7 @@ class Piece:
     transform: Transform
     units: Units
     blocks: tuple[Block, ...]
-    owned: tuple[int, int]  # coefficients that count in norms, from the start of `moments`
+    owned: tuple[int, int]  # coefficients of each row of `moments` that count in norms, from its start
 
     @classmethod
     def of(cls, fragment: Fragment, moments: Fragment, level: int, wavelet: str) -> Piece:
@@ -55,11 +55,14 @@ class Piece:
 
     def counts(self, like: Tensor) -> Tensor:
         """Elements behind each coefficient that are not padding, ``[moments.numel]`` in dtype and device of `like`."""
-        width, full = self.moments.columns, 1 << self.level
-        counts = torch.full((self.moments.numel,), full, dtype=like.dtype, device=like.device)
-        if width:
-            last = (width - 1 - self.moments.start) % width
-            counts[last::width] = self.units.columns - (width - 1) * full
+        moments, full = self.moments, 1 << self.level
+        counts = torch.full((moments.numel,), full, dtype=like.dtype, device=like.device)
+        if moments.columns:
+            # The last coefficient of a row of the tensor comes up once in each row of the fragment, if at all.
+            every = moments.columns if moments.rows == 1 else moments.stop - moments.start
+            last = (moments.columns - 1 - moments.start) % moments.columns
+            if last < every:
+                counts[last::every] = self.units.columns - (moments.columns - 1) * full
         return counts
 
 

@@ -1,0 +1,119 @@
+"""Parameters that are DTensors (FSDP2, HSDP, tensor parallelism): their layout is public and read at the first step.
+
+mesh (dp=2, tp=2), placements (Shard(0), Shard(1))          rank (dp, tp) holds a rectangle: columns of some rows
+
+    (0,0) | (0,1)        moments of aligned rectangles are DTensors of the same placements, which
+    ------+------        torch.distributed.checkpoint reshards; where columns are cut within a unit they are plain
+    (1,0) | (1,1)        local tensors, and `state_dict` refuses them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+from gwt_dist import layout
+from gwt_dist.comm import Shard
+from gwt_dist.layout import Fragment, Units
+
+
+def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The part of a DTensor that this rank holds, first placed as `like` is; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if isinstance(like, DTensor) and tensor.placements != like.placements:
+        tensor = tensor.redistribute(like.device_mesh, like.placements)
+    return tensor.to_local()
+
+
+def shard_of(parameter: DTensor, fqn: str) -> Shard:
+    """What this rank holds of a DTensor parameter.
+
+    Raises `ValueError` for partial values, and for tensors cut along a dimension whose parts are no rectangles of
+    ``[shape[0], rest]``.
+    """
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)
+    partial = [placement for placement in placements if placement.is_partial()]
+    if partial:
+        raise ValueError(f"{fqn} has the placement {partial[0]}; reduce it before the optimizer sees it")
+    fragments = _fragments_of_rows(parameter, shape, fqn)
+    columns = layout.columns_of(shape)
+    # Cuts between rows cut no unit. Those within a row concern the ranks that hold the rest of these rows alone.
+    cuts = {start for fragment in fragments.values() for start, _ in fragment.intervals if start % max(1, columns)}
+    mine = fragments[tuple(_coordinate(parameter))]
+    return Shard(
+        tensors=(layout.Tensor(fqn, shape, tuple(sorted(cuts)) if len(shape) > 1 else ()),),
+        fragments=(mine,),
+        groups=tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate()),
+        row_groups=tuple(mesh.get_group(i) for i in _column_axes(parameter)),
+        local_shape=tuple(parameter.to_local().shape),
+    )
+
+
+def wrap(moments: Tensor, parameter: Tensor, shape: Sequence[int], units: Units) -> Tensor:
+    """`moments` as a DTensor of global `shape`, placed as `parameter` is, where that is what they are.
+
+    They are not where ranks keep a cut unit twice; then they stay a local tensor.
+    """
+    if not isinstance(parameter, DTensor):
+        return moments
+    if tuple(shape) != tuple(parameter.shape):
+        expected = _fragments_of_rows(parameter, tuple(shape), "")
+        for coordinate, fragment in _fragments_of_rows(parameter, tuple(parameter.shape), "").items():
+            if units.moments(fragment) != expected[coordinate]:
+                return moments
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(
+        moments, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def _fragments_of_rows(parameter: DTensor, shape: tuple[int, ...], fqn: str) -> dict[tuple[int, ...], Fragment]:
+    """By coordinate in the mesh: what the ranks that hold the same rows as this one hold of a tensor of `shape`."""
+    mesh, axes, here = parameter.device_mesh, _column_axes(parameter), _coordinate(parameter)
+    fragments = {}
+    for there in product(*(range(mesh.size(axis)) for axis in axes)):
+        coordinate = list(here)
+        for axis, place in zip(axes, there, strict=True):
+            coordinate[axis] = place
+        fragments[tuple(coordinate)] = _fragment(parameter, shape, coordinate, fqn)
+    return fragments
+
+
+def _fragment(parameter: DTensor, shape: tuple[int, ...], coordinate: list[int], fqn: str) -> Fragment:
+    """The rectangle of the rank at `coordinate` of the mesh."""
+    mesh_shape = tuple(parameter.device_mesh.shape)
+    part, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, coordinate, parameter.placements)
+    if prod(part) == 0:
+        return Fragment(fqn, shape, 0, 0)
+    if len(shape) < 2:
+        return Fragment(fqn, shape, sum(offset), sum(offset) + prod(part))
+    if tuple(part[2:]) != shape[2:]:
+        raise ValueError(
+            f"{fqn} of shape {shape} is sharded along a dimension after the second ({parameter.placements}); its parts "
+            f"are no rectangles of [shape[0], rest]. Shard dimension 0 or 1"
+        )
+    rest = prod(shape[2:])
+    columns, width = shape[1] * rest, part[1] * rest
+    start = offset[0] * columns + offset[1] * rest
+    if width == columns:
+        return Fragment(fqn, shape, start, start + part[0] * columns)
+    return Fragment(fqn, shape, start, start + width, 0, part[0])
+
+
+def _column_axes(parameter: DTensor) -> list[int]:
+    """Mesh axes over which a dimension after the first is sharded."""
+    # _StridedShard (rows under FSDP and tensor parallelism both) does not say of itself that it is a Shard.
+    return [i for i, p in enumerate(parameter.placements) if not p.is_replicate() and getattr(p, "dim", 0) > 0]
+
+
+def _coordinate(parameter: DTensor) -> list[int]:
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside the mesh holds no such parameter"
+    return list(coordinate)

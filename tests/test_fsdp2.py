@@ -1,0 +1,96 @@
+"""FSDP2, HSDP and tensor parallelism on real ranks, in float64: the update equals the update of one process."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+
+from fsdp2_cases import fsdp2_case
+from gwt_dist.kernels import moments_shape
+from zero_cases import Net, shapes_of
+
+RECIPES = ["paper", "energy"]
+LEVELS = [1, 2, 3]
+
+
+def kept_once(level: int) -> int:
+    """Coefficients of the model, each counted once."""
+    return sum(
+        prod(moments_shape(shape, level if "attn" in name or "mlp" in name else 0, "haar"))
+        for name, shape in shapes_of(Net()).items()
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_rows(ranks, world_size, level, recipe) -> None:
+    """Uneven rows, and ranks that hold no row of some tensors."""
+    results = ranks(world_size, fsdp2_case, "rows", level, recipe)
+    for result in results:
+        assert result["error"] < 1e-12
+        assert result["plain"] == 0
+        assert result["state_dict"] == ""
+        # One sum for the norms of all tensors, and nothing to complete: rows are never cut.
+        assert [len(calls) for calls in result["collectives"]] == [int(recipe == "paper")] * 5
+        assert result["collectives"] == results[0]["collectives"]
+    assert sum(result["moments"] for result in results) == kept_once(level)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_replicas_of_shards(ranks, recipe) -> None:
+    """Norms are summed over the axis that shards and not over the one that replicates."""
+    results = ranks(4, fsdp2_case, "hsdp", 2, recipe)
+    for result in results:
+        assert result["error"] < 1e-12
+        assert [len(calls) for calls in result["collectives"]] == [int(recipe == "paper")] * 5
+    assert sum(result["moments"] for result in results) == 2 * kept_once(2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_tensor_parallel_under_fsdp(ranks, level, recipe) -> None:
+    """Two meshes in one optimizer, rows strided over both axes, columns cut in the middle of a unit."""
+    results = ranks(4, fsdp2_case, "tensor parallel", level, recipe)
+    assert any("_StridedShard" in placement for placement in results[0]["placements"])
+    assert any("Shard(dim=1)" in placement for placement in results[0]["placements"])
+    for result in results:
+        assert result["error"] < 1e-12
+        groups = [name for calls in result["collectives"][:1] for name, _ in calls]
+        # At most one for cut units and one for norms for each process group.
+        assert max(groups.count(name) for name in groups) <= 2
+        assert {tuple(calls) for calls in result["collectives"]} == {tuple(result["collectives"][0])}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_columns(ranks, world_size, level, recipe) -> None:
+    """Columns cut where no unit ends: units are completed across ranks, moments of both sides agree."""
+    results = ranks(world_size, fsdp2_case, "columns", level, recipe)
+    for result in results:
+        assert result["error"] < 1e-12
+        assert result["plain"] > 0
+        assert "is cut within a unit" in result["state_dict"]
+        assert [len(calls) for calls in result["collectives"]] == [1 + int(recipe == "paper")] * 5
+    assert sum(result["moments"] for result in results) > kept_once(level)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "offload"])
+def test_policies(ranks, kind) -> None:
+    for result in ranks(2, fsdp2_case, kind, 2, "paper"):
+        assert result["error"] < 1e-12
+
+
+def test_rows_of_another_wavelet(ranks) -> None:
+    for result in ranks(3, fsdp2_case, "rows", 2, "energy", "db2"):
+        assert result["error"] < 1e-12
+        assert result["collectives"] == [[]] * 5
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_parameter_that_the_forward_does_not_use_stays_as_it_is(ranks, recipe) -> None:
+    for result in ranks(2, fsdp2_case, "rows", 2, recipe, "haar", "mlp_row"):
+        assert result["error"] < 1e-12
+        assert result["unused"] == ["mlp_row.weight", "frozen.weight"]
