@@ -249,6 +249,12 @@ class GWTAdamW(torch.optim.Optimizer):
                 f"{where} belongs to FSDP1, whose layout this version does not read; a step on it would be another "
                 f"optimizer. Train with FSDP2 (fully_shard), DeepSpeed ZeRO, DDP or one process"
             )
+        if getattr(parameter, "_is_sharded", False) or hasattr(parameter, "_param_shapes"):
+            raise ValueError(
+                f"{where} is a flat parameter of fairscale's FullyShardedDataParallel, {parameter.numel()} elements of "
+                f"tensors whose rows are unknown here. Without them this step would be another optimizer. Add "
+                f"gwt_dist.attach(optimizer, model) after the model is wrapped (FlattenParamsWrapper alone is not read)"
+            )
         if parameter in self._given or parameter.dim() >= 2:
             return Shard.whole(where, tuple(parameter.shape))
         if parameter.grad is None or not parameter.grad.any():

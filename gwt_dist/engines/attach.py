@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gwt_dist.comm import Shard
-from gwt_dist.engines import deepspeed
+from gwt_dist.engines import deepspeed, fairscale
 from gwt_dist.engines.flat import FlatBuffer
 from gwt_dist.layout import LayoutError, join
 from gwt_dist.optimizer import GWTAdamW
@@ -21,30 +21,34 @@ def attach(optimizer: Any, engine: Any) -> None:
     """Tell `optimizer` which elements of which weights the flat buffers of `engine` hold.
 
     Call it once, on all ranks, after the engine is built and before the first step or the loading of a checkpoint.
-    Where an engine hides nothing (one process, DDP, ZeRO stage 0 in fp32) there is nothing to do.
+    Where an engine hides nothing (one process, DDP with or without `ZeroRedundancyOptimizer`, fairscale's OSS, ZeRO
+    stage 0 in fp32) there is nothing to do. With fairscale's `ShardedDataParallel` every later step checks that the
+    gradients are the reduced ones.
 
     Args:
-        optimizer: The `GWTAdamW`, or any wrapper that holds it as ``.optimizer``.
-        engine: A DeepSpeed engine, or its ZeRO optimizer.
+        optimizer: The `GWTAdamW`, or any wrapper that holds it as ``.optimizer`` or ``.optim``.
+        engine: A DeepSpeed engine, its ZeRO optimizer, or a model with modules of fairscale in it.
 
     Raises:
-        ValueError: If there is no `GWTAdamW` in `optimizer`, or the engine has a layout or setting that cannot be
-            right.
+        ValueError: If there is no `GWTAdamW` in `optimizer`, it holds none of the sharded parameters, or the engine has
+            a layout or setting that cannot be right.
         LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
             several.
     """
     inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
     if inner is None:
         raise ValueError(
-            f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer of each wrapper); pass the "
-            f"optimizer that the engine was built with"
+            f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer and .optim of its "
+            f"wrappers); pass the optimizer that the engine was built with"
         )
     deepspeed.refuse(getattr(engine, "_config", None))
+    fairscale.guard_gradients(inner, engine)
     for wrapper in _unwrapped(engine):
-        buffers = deepspeed.read(wrapper)
-        if buffers is not None:
-            attach_buffers(inner, buffers)
-            return
+        for adapter in (deepspeed, fairscale):
+            buffers = adapter.read(wrapper)
+            if buffers is not None:
+                attach_buffers(inner, buffers)
+                return
 
 
 def attach_buffers(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer]) -> None:
@@ -101,4 +105,4 @@ def _unwrapped(thing: Any) -> Iterator[Any]:
     while thing is not None and id(thing) not in seen:
         seen.add(id(thing))
         yield thing
-        thing = getattr(thing, "optimizer", None)
+        thing = getattr(thing, "optimizer", None) or getattr(thing, "optim", None)
