@@ -49,6 +49,8 @@ def read(model: Any) -> list[FlatBuffer] | None:
         # Parameters that a sibling module owns come last, without a name; they are read there.
         named = zip(module.params, module.numel_padded_per_param, module._param_name_groups, strict=False)
         for i, (parameter, padding, names) in enumerate(named):
+            if not parameter.requires_grad:
+                continue  # no step changes it, and after a backward pass it may be whole
             shapes = [parameter._orig_size]
             if i < module._num_flatten_params:
                 names = [f"{owner}.{name}" for owner, _, name in parameter._param_infos]
