@@ -246,8 +246,8 @@ class GWTAdamW(torch.optim.Optimizer):
             return dtensor.shard_of(parameter, where)
         if hasattr(parameter, "_fsdp_flattened"):
             raise ValueError(
-                f"{where} belongs to FSDP1, whose layout this version does not read; a step on it would be another "
-                f"optimizer. Train with FSDP2 (fully_shard), DeepSpeed ZeRO, DDP or one process"
+                f"{where} is a part of a flat parameter of FSDP1, and the rows of its tensors are unknown. Without them "
+                f"this step would be another optimizer. Add gwt_dist.attach(optimizer, model) after both are built"
             )
         if parameter in self._given or parameter.dim() >= 2:
             return Shard.whole(where, tuple(parameter.shape))

@@ -25,7 +25,8 @@ class Dot(nn.Linear):
         super().__init__(columns, rows, bias=bias)
 
     def forward(self, gradients: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
-        return sum(((p * gradients[name]).sum() for name, p in self.named_parameters()), torch.zeros(()))
+        # By attribute: FSDP1 puts views there and leaves no parameters.
+        return sum(((getattr(self, name) * g).sum() for name, g in gradients.items()), torch.zeros(()))
 
 
 class Scale(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gwt_dist.comm import Shard
-from gwt_dist.engines import deepspeed
+from gwt_dist.engines import deepspeed, fsdp1
 from gwt_dist.engines.flat import FlatBuffer
 from gwt_dist.layout import LayoutError, join
 from gwt_dist.optimizer import GWTAdamW
@@ -25,7 +25,7 @@ def attach(optimizer: Any, engine: Any) -> None:
 
     Args:
         optimizer: The `GWTAdamW`, or any wrapper that holds it as ``.optimizer``.
-        engine: A DeepSpeed engine, or its ZeRO optimizer.
+        engine: A DeepSpeed engine or its ZeRO optimizer, or a model that is wrapped in FSDP1.
 
     Raises:
         ValueError: If there is no `GWTAdamW` in `optimizer`, or the engine has a layout or setting that cannot be
@@ -41,10 +41,11 @@ def attach(optimizer: Any, engine: Any) -> None:
         )
     deepspeed.refuse(getattr(engine, "_config", None))
     for wrapper in _unwrapped(engine):
-        buffers = deepspeed.read(wrapper)
-        if buffers is not None:
-            attach_buffers(inner, buffers)
-            return
+        for adapter in (deepspeed, fsdp1):
+            buffers = adapter.read(wrapper)
+            if buffers is not None:
+                attach_buffers(inner, buffers)
+                return
 
 
 def attach_buffers(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer]) -> None:
@@ -80,7 +81,7 @@ def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
     for buffer in buffers:
         for fragment, weight in zip(buffer.fragments, buffer.weights, strict=True):
             # A slice, which may come out short, so that a wrong offset is told to all ranks and not raised on one.
-            held = buffer.parameter.detach()[fragment.offset : fragment.offset + fragment.numel]
+            held = buffer.parameter.detach().reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
             if not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
                 return (
                     f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a "
