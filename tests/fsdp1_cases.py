@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fsdp2_cases import Counter, backward
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from zero_cases import Net, gradients, initial, load, options, shapes_of
 
 import gwt_dist
+from fsdp2_cases import Counter, backward
 from gwt_dist import GWTAdamW
+from zero_cases import Net, gradients, initial, load, options, shapes_of
 
 
 def wrapped(strategy: str, use_orig_params: bool) -> nn.Module:
-    """The model with known weights; its matrices two in a unit, so that rank boundaries fall between and within them."""
+    """The model with known weights, most of it in one unit, so that rank boundaries fall within its tensors."""
     model = Net().double()
     load(model, initial(shapes_of(model)))
     common: dict[str, Any] = dict(
@@ -61,6 +62,7 @@ def fsdp1_case(strategy: str, use_orig_params: bool, level: int, recipe: str) ->
     }
 
 
+@cache
 def whole(level: int, recipe: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights after five steps of one process, and before."""
     model = Net().double()

@@ -6,10 +6,10 @@ import re
 from math import prod
 
 import pytest
-from fsdp1_cases import forgotten_attach_case, fsdp1_case, shifted_case
-from zero_cases import Net, shapes_of
 
+from fsdp1_cases import forgotten_attach_case, fsdp1_case, shifted_case
 from gwt_dist.kernels import moments_shape
+from zero_cases import Net, shapes_of
 
 pytestmark = pytest.mark.filterwarnings(
     # torch speaks to those who choose FSDP1; these tests are for them.
@@ -34,7 +34,9 @@ def test_full_shard(ranks, world_size, use_orig_params, level, recipe) -> None:
         assert result["steps"] in ([5.0], [])
         assert result["collectives"] == results[0]["collectives"]
         # One for cut units where there are any, one for norms: for all units of FSDP together.
-        assert all(int(recipe == "paper") <= len(calls) <= 1 + int(recipe == "paper") for calls in result["collectives"])
+        assert all(
+            int(recipe == "paper") <= len(calls) <= 1 + int(recipe == "paper") for calls in result["collectives"]
+        )
     assert sum(result["moments"] for result in results) >= kept_once(level)
 
 

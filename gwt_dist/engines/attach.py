@@ -33,12 +33,7 @@ def attach(optimizer: Any, engine: Any) -> None:
         LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
             several.
     """
-    inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
-    if inner is None:
-        raise ValueError(
-            f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer of each wrapper); pass the "
-            f"optimizer that the engine was built with"
-        )
+    inner = find_optimizer(optimizer)
     deepspeed.refuse(getattr(engine, "_config", None))
     for wrapper in _unwrapped(engine):
         for adapter in (deepspeed, fsdp1):
@@ -46,6 +41,17 @@ def attach(optimizer: Any, engine: Any) -> None:
             if buffers is not None:
                 attach_buffers(inner, buffers)
                 return
+
+
+def find_optimizer(optimizer: Any) -> GWTAdamW:
+    """The `GWTAdamW` that `optimizer` is or holds; raises `ValueError` if there is none."""
+    inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
+    if inner is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer of each wrapper); pass the "
+            f"optimizer that the engine was built with"
+        )
+    return inner
 
 
 def attach_buffers(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer]) -> None:

@@ -24,10 +24,7 @@ WRAPPER = "_fsdp_wrapped_module."
 
 
 def read(model: Any) -> list[FlatBuffer] | None:
-    """The parameters that the units of an FSDP1 model hand to the optimizer; None for any other thing.
-
-    Raises `ValueError` for a model that has been moved or cast after it was wrapped, as its parameters are not known then.
-    """
+    """The parameters that the units of an FSDP1 model hand to the optimizer; None for any other thing."""
     if not isinstance(model, nn.Module) or not any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         return None
     buffers = []
@@ -45,7 +42,9 @@ def _read_unit(handle: Any, prefix: str) -> list[FlatBuffer]:
     group: ProcessGroup | None = None if whole else handle.process_group
     low = 0 if whole else dist.get_rank(group) * flat._sharded_size.numel()
     ends = list(accumulate(flat._numels_with_padding))
-    begins = [e - n for e, n, pad in zip(ends, flat._numels_with_padding, flat._is_padding_mask, strict=True) if not pad]
+    begins = [
+        e - n for e, n, pad in zip(ends, flat._numels_with_padding, flat._is_padding_mask, strict=True) if not pad
+    ]
     fragments, places = [], []
     for fqn, shape, begin, info in zip(flat._fqns, flat._shapes, begins, flat._shard_param_infos, strict=True):
         start, stop, offset = 0, 0, 0
@@ -65,6 +64,6 @@ def _read_unit(handle: Any, prefix: str) -> list[FlatBuffer]:
 
 
 def _local(flat: Any) -> Tensor:
-    """This rank's part of a flat parameter, which outside of forward and backward is what it holds."""
+    """The part of a flat parameter that this rank holds; outside of forward and backward there is no other."""
     local: Tensor = getattr(flat, "_local_shard", flat)
     return local.detach().reshape(-1)
