@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+import support
 from ranks import RankPool
 
 # Tests never reach out: a model or data set that is not here is an error, not a download.
@@ -71,6 +72,27 @@ def ranks(_rank_pools: dict[int, RankPool]) -> Callable[..., list[Any]]:
         return pool.run(function, *args, timeout=timeout)
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support", action="store_true", help="write the support matrix of docs/engines.md")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "support(engine, feature, outcome='exact'): a row of the support matrix")
+
+
+_failed: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.outcome != "passed":
+        _failed.add(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-support"):
+        support.write(support.table(support.rows_of(session.items), _failed))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

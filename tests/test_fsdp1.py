@@ -23,6 +23,7 @@ def kept_once(level: int) -> int:
     return sum(prod(moments_shape(shape, level, "haar")) for shape in shapes_of(Net()).values())
 
 
+@pytest.mark.support("FSDP1", "FULL_SHARD, `use_orig_params` True and False, 2 to 4 ranks")
 @pytest.mark.parametrize("recipe", ["paper", "energy"])
 @pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("use_orig_params", [True, False])
@@ -40,6 +41,7 @@ def test_full_shard(ranks, world_size, use_orig_params, level, recipe) -> None:
     assert sum(result["moments"] for result in results) >= kept_once(level)
 
 
+@pytest.mark.support("FSDP1", "SHARD_GRAD_OP, NO_SHARD, HYBRID_SHARD")
 @pytest.mark.parametrize("use_orig_params", [True, False])
 @pytest.mark.parametrize("strategy", ["SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"])
 def test_other_strategies(ranks, strategy, use_orig_params) -> None:
@@ -51,12 +53,14 @@ def test_other_strategies(ranks, strategy, use_orig_params) -> None:
             assert result["moments"] == kept_once(2)
 
 
+@pytest.mark.support("FSDP1", "a forgotten `attach`", outcome="refused")
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_a_forgotten_attach_is_refused(ranks, use_orig_params) -> None:
     for message in ranks(2, forgotten_attach_case, use_orig_params):
         assert "gwt_dist.attach(optimizer, model)" in message
 
 
+@pytest.mark.support("FSDP1", "a layout that is not as recorded", outcome="refused")
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_records_of_fsdp_that_do_not_agree_are_refused_by_all_ranks(ranks, use_orig_params) -> None:
     for message in ranks(2, shifted_case, use_orig_params):

@@ -10,6 +10,7 @@ from fuse_cases import LAYERS, fuse_case, refused_case, trained
 RECIPES = ["paper", "energy"]
 
 
+@pytest.mark.support("FSDP2", "`fuse_backward`, accumulation 1 and 4")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_it_is_step_with_one_group_of_gradients_at_a_time(ranks, accumulation, recipe) -> None:
@@ -40,6 +41,8 @@ def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
     assert (most, most_fused) == (LAYERS, 1)
 
 
+@pytest.mark.support("DDP", "`fuse_backward`", outcome="refused")
+@pytest.mark.support("FSDP2", "`fuse_backward` with a GradScaler", outcome="refused")
 @pytest.mark.parametrize(
     ("what", "message"),
     [
