@@ -1,6 +1,7 @@
 # Each target sets up .venv by itself; nothing is needed but Python >= 3.10 (and a C++ compiler for DeepSpeed on CPU).
 #   make test                  the whole suite            make test ARGS="tests/test_layout.py -x"
 #   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
+#   make support               the whole suite, and the support matrix of docs/engines.md from its results
 #   make lint | format | clean
 #   PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip call (a mirror, CPU-only wheels of torch).
 
@@ -14,7 +15,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test pretrain lint format clean
+.PHONY: test pretrain support lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -24,6 +25,9 @@ pretrain: export OMP_NUM_THREADS := 1
 pretrain: $(STAMP)
 	$(BIN)/deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config configs/zero2.json \
 	    --config configs/pretrain/tiny.yaml $(ARGS)
+
+support: $(STAMP)
+	$(BIN)/python -m pytest --write-support $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

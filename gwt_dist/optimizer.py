@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ class GWTAdamW(torch.optim.Optimizer):
     along their rows; scalars and 1-D tensors are level 0, which is AdamW. See `param_groups` for the usual choice of
     levels by module name.
 
-    DTensor parameters (FSDP2, HSDP, tensor parallelism) are recognised at the first step. Under an engine that hides the
-    layout of the weights behind flat buffers (DeepSpeed ZeRO), call
-    `gwt_dist.attach(optimizer, engine)` once, or use `gwt_dist.initialize`. A step on such a buffer that was never
-    attached raises; it never becomes another optimizer.
+    DTensor parameters (FSDP2, HSDP, tensor parallelism) are recognised at the first step. Under an engine that hides
+    the layout of the weights behind flat buffers (DeepSpeed ZeRO, FSDP1), call `gwt_dist.attach(optimizer, engine)`
+    once, or use `gwt_dist.initialize`. A step on such a buffer that was never attached raises; it never becomes another
+    optimizer.
 
     Every keyword is also a key of a parameter group. State of a parameter: ``step`` (0-d fp32), ``exp_avg`` and
     ``exp_avg_sq`` (``[R, ceil(C / 2**level)]``, one packed vector for a flat buffer; fp32, or fp64 for fp64
@@ -125,7 +126,18 @@ class GWTAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for device, active in self._active().items():
+        if self._fused and getattr(self, "grad_scale", None) is not None:
+            raise ValueError(
+                "a GradScaler drives an optimizer whose update was fused into the backward pass: the update has taken "
+                "the scaled gradient already. Train in bfloat16 without a scaler, or without fuse_backward"
+            )
+        self.update([p for group in self.param_groups for p in group["params"] if p not in self._fused])
+        return loss
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        """One step of `parameters` alone; ranks that share them pass the same ones in the same order of calls."""
+        for device, active in self._active({id(parameter) for parameter in parameters}).items():
             jobs = make_jobs(active)
             norms = [one.norms for one in active]
             squared_norms = torch.zeros(sum(norms), dtype=torch.float64, device=device)
@@ -134,7 +146,25 @@ class GWTAdamW(torch.optim.Optimizer):
             kernels.write(jobs, limit_growth(active, squared_norms))
             for one in active:
                 one.finish()
-        return loss
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Within it, backward passes only add to the gradients of parameters whose update is fused into them.
+
+        For all micro-batches of a step but the last; without `fuse_backward` it changes nothing.
+        """
+        self._accumulating, before = True, self._accumulating
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    def fuse(self, parameters: Iterable[Tensor]) -> None:
+        """Leave `parameters` out of `step`: `gwt_dist.fuse_backward` calls `update` for them in the backward pass."""
+        for parameter in parameters:
+            self._fused[parameter] = True
+        # A GradScaler then calls `step` with its scale instead of unscaling gradients that are gone.
+        self._step_supports_amp_scaling = True
 
     def state_dict(self) -> Group:
         """State as torch has it; tensors and plain numbers only, DTensors where the parameters are DTensors.
@@ -145,9 +175,9 @@ class GWTAdamW(torch.optim.Optimizer):
         for parameter, state in self.state.items():
             if isinstance(parameter, DTensor) and not isinstance(state.get("exp_avg", parameter), DTensor):
                 raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut within "
-                    f"a unit, so ranks keep moments of the same unit and its state cannot be written as a DTensor. Shard "
-                    f"its columns in multiples of 2**level, or lower its level"
+                    f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut "
+                    f"within a unit, so ranks keep moments of the same unit and its state cannot be written as a "
+                    f"DTensor. Shard its columns in multiples of 2**level, or lower its level"
                 )
         return super().state_dict()
 
@@ -196,13 +226,17 @@ class GWTAdamW(torch.optim.Optimizer):
         self._shards: WeakIdKeyDictionary = WeakIdKeyDictionary()  # attached parameter -> Shard
         self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> Plan
         self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that the user passed -> True
+        self._fused: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters updated in the backward pass -> True
+        self._accumulating = False
 
-    def _active(self) -> dict[torch.device, list[Active]]:
-        """What takes part in this step, by device."""
+    def _active(self, chosen: set[int]) -> dict[torch.device, list[Active]]:
+        """What takes part in this step, by device; `chosen` holds ids of parameters."""
         active: dict[torch.device, list[Active]] = {}
         for i, group in enumerate(self.param_groups):
             rule = rule_of(group)
             for j, parameter in enumerate(group["params"]):
+                if id(parameter) not in chosen:
+                    continue
                 plan = self._plan(parameter, group, f"parameter {j} of group {i}")
                 if plan is None:
                     continue
@@ -246,8 +280,8 @@ class GWTAdamW(torch.optim.Optimizer):
             return dtensor.shard_of(parameter, where)
         if hasattr(parameter, "_fsdp_flattened"):
             raise ValueError(
-                f"{where} belongs to FSDP1, whose layout this version does not read; a step on it would be another "
-                f"optimizer. Train with FSDP2 (fully_shard), DeepSpeed ZeRO, DDP or one process"
+                f"{where} is a part of a flat parameter of FSDP1, and the rows of its tensors are unknown. Without "
+                f"them this step would be another optimizer. Add gwt_dist.attach(optimizer, model) after both are built"
             )
         if getattr(parameter, "_is_sharded", False) or hasattr(parameter, "_param_shapes"):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+import support
 from ranks import RankPool
 
 # Tests never reach out: a model or data set that is not here is an error, not a download.
@@ -72,14 +74,38 @@ def ranks(_rank_pools: dict[int, RankPool]) -> Callable[..., list[Any]]:
     return run
 
 
-@pytest.fixture(scope="session")
-def torch_extensions_dir(nothing_left_over: None) -> Path:
-    """The folder of compiled extensions, with what `deepspeed.init_distributed` needs in it.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support", action="store_true", help="write the support matrix of docs/engines.md")
 
-    DeepSpeed compiles its shared-memory op on first use, for half a minute. Built here, once, it
-    neither counts against the time limit of a case nor is compiled by all ranks at once.
-    """
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "support(engine, feature, outcome='exact'): a row of the support matrix")
+
+
+_failed: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.outcome != "passed":
+        _failed.add(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-support"):
+        support.write(support.table(support.rows_of(session.items), _failed))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need compiled extensions come last: until then these are compiled on the other core."""
+    items.sort(key=lambda item: "torch_extensions_dir" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str] | None]:
+    """Starts to compile what `deepspeed.init_distributed` needs, if any test of this session does."""
+    if not any("torch_extensions_dir" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
     script = (
         "import deepspeed\n"
         "from deepspeed.accelerator import get_accelerator\n"
@@ -87,16 +113,34 @@ def torch_extensions_dir(nothing_left_over: None) -> Path:
         "if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):\n"
         "    builder.load()\n"
     )
+    build = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    yield build
+    if build.poll() is None:
+        os.killpg(build.pid, signal.SIGKILL)
+    build.wait()
+    assert build.stdout is not None
+    build.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def torch_extensions_dir(_extension_build: subprocess.Popen[str]) -> Path:
+    """The folder of compiled extensions, with what `deepspeed.init_distributed` needs in it.
+
+    DeepSpeed compiles its shared-memory op on first use, for half a minute. Built once, before any test needs it, it
+    neither counts against the time limit of a case nor is compiled by all ranks at once.
+    """
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        output, _ = _extension_build.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         locks = ", ".join(map(str, folder.glob("*/lock"))) or "none"
         pytest.fail(f"DeepSpeed's op was not built within 240 s; lock files in its way: {locks}")
-    assert done.returncode == 0, f"DeepSpeed's op does not build:\n{done.stdout}\n{done.stderr}"
+    assert _extension_build.returncode == 0, f"DeepSpeed's op does not build:\n{output}"
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Counter:
         comm.all_reduce = self._real
 
 
+@cache
 def reference(level: int, recipe: str, wavelet: str, steps: int, skipped: str) -> dict[str, Tensor]:
     """Weights of one process in float64; parameters whose name starts with `skipped` have no gradient."""
     model = Net().double()

@@ -33,6 +33,7 @@ ENGINES = {
 }
 
 
+@pytest.mark.support("DeepSpeed", "ZeRO-1, ZeRO-2, ZeRO-3, fp32 and bf16, `zero.Init`, 2 and 3 ranks")
 @pytest.mark.parametrize("recipe", ["paper", "energy"])
 @pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -55,6 +56,7 @@ def test_the_update_is_that_of_one_process(ranks, engine, world_size, level, rec
     assert level < 3 or cut
 
 
+@pytest.mark.support("DeepSpeed", "any wavelet")
 @pytest.mark.parametrize("engine", ["zero2-fp32", "zero3-fp32"])
 def test_cut_rows_of_another_wavelet_are_completed_too(ranks, engine) -> None:
     for result in ranks(3, zero_case, *ENGINES[engine], 2, "energy", "db2"):
@@ -63,6 +65,7 @@ def test_cut_rows_of_another_wavelet_are_completed_too(ranks, engine) -> None:
         assert result["bytes"] == result["planned"]
 
 
+@pytest.mark.support("DeepSpeed", "`save_checkpoint`, `load_checkpoint` at the same layout, padded partitions")
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeeds_own_checkpoint_continues_bit_for_bit(ranks, stage, bf16, tmp_path) -> None:
@@ -70,6 +73,7 @@ def test_deepspeeds_own_checkpoint_continues_bit_for_bit(ranks, stage, bf16, tmp
     assert ranks(3, resume_case, stage, bf16, str(tmp_path)) == [0.0] * 3
 
 
+@pytest.mark.support("DeepSpeed", "a forgotten `attach`", outcome="refused")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_forgotten_attach_is_refused(ranks, stage) -> None:
     for message in ranks(2, forgotten_attach_case, stage):
@@ -77,11 +81,13 @@ def test_a_forgotten_attach_is_refused(ranks, stage) -> None:
         assert "gwt_dist.attach(optimizer, engine)" in message
 
 
+@pytest.mark.support("DeepSpeed", "plain `deepspeed.initialize`, then `attach`")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_plain_deepspeed_initialize_finds_the_type_and_attach_completes_it(ranks, stage) -> None:
     assert max(ranks(2, plain_json_case, stage)) < 1e-6
 
 
+@pytest.mark.support("DeepSpeed", "a layout that is not as recorded", outcome="refused")
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
     ("what", "expected"),
@@ -92,6 +98,11 @@ def test_another_layout_on_one_rank_is_refused_by_all(ranks, stage, what, expect
         assert re.search(expected, message), message
 
 
+@pytest.mark.support(
+    "DeepSpeed",
+    "`elastic_checkpoint`, `compute_grad_norm: false`, NVMe, `ratio < 1`, universal checkpoints, fp16 autocast",
+    outcome="refused",
+)
 @pytest.mark.parametrize(
     ("change", "params", "message"),
     [
@@ -128,5 +139,6 @@ def test_what_cannot_be_right_is_refused_at_set_up(ranks, change, params, messag
     assert message in ranks(1, refused_case, change, params)[0]
 
 
+@pytest.mark.support("DeepSpeed", "an `optimizer` section beside a client optimizer", outcome="refused")
 def test_an_optimizer_given_twice_is_refused(ranks) -> None:
     assert "an optimizer was passed too" in ranks(1, refused_case, {}, {}, True)[0]

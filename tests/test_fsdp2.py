@@ -22,6 +22,8 @@ def kept_once(level: int) -> int:
     )
 
 
+@pytest.mark.support("FSDP2", "`fully_shard`, uneven rows, ranks without rows, 1 to 4 ranks")
+@pytest.mark.support("FSDP2", "1-D and frozen parameters, fewer elements than ranks")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -38,6 +40,7 @@ def test_rows(ranks, world_size, level, recipe) -> None:
     assert sum(result["moments"] for result in results) == kept_once(level)
 
 
+@pytest.mark.support("FSDP2", "HSDP 2x2")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_replicas_of_shards(ranks, recipe) -> None:
     """Norms are summed over the axis that shards and not over the one that replicates."""
@@ -48,6 +51,7 @@ def test_replicas_of_shards(ranks, recipe) -> None:
     assert sum(result["moments"] for result in results) == 2 * kept_once(2)
 
 
+@pytest.mark.support("FSDP2", "tensor parallelism x FSDP 2x2, `_StridedShard`, several meshes in one optimizer")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_tensor_parallel_under_fsdp(ranks, level, recipe) -> None:
@@ -63,6 +67,7 @@ def test_tensor_parallel_under_fsdp(ranks, level, recipe) -> None:
         assert {tuple(calls) for calls in result["collectives"]} == {tuple(result["collectives"][0])}
 
 
+@pytest.mark.support("FSDP2", "`Shard(1)`, aligned or cut within a unit")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -77,18 +82,21 @@ def test_columns(ranks, world_size, level, recipe) -> None:
     assert sum(result["moments"] for result in results) > kept_once(level)
 
 
+@pytest.mark.support("FSDP2", "bf16 mixed precision policy, CPU offload policy")
 @pytest.mark.parametrize("kind", ["bf16", "offload"])
 def test_policies(ranks, kind) -> None:
     for result in ranks(2, fsdp2_case, kind, 2, "paper"):
         assert result["error"] < 1e-12
 
 
+@pytest.mark.support("FSDP2", "any wavelet")
 def test_rows_of_another_wavelet(ranks) -> None:
     for result in ranks(3, fsdp2_case, "rows", 2, "energy", "db2"):
         assert result["error"] < 1e-12
         assert result["collectives"] == [[]] * 5
 
 
+@pytest.mark.support("FSDP2", "parameters that the forward pass does not use")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_parameter_that_the_forward_does_not_use_stays_as_it_is(ranks, recipe) -> None:
     for result in ranks(2, fsdp2_case, "rows", 2, recipe, "haar", "mlp_row"):

@@ -276,6 +276,7 @@ def ddp_case(recipe: str) -> tuple[float, float]:
     return float((weights(model) - weights(whole)).abs().max() / change), float(weights(model).sum())
 
 
+@pytest.mark.support("DDP", "unused parameters, fp64, 2 ranks")
 @pytest.mark.parametrize("recipe", ["paper", "energy"])
 def test_under_ddp_the_update_is_that_of_one_process(ranks, recipe: str) -> None:
     results = ranks(2, ddp_case, recipe)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gwt_dist.comm import Shard
-from gwt_dist.engines import deepspeed, fairscale
+from gwt_dist.engines import deepspeed, fairscale, fsdp1
 from gwt_dist.engines.flat import FlatBuffer
 from gwt_dist.layout import LayoutError, join
 from gwt_dist.optimizer import GWTAdamW
@@ -27,7 +27,7 @@ def attach(optimizer: Any, engine: Any) -> None:
 
     Args:
         optimizer: The `GWTAdamW`, or any wrapper that holds it as ``.optimizer`` or ``.optim``.
-        engine: A DeepSpeed engine, its ZeRO optimizer, or a model with modules of fairscale in it.
+        engine: A DeepSpeed engine or its ZeRO optimizer, or a model that is wrapped in FSDP1 or by fairscale.
 
     Raises:
         ValueError: If there is no `GWTAdamW` in `optimizer`, it holds none of the sharded parameters, or the engine has
@@ -35,24 +35,37 @@ def attach(optimizer: Any, engine: Any) -> None:
         LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
             several.
     """
-    inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
-    if inner is None:
-        raise ValueError(
-            f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer and .optim of its "
-            f"wrappers); pass the optimizer that the engine was built with"
-        )
+    inner = find_optimizer(optimizer)
     deepspeed.refuse(getattr(engine, "_config", None))
     fairscale.guard_gradients(inner, engine)
     for wrapper in _unwrapped(engine):
-        for adapter in (deepspeed, fairscale):
+        for adapter in (deepspeed, fsdp1, fairscale):
             buffers = adapter.read(wrapper)
             if buffers is not None:
                 attach_buffers(inner, buffers)
                 return
 
 
+def find_optimizer(optimizer: Any) -> GWTAdamW:
+    """The `GWTAdamW` that `optimizer` is or holds; raises `ValueError` if there is none."""
+    inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
+    if inner is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer and .optim of its "
+            f"wrappers); pass the optimizer that the engine was built with"
+        )
+    return inner
+
+
 def attach_buffers(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer]) -> None:
     """Check the buffers of all ranks and attach them; either every rank attaches or every rank raises."""
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # ZeRO-3 takes the parameters out of the groups between steps.
+    if given and buffers and not any(id(buffer.parameter) in given for buffer in buffers):
+        raise ValueError(
+            f"the optimizer holds none of the {len(buffers)} sharded parameters of the model, which took the place of "
+            f"those that it was given: its steps would change nothing. Build it after the model is wrapped"
+        )
     by_group: dict[ProcessGroup | None, list[FlatBuffer]] = {}
     for buffer in buffers:
         by_group.setdefault(buffer.group, []).append(buffer)
@@ -84,7 +97,7 @@ def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
     for buffer in buffers:
         for fragment, weight in zip(buffer.fragments, buffer.weights, strict=True):
             # A slice, which may come out short, so that a wrong offset is told to all ranks and not raised on one.
-            held = buffer.parameter.detach()[fragment.offset : fragment.offset + fragment.numel]
+            held = buffer.parameter.detach().reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
             if not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
                 return (
                     f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a "

@@ -1,0 +1,56 @@
+"""`fuse_backward`: the update of `step()`, bit for bit, with the gradients of one group at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fuse_cases import LAYERS, fuse_case, refused_case, trained
+
+RECIPES = ["paper", "energy"]
+
+
+@pytest.mark.support("FSDP2", "`fuse_backward`, accumulation 1 and 4")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_it_is_step_with_one_group_of_gradients_at_a_time(ranks, accumulation, recipe) -> None:
+    for result in ranks(2, fuse_case, recipe, accumulation):
+        assert result["moved"]
+        assert result["equal"] and result["states"]
+        if accumulation == 1:
+            assert result["groups"] == (LAYERS, 1)
+        plain, fused = result["collectives"]
+        assert plain == [int(recipe == "paper")] * 10
+        assert fused == [LAYERS * int(recipe == "paper")] * 10
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_more_ranks_it_differs_by_the_order_of_the_norm_at_most(ranks, recipe) -> None:
+    """With three ranks and more a collective's order of summation depends on the length of its buffer."""
+    for result in ranks(3, fuse_case, recipe, 1):
+        assert result["equal"] if recipe == "energy" else result["difference"] < 1e-6
+        assert result["groups"] == (LAYERS, 1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
+    plain, _, most, _ = trained(False, recipe, 1)
+    fused, _, most_fused, _ = trained(True, recipe, 1)
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (most, most_fused) == (LAYERS, 1)
+
+
+@pytest.mark.support("DDP", "`fuse_backward`", outcome="refused")
+@pytest.mark.support("FSDP2", "`fuse_backward` with a GradScaler", outcome="refused")
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("ddp", "sees the gradient of this rank before it is averaged"),
+        ("swapped", "build the optimizer after fully_shard"),
+        ("scaler", "a GradScaler drives an optimizer whose update was fused"),
+    ],
+)
+def test_where_it_cannot_be_right_it_refuses(ranks, what, message) -> None:
+    for found in ranks(2, refused_case, what):
+        assert message in found
