@@ -102,6 +102,12 @@ class Active:
         self._weight = self._data.reshape(-1)
         if parameter.grad is not None:
             self.gradient = dtensor.local(parameter.grad, like=parameter).reshape(-1)
+            if self.gradient.numel() != self._weight.numel():
+                raise ValueError(
+                    f"a gradient of {self.gradient.numel()} elements for the {self._weight.numel()} that this rank "
+                    f"holds of the parameter of {plan.shard.tensors[0].fqn!r}: the step would use those of other "
+                    f"elements. It was not reduced; run the last backward pass before step() outside of no_sync()"
+                )
             self.exp_avg, self.exp_avg_sq = (dtensor.local(state[k]).view(-1) for k in ("exp_avg", "exp_avg_sq"))
         # Tensors that have a place in the vector of norms; static, so that all ranks agree on its length.
         limited = rule.limiter > 0 and plan.level > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import gwt_dist
 from fsdp2_cases import Counter
@@ -23,7 +24,7 @@ from zero_cases import options
 
 @contextlib.contextmanager
 def streams_on_cpu() -> Iterator[Any]:
-    """fairscale's FullyShardedDataParallel, lent what it needs without a GPU.
+    """Fairscale's FullyShardedDataParallel, lent what it needs without a GPU.
 
     It asks torch for CUDA streams whatever the device is, and for collectives over one tensor that gloo does not have:
     streams that do nothing stand in, on one thread in program order, and collectives over lists of tensors.
@@ -59,11 +60,8 @@ def streams_on_cpu() -> Iterator[Any]:
         module.enable_nccl_base_collectives = reduce_scatter_bucketer.enable_nccl_base_collectives = True
 
 
-FLAT = ["flat", "modules"]  # all tensors in one parameter; those of each module in one
-
-
 def shard(model: nn.Module, kind: str) -> nn.Module:
-    """The model in float64 under FullyShardedDataParallel."""
+    """The model in float64 under FullyShardedDataParallel: flattened as one, module by module, or not at all."""
     from fairscale.nn.data_parallel import FullyShardedDataParallel
 
     options: dict[str, Any] = {"compute_device": torch.device("cpu"), "flatten_parameters": kind != "tensors"}
@@ -143,3 +141,100 @@ def sharded_case(kind: str, level: int, recipe: str) -> dict[str, Any]:
             "empty": sum(all(f.numel == 0 for f in b.fragments) for b in buffers),
             "cut": sum(len(p.exchange.receives) for p in optimizer._plans.values()),
         }
+
+
+def own_state_case(kind: str) -> dict[str, Any]:
+    """Five steps at once, and two and three with each rank's own state_dict between them."""
+    with streams_on_cpu():
+        whole, parts = [], []
+        for result, cuts in ((whole, [5]), (parts, [2, 5])):
+            model, state, done = shard(fresh_model(), kind), None, 0
+            for end in cuts:
+                optimizer = GWTAdamW(groups(model, kind, 3, "paper"))
+                gwt_dist.attach(optimizer, model)
+                if state is not None:
+                    optimizer.load_state_dict(state)
+                for step in five_steps()[done:end]:
+                    optimizer.zero_grad()
+                    backward(model, step)
+                    optimizer.step()
+                state, done = copy.deepcopy(optimizer.state_dict()), end
+            result += [p.detach().clone() for p in model.parameters()]
+        return {"same": all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))}
+
+
+def accumulation_case(kind: str, synchronised: bool) -> Any:
+    """A quarter of each gradient in no_sync and the rest after it; or a step without the rest."""
+    with streams_on_cpu():
+        model = shard(fresh_model(), kind)
+        optimizer = GWTAdamW(groups(model, kind, 2, "paper"))
+        gwt_dist.attach(optimizer, model)
+        for step in five_steps():
+            optimizer.zero_grad()
+            with model.no_sync():
+                backward(model, step, share=0.25)
+            if not synchronised:
+                return _message(optimizer.step)
+            backward(model, step, share=0.75)
+            optimizer.step()
+        return error_of(model, reference(kind, 2, "paper"))
+
+
+def refused_case(kind: str, what: str) -> str:
+    """The message where the layout is unknown, or not what it should be."""
+    with streams_on_cpu():
+        plain = fresh_model()
+        before = groups(plain, kind, 2, "paper")
+        model = shard(plain, kind)
+        if what == "built before":
+            return _message(lambda: gwt_dist.attach(GWTAdamW(before), model))
+        optimizer = GWTAdamW(groups(model, kind, 2, "paper"))
+        if what == "forgotten":
+            backward(model, five_steps()[0])
+            return _message(optimizer.step)
+        if what == "gathered":
+            with model.summon_full_params():
+                return _message(lambda: gwt_dist.attach(optimizer, model))
+        with _changed(what):
+            return _message(lambda: gwt_dist.attach(optimizer, model))
+
+
+def _message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, LayoutError) as error:
+        return str(error)
+    return "no error"
+
+
+@contextlib.contextmanager
+def _changed(what: str) -> Iterator[None]:
+    """Fairscale lays its shards out in another way, on the last rank alone."""
+    real = adapter.read
+
+    def read(model: Any) -> Any:
+        buffers = real(model)
+        if buffers is None or dist.get_rank() != dist.get_world_size() - 1:
+            return buffers
+        n = next(i for i, b in enumerate(buffers) if any(f.numel > 4 for f in b.fragments))
+        fragments, weights = list(buffers[n].fragments), list(buffers[n].weights)
+        k = next(i for i, f in enumerate(fragments) if f.numel > 4)
+        if what == "offset":
+            fragments[k] = replace(fragments[k], offset=fragments[k].offset + 1)
+        elif what == "other elements":
+            fragments[k] = replace(fragments[k], start=fragments[k].start - 1, stop=fragments[k].stop - 1)
+        elif what == "gap":
+            fragments[k], weights[k] = replace(fragments[k], stop=fragments[k].stop - 1), weights[k][:-1]
+        else:  # more padding than was thought
+            weights[k] = weights[k][:-1]
+        return [
+            *buffers[:n],
+            replace(buffers[n], fragments=tuple(fragments), weights=tuple(weights)),
+            *buffers[n + 1 :],
+        ]
+
+    adapter.read = read
+    try:
+        yield
+    finally:
+        adapter.read = real

@@ -22,6 +22,9 @@ SHARDED = ["zro", "zro-views", "oss", "sdp-no-buckets", "sdp-model-zero-grad", "
 RECIPES = ["paper", "energy"]
 
 
+@pytest.mark.support("DDP", "`gradient_as_bucket_view` True and False, 2 to 4 ranks, no collective")
+@pytest.mark.support("DDP + ZeroRedundancyOptimizer", "`parameters_as_bucket_view` True and False, no collective")
+@pytest.mark.support("fairscale", "OSS + DDP; ShardedDataParallel; no collective")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("kind", "world_size", "level"),
@@ -39,6 +42,8 @@ def test_the_update_is_that_of_one_process(ranks, kind, world_size, level, recip
     assert sum(result["moments"] for result in results) == copies * kept_once(level)
 
 
+@pytest.mark.support("DDP + ZeroRedundancyOptimizer", "`consolidate_state_dict`, loaded on other ranks or by OSS")
+@pytest.mark.support("fairscale", "OSS `consolidate_state_dict`, loaded on other ranks or by DDP")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by"),
@@ -64,6 +69,7 @@ def test_a_consolidated_state_is_that_of_one_process_and_loads_on_other_ranks(
     assert sum(result["moments"] for result in results) == kept_once(2)
 
 
+@pytest.mark.support("DDP", "parameters that no rank, or only some ranks use, plain, OSS and `ZeroRedundancyOptimizer`")
 @pytest.mark.parametrize("kind", ["ddp", "zro", "oss"])
 def test_a_parameter_that_no_rank_uses_stays_as_it_is(ranks, kind) -> None:
     for result in ranks(2, unused_case, kind, True):
@@ -79,12 +85,17 @@ def test_a_parameter_that_one_rank_uses_moves_on_all(ranks, kind) -> None:
         assert not result["stays"]
 
 
+@pytest.mark.support("DDP", "accumulation with `no_sync`, plain, OSS and `ZeroRedundancyOptimizer`")
+@pytest.mark.support("fairscale", "ShardedDataParallel, accumulation with `no_sync`")
 @pytest.mark.parametrize("kind", ["ddp", "zro", "oss", "sdp-no-buckets", "sdp-model-zero-grad"])
 def test_accumulation_without_synchronisation_is_one_batch(ranks, kind) -> None:
     for result in ranks(2, accumulation_case, kind):
         assert result["error"] < 1e-12
 
 
+@pytest.mark.support(
+    "fairscale", "ShardedDataParallel with buckets and `zero_grad(set_to_none=True)`", outcome="refused"
+)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_gradients_that_left_their_buckets_are_refused_by_all_ranks(ranks, world_size) -> None:
     for result in ranks(world_size, guarded_case, "sdp"):
@@ -102,5 +113,6 @@ def test_without_attach_gradients_that_left_their_buckets_train_something_else(r
         assert result["error"] > 0.1
 
 
+@pytest.mark.support("DDP + ZeroRedundancyOptimizer", "`overlap_with_ddp`, by torch", outcome="refused")
 def test_stepping_within_the_backward_pass_of_ddp_is_refused(ranks) -> None:
     assert "requires using a functional optimizer" in ranks(2, overlap_case)[0]
