@@ -221,6 +221,9 @@ def _changed(what: str) -> Iterator[None]:
         k = next(i for i, f in enumerate(fragments) if f.numel > 4)
         if what == "offset":
             fragments[k] = replace(fragments[k], offset=fragments[k].offset + 1)
+        elif what == "outside":  # of the chunk; nothing is there, and so it equals nothing
+            fragments[k] = replace(fragments[k], offset=fragments[k].offset + buffers[n].parameter.numel())
+            weights[k] = weights[k][:0]
         elif what == "other elements":
             fragments[k] = replace(fragments[k], start=fragments[k].start - 1, stop=fragments[k].stop - 1)
         elif what == "gap":

@@ -82,6 +82,7 @@ def test_tensors_that_are_not_flattened_stay_the_optimizers_own(ranks) -> None:
     [
         ("gathered", "should be a chunk of .* outside of summon_full_params"),
         ("offset", "rank 2: elements .* are not those of the model's weight"),
+        ("outside", "rank 2: elements .* are not those of the model's weight"),
         ("padding", "rank 2: elements .* are not those of the model's weight"),
         ("other elements", "are held by (no rank|rank 2 and another|rank 1 and another)"),
         ("gap", "are held by no rank"),

@@ -98,7 +98,7 @@ def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
         for fragment, weight in zip(buffer.fragments, buffer.weights, strict=True):
             # A slice, which may come out short, so that a wrong offset is told to all ranks and not raised on one.
             held = buffer.parameter.detach().reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
-            if not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
+            if held.numel() != fragment.numel or not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
                 return (
                     f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a "
                     f"flat "

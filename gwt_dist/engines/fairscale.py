@@ -11,6 +11,7 @@ The tests run the shards on CPU, where fairscale alone cannot: they lend it the 
 from __future__ import annotations
 
 from functools import partial
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -31,8 +32,9 @@ def read(model: Any) -> list[FlatBuffer] | None:
     tensors   |-- a --|---- b ----|- c -| pad |
     ranks     |   rank 0    |   rank 1        |
 
-    The chunks are the only copy of the weights, so their bits cannot be compared with another. What is compared is the
-    padding, which fairscale counts too, and that ranks hold each element once.
+    The chunks are the only copy of the weights, so `attach` cannot compare them with another. It compares places: that
+    the fragments fill the chunk from its start to the padding that fairscale counts, and that ranks hold each element
+    once.
 
     Raises:
         LayoutError: If a parameter is not the chunk of its tensors that it should be.
@@ -67,7 +69,8 @@ def read(model: Any) -> list[FlatBuffer] | None:
                 )
             fragments = cut(tensors, rank * chunk, (rank + 1) * chunk)
             unpadded = parameter.detach()[: chunk - padding]
-            weights = tuple(unpadded[f.offset : f.offset + f.numel] for f in fragments)
+            ends = accumulate(f.numel for f in fragments)
+            weights = tuple(unpadded[end - f.numel : end] for f, end in zip(fragments, ends, strict=True))
             buffers.append(FlatBuffer(parameter, fragments, weights, module.process_group if world_size > 1 else None))
     return buffers
 
