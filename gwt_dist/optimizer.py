@@ -249,10 +249,12 @@ class GWTAdamW(torch.optim.Optimizer):
                 f"{where} belongs to FSDP1, whose layout this version does not read; a step on it would be another "
                 f"optimizer. Train with FSDP2 (fully_shard), DeepSpeed ZeRO, DDP or one process"
             )
-        if parameter in self._given or parameter.dim() >= 2:
+        if parameter in self._given:
             return Shard.whole(where, tuple(parameter.shape))
         if parameter.grad is None or not parameter.grad.any():
             return None
+        if parameter.dim() >= 2:
+            return Shard.whole(where, tuple(parameter.shape))
         raise ValueError(
             f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
             f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gwt_dist.comm import Shard
-from gwt_dist.engines import deepspeed
+from gwt_dist.engines import deepspeed, refusals
 from gwt_dist.engines.flat import FlatBuffer
 from gwt_dist.layout import LayoutError, join
 from gwt_dist.optimizer import GWTAdamW
@@ -33,13 +33,14 @@ def attach(optimizer: Any, engine: Any) -> None:
         LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
             several.
     """
+    refusals.refuse_swapped([*_unwrapped(optimizer), *_unwrapped(engine)])
     inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
     if inner is None:
         raise ValueError(
             f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer of each wrapper); pass the "
             f"optimizer that the engine was built with"
         )
-    deepspeed.refuse(getattr(engine, "_config", None))
+    refusals.refuse(getattr(engine, "_config", None))
     for wrapper in _unwrapped(engine):
         buffers = deepspeed.read(wrapper)
         if buffers is not None:
@@ -70,9 +71,15 @@ def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[S
             raise LayoutError(f"rank {rank}: {mismatch}")
     groups = () if group is None else (group,)
     return [
-        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, groups, groups)
+        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, groups, groups, _whole_shape(buffer))
         for i, buffer in enumerate(buffers)
     ]
+
+
+def _whole_shape(buffer: FlatBuffer) -> tuple[int, ...] | None:
+    """The shape of a parameter that is one tensor, whole and in its own shape."""
+    shape = tuple(buffer.parameter.shape)
+    return shape if buffer.group is None and [f.shape for f in buffer.fragments] == [shape] else None
 
 
 def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
@@ -80,7 +87,7 @@ def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
     for buffer in buffers:
         for fragment, weight in zip(buffer.fragments, buffer.weights, strict=True):
             # A slice, which may come out short, so that a wrong offset is told to all ranks and not raised on one.
-            held = buffer.parameter.detach()[fragment.offset : fragment.offset + fragment.numel]
+            held = buffer.parameter.detach().reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
             if not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
                 return (
                     f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a "
