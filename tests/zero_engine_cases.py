@@ -1,20 +1,23 @@
-"""What the ranks of `test_deepspeed_engines.py` run: every layout that DeepSpeed has, its settings and what goes wrong."""
+"""What the ranks of `test_deepspeed_engines.py` run: DeepSpeed's layouts and settings, and what goes wrong."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gwt_dist
 from fsdp2_cases import Counter
 from gwt_dist import GWTAdamW, param_groups
-from zero_cases import Dot, Net, Scale, gradients, initial, load, options, planned, shapes_of
+from zero_cases import Dot, Net, Scale, gradients, load, options, planned, shapes_of
+from zero_cases import initial as large
 
 Step = dict[str, Tensor]
 TARGETS = ["attn", "mlp"]
@@ -44,6 +47,11 @@ class Vectors(nn.Module):
 
     def forward(self, gradients: dict[str, dict[str, Tensor]]) -> Tensor:
         return sum((getattr(self, name)(g) for name, g in gradients.items()), torch.zeros(()))
+
+
+def initial(shapes: dict[str, tuple[int, ...]]) -> Step:
+    """Weights that bf16 holds exactly, and so small that their rounding in fp32 is nothing beside an update."""
+    return {name: weight / 256 for name, weight in large(shapes).items()}
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"net": Net, "tied": Tied, "vectors": Vectors}
@@ -212,6 +220,7 @@ def engine_case(
     states = list(optimizer.state.values())
     plans = list(optimizer._plans.values())
     zero = config.get("zero_optimization", {})
+    stage = zero.get("stage")
     result = {
         "error": difference(found, reference(kind, groups, level, recipe, expected_steps), start),
         "stale": stale(model, found),
@@ -225,7 +234,7 @@ def engine_case(
         "received": sum(len(p.exchange.receives) for p in plans),
         "cut": [(i, r.slot) for i, p in enumerate(plans) for r in p.exchange.receives],
         "bytes": sum(t.numel() * t.element_size() for s in states for t in s.values()),
-        "planned": planned(zero["stage"], level, recipe, "haar") if zero.get("stage") and kind == "net" else None,
+        "planned": planned(zero["stage"], level, recipe, "haar", zero.get("sub_group_size", 10**9)) if stage else 0,
         "rates": [g["lr"] for g in optimizer.param_groups],
     }
     engine.destroy()
@@ -278,7 +287,7 @@ def spoiled_case(config: dict[str, Any], recipe: str, value: float, first: bool)
 def init_case(config: dict[str, Any]) -> dict[str, int]:
     """Steps that the engine made while it was built, and the state that was there afterwards."""
     steps: list[GWTAdamW] = []
-    handle = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append(optimizer))
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append(optimizer))
     try:
         model = Net()
         config = copy.deepcopy(config) | {"optimizer": {"type": "GWTAdamW", "params": {"targets": TARGETS}}}
@@ -288,3 +297,103 @@ def init_case(config: dict[str, Any]) -> dict[str, int]:
     result = {"steps": len(steps), "state": len(engine.basic_optimizer.state)}
     engine.destroy()
     return result
+
+
+def read_again_case(config: dict[str, Any]) -> list[bool]:
+    """Whether the layout is read alike where DeepSpeed does not say at which element a tensor begins."""
+    from gwt_dist.engines import deepspeed as adapter
+
+    _, engine = build(copy.deepcopy(config), "net", "by name", 2, "paper")
+    before = [buffer.fragments for buffer in adapter.read(engine.optimizer) or []]
+    offsets = engine.optimizer.__dict__.pop("round_robin_bit16_offsets")
+    after = [buffer.fragments for buffer in adapter.read(engine.optimizer) or []]
+    engine.optimizer.round_robin_bit16_offsets = offsets
+    engine.destroy()
+    return [before == after, len(before) == 2]
+
+
+def plain(config: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A model and an engine of plain `deepspeed.initialize`, which nobody has attached yet."""
+    import deepspeed
+
+    model = Net()
+    load(model, initial(shapes_of(model)))
+    optimizer = GWTAdamW(groups_of(model, "by name", 2, "paper"))
+    config = copy.deepcopy(config) | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return model, deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def wrapper_case(config: dict[str, Any]) -> float:
+    """Attached through the wrapper alone, which is what a callback of a Trainer has in hand."""
+    model, engine = plain(config)
+    gwt_dist.attach(engine.optimizer, engine.optimizer)
+    steps = list(gradients(shapes_of(model), 3))
+    for step in steps:
+        backward(engine, model, step, dist.get_world_size() if dist.get_rank() == 0 else 0)
+    found = masters(engine, model)
+    engine.destroy()
+    return difference(found, reference("net", "by name", 2, "paper", steps), initial(shapes_of(model)))
+
+
+def forgotten_case(config: dict[str, Any]) -> tuple[str, bool]:
+    """The message of the first step of an engine that nobody attached, and whether the weights stayed as they were."""
+    model, engine = plain(config)
+    parameters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in parameters]
+    try:
+        backward(engine, model, next(gradients(shapes_of(model), 1)), 1)
+    except ValueError as error:
+        return str(error), same_bits(before, [p.detach() for p in parameters])
+    finally:
+        engine.destroy()
+    return "no error", False
+
+
+def refused_attach_case(config: dict[str, Any], what: str) -> str:
+    """The message of `attach` for an engine that is not what it was when it was built, or that is no engine of ours."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    _, engine = plain(config)
+    optimizer = engine.basic_optimizer
+    target: Any = engine
+    if what == "expert":
+        engine.module.mlp_down.weight.allreduce = False
+    elif what == "tensor parallel":
+        engine.mpu = SimpleNamespace(get_tensor_model_parallel_world_size=lambda: 2)
+    elif what == "pipeline":
+        engine.pipeline_parallelism = True
+    elif what == "swapped":
+        optimizer = object.__new__(DeepSpeedCPUAdam)  # without the extension that its constructor compiles
+        optimizer.opt_id, optimizer.ds_opt_adam = 0, SimpleNamespace(destroy_adam=lambda _: None)
+        optimizer = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
+    elif what == "other":
+        optimizer = GWTAdamW(Net().parameters())
+    else:
+        target = engine.optimizer
+    try:
+        gwt_dist.attach(optimizer, target)
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.module.mlp_down.weight.allreduce = True
+        engine.destroy()
+    return "no error"
+
+
+def groups_case(config: dict[str, Any], what: str) -> tuple[str, list[float]]:
+    """The message of `initialize` for groups of the user, or the rates after four steps."""
+    model = Net()
+    groups = by_hand(model, 2, "paper")
+    if what == "frozen":
+        groups.append({"params": list(model.frozen.parameters())})
+    elif what == "expert":
+        model.mlp_down.weight.allreduce = False
+    try:
+        engine = gwt_dist.initialize(model=model, optimizer=GWTAdamW(groups), config=copy.deepcopy(config))[0]
+    except ValueError as error:
+        return str(error), []
+    for step in gradients(shapes_of(model), 4):
+        backward(engine, model, step, 1)
+    rates = [group["lr"] for group in engine.basic_optimizer.param_groups]
+    engine.destroy()
+    return "no error", rates

@@ -33,7 +33,7 @@ def attach(optimizer: Any, engine: Any) -> None:
         LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
             several.
     """
-    refusals.refuse_swapped([*_unwrapped(optimizer), *_unwrapped(engine)])
+    refusals.refuse_swapped(list(_unwrapped(optimizer)), list(_unwrapped(engine)))
     inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
     if inner is None:
         raise ValueError(
@@ -69,7 +69,7 @@ def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[S
     for rank, (_, mismatch) in enumerate(everyone):
         if mismatch:
             raise LayoutError(f"rank {rank}: {mismatch}")
-    groups = () if group is None else (group,)
+    groups = (group,) if group is not None and len(everyone) > 1 else ()
     return [
         Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, groups, groups, _whole_shape(buffer))
         for i, buffer in enumerate(buffers)

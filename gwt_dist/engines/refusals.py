@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gwt_dist.optimizer import Group, GWTAdamW
+import torch
+
+from gwt_dist.optimizer import Group
 
 # Section and key, the values that are refused, and why with the way out.
 _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
@@ -164,15 +166,19 @@ def refuse_parallel(engine: Any) -> None:
         raise ValueError("pipeline parallelism is not tested with GWTAdamW and refused. Shard with ZeRO alone")
 
 
-def refuse_swapped(optimizers: Iterable[Any]) -> None:
-    """Raise `ValueError` if a wrapper put DeepSpeedCPUAdam in the place of the `GWTAdamW`."""
-    optimizers = list(optimizers)
-    swapped = any(type(optimizer).__name__ == "DeepSpeedCPUAdam" for optimizer in optimizers)
-    if swapped and not any(isinstance(optimizer, GWTAdamW) for optimizer in optimizers):
+def refuse_swapped(optimizer: Sequence[Any], engine: Sequence[Any]) -> None:
+    """Raise `ValueError` if the engine steps with another optimizer; both arguments are wrappers, outermost first."""
+    if any(type(thing).__name__ == "DeepSpeedCPUAdam" for thing in (*optimizer, *engine)):
         raise ValueError(
             "the engine steps with DeepSpeedCPUAdam and not with GWTAdamW: under offload_optimizer, Accelerate and the "
             "Trainer put it in the place of your optimizer and keep the learning rate and weight decay alone, so this "
             'run would train with Adam in silence. Set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON'
+        )
+    used = engine[-1]
+    if isinstance(used, torch.optim.Optimizer) and not any(thing is used for thing in optimizer):
+        raise ValueError(
+            f"the engine steps with a {type(used).__name__} of its own and not with the optimizer that was passed to "
+            f"attach, which would never step. Pass engine.optimizer"
         )
 
 
