@@ -1,7 +1,8 @@
 # Each target sets up .venv by itself; nothing is needed but Python >= 3.10 (and a C++ compiler for DeepSpeed on CPU).
-#   make test                  the whole suite            make test ARGS="tests/test_layout.py -x"
+#   make test                  the suite                  make test ARGS="tests/test_layout.py -x"
+#   make matrix                every engine, on more ranks, levels and settings than the suite
 #   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
-#   make support               the whole suite, and the support matrix of docs/engines.md from its results
+#   make support               both, and the support matrix of docs/engines.md from its results
 #   make lint | format | clean
 #   PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip call (a mirror, CPU-only wheels of torch).
 
@@ -15,7 +16,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test pretrain support lint format clean
+.PHONY: test matrix pretrain support lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -26,8 +27,11 @@ pretrain: $(STAMP)
 	$(BIN)/deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config configs/zero2.json \
 	    --config configs/pretrain/tiny.yaml $(ARGS)
 
+matrix: $(STAMP)
+	$(BIN)/python -m pytest -m matrix $(ARGS)
+
 support: $(STAMP)
-	$(BIN)/python -m pytest --write-support $(ARGS)
+	$(BIN)/python -m pytest -m "matrix or not matrix" --write-support $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

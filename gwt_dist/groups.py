@@ -59,8 +59,7 @@ def param_groups(
             if id(parameter) not in names:
                 raise ValueError(
                     f"a parameter of shape {_shape(parameter)} in `params` does not belong to the model, so no target "
-                    f"can "
-                    f"match it; pass the parameters of this model"
+                    f"can match it; pass the parameters of this model"
                 )
             if not parameter.requires_grad:
                 continue

@@ -289,10 +289,12 @@ class GWTAdamW(torch.optim.Optimizer):
                 f"tensors whose rows are unknown here. Without them this step would be another optimizer. Add "
                 f"gwt_dist.attach(optimizer, model) after the model is wrapped (FlattenParamsWrapper alone is not read)"
             )
-        if parameter in self._given or parameter.dim() >= 2:
+        if parameter in self._given:
             return Shard.whole(where, tuple(parameter.shape))
         if parameter.grad is None or not parameter.grad.any():
             return None
+        if parameter.dim() >= 2:
+            return Shard.whole(where, tuple(parameter.shape))
         raise ValueError(
             f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
             f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step "

@@ -78,10 +78,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-support", action="store_true", help="write the support matrix of docs/engines.md")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "support(engine, feature, outcome='exact'): a row of the support matrix")
-
-
 _failed: set[str] = set()
 
 

@@ -13,6 +13,8 @@ import pytest
 from fairscale_cases import accumulation_case, own_state_case, refused_case, sharded_case
 from zero_cases import Net, shapes_of
 
+pytestmark = pytest.mark.matrix
+
 RECIPES = ["paper", "energy"]
 KINDS = ["flat", "modules", "tensors"]
 

@@ -11,11 +11,7 @@ from fsdp1_cases import forgotten_attach_case, fsdp1_case, shifted_case
 from gwt_dist.kernels import moments_shape
 from zero_cases import Net, shapes_of
 
-pytestmark = pytest.mark.filterwarnings(
-    # torch speaks to those who choose FSDP1; these tests are for them.
-    "ignore:.*FSDP1.*:FutureWarning",
-    "ignore:.*FullyShardedDataParallel.*:FutureWarning",
-)
+pytestmark = pytest.mark.matrix
 
 
 def kept_once(level: int) -> int:

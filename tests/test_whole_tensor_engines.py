@@ -18,6 +18,8 @@ from whole_tensor_cases import (
     unused_case,
 )
 
+pytestmark = pytest.mark.matrix
+
 SHARDED = ["zro", "zro-views", "oss", "sdp-no-buckets", "sdp-model-zero-grad", "sdp-set-to-zero"]
 RECIPES = ["paper", "energy"]
 

@@ -163,12 +163,14 @@ def masters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def planned(stage: int, level: int, recipe: str, wavelet: str) -> int:
+def planned(stage: int, level: int, recipe: str, wavelet: str, sub_group_size: int = 1_000_000_000) -> int:
     """State bytes of this rank from shapes alone."""
     model = Net()
     groups = param_groups(model, targets=["attn", "mlp"], **options(level, recipe, wavelet))
     specs = memory.specs(model.named_parameters(), groups)
-    return memory.plan_zero(specs, stage=stage, world_size=dist.get_world_size(), rank=dist.get_rank()).total
+    return memory.plan_zero(
+        specs, stage=stage, world_size=dist.get_world_size(), rank=dist.get_rank(), sub_group_size=sub_group_size
+    ).total
 
 
 def zero_case(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gwt_dist.comm import Shard
-from gwt_dist.engines import deepspeed, fairscale, fsdp1
+from gwt_dist.engines import deepspeed, fairscale, fsdp1, refusals
 from gwt_dist.engines.flat import FlatBuffer
 from gwt_dist.layout import LayoutError, join
 from gwt_dist.optimizer import GWTAdamW
@@ -35,8 +35,9 @@ def attach(optimizer: Any, engine: Any) -> None:
         LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
             several.
     """
+    refusals.refuse_swapped(list(_unwrapped(optimizer)), list(_unwrapped(engine)))
     inner = find_optimizer(optimizer)
-    deepspeed.refuse(getattr(engine, "_config", None))
+    refusals.refuse(getattr(engine, "_config", None))
     fairscale.guard_gradients(inner, engine)
     for wrapper in _unwrapped(engine):
         for adapter in (deepspeed, fsdp1, fairscale):
@@ -85,11 +86,17 @@ def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[S
     for rank, (_, mismatch) in enumerate(everyone):
         if mismatch:
             raise LayoutError(f"rank {rank}: {mismatch}")
-    groups = () if group is None else (group,)
+    groups = (group,) if group is not None and len(everyone) > 1 else ()
     return [
-        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, groups, groups)
+        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, groups, groups, _whole_shape(buffer))
         for i, buffer in enumerate(buffers)
     ]
+
+
+def _whole_shape(buffer: FlatBuffer) -> tuple[int, ...] | None:
+    """The shape of a parameter that is one tensor, whole and in its own shape."""
+    shape = tuple(buffer.parameter.shape)
+    return shape if buffer.group is None and [f.shape for f in buffer.fragments] == [shape] else None
 
 
 def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
@@ -101,9 +108,8 @@ def _mismatch(buffers: Sequence[FlatBuffer]) -> str | None:
             if held.numel() != fragment.numel or not _same_bits(held.to(weight.dtype), weight.detach().to(held.device)):
                 return (
                     f"elements {fragment.start}..{fragment.stop} of {fragment.fqn!r}, read at {fragment.offset} of a "
-                    f"flat "
-                    f"buffer of {buffer.parameter.numel()}, are not those of the model's weight; this version of the "
-                    f"engine lays its buffers out in another way, and a step would change the wrong elements"
+                    f"flat buffer of {buffer.parameter.numel()}, are not those of the model's weight; this version of "
+                    f"the engine lays its buffers out in another way, and a step would change the wrong elements"
                 )
     return None
 

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3: where the elements of the weights lie in its flat fp32 buffers.
+"""DeepSpeed: where the elements of the weights lie in the fp32 buffers that its optimizers keep.
 
 The attributes of DeepSpeed that are read here are not documented. They are read in `read` alone, which returns plain
 data, and `attach` compares every fragment with the weights, so that another layout is noticed.
@@ -6,49 +6,90 @@ data, and `attach` compares every fragment with the weights, so that another lay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from gwt_dist.engines import refusals
 from gwt_dist.engines.flat import FlatBuffer
 from gwt_dist.layout import Fragment
 
 
 def read(wrapper: Any) -> list[FlatBuffer] | None:
-    """The flat buffers of a ZeRO optimizer; None for what is no ZeRO optimizer."""
+    """The buffers of an optimizer of DeepSpeed's; None for what is none. Raises `ValueError` for what is refused."""
+    refusals.refuse_parallel(wrapper)
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return _read_stage_3(wrapper)
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
         return _read_stage_1_and_2(wrapper)
-    if hasattr(wrapper, "fp32_groups_flat_partition") or hasattr(wrapper, "fp32_groups"):
-        raise ValueError(
-            f"the layout of DeepSpeed's {type(wrapper).__name__} is not read by this version. Set "
-            f"zero_optimization.stage to 1, 2 or 3, with the default data_types.grad_accum_dtype"
-        )
+    if hasattr(wrapper, "fp32_groups_flat_partition"):
+        return _read_bf16_optimizer(wrapper)
+    if hasattr(wrapper, "fp32_groups"):
+        return _read_stage_0(wrapper)
     return None
 
 
+def _read_stage_0(unfused: Any) -> list[FlatBuffer]:
+    """bf16 without ZeRO (`FP16_UnfusedOptimizer`): an fp32 copy of each tensor, whole and in its own shape."""
+    names = unfused.overflow_checker.deepspeed.param_names
+    buffers = []
+    for parameters, masters in zip(unfused.fp16_groups, unfused.fp32_groups, strict=True):
+        for parameter, master in zip(parameters, masters, strict=True):
+            fragment = Fragment(names[parameter], tuple(parameter.shape), 0, parameter.numel())
+            buffers.append(FlatBuffer(master, (fragment,), (parameter.detach().reshape(-1),), None))
+    return buffers
+
+
+def _read_bf16_optimizer(zero: Any) -> list[FlatBuffer]:
+    """Stage 1 in bf16 with fp32 accumulation (`BF16_Optimizer`): each group's tensors in the order of the group."""
+    columns = zip(zero.fp32_groups_flat_partition, zero.bf16_groups, zero.real_dp_process_group, strict=True)
+    return [
+        _concatenated(flat, parameters, _ends(parameters), group, zero.param_names)
+        for flat, parameters, group in columns
+    ]
+
+
 def _read_stage_1_and_2(zero: Any) -> list[FlatBuffer]:
-    """Each group is the concatenation of its tensors in the order of `round_robin_bit16_groups`, cut into equal parts.
+    """Each group's tensors in the order of `round_robin_bit16_groups`, with gaps under `parameter_alignment`."""
+    refusals.refuse(
+        {"zero_optimization": {key: getattr(zero, key, None) for key in ("elastic_checkpoint", "compute_grad_norm")}}
+    )
+    groups = zero.round_robin_bit16_groups
+    # DeepSpeed before `parameter_alignment` has no offsets, and no gaps.
+    offsets = getattr(zero, "round_robin_bit16_offsets", None) or [_ends(parameters) for parameters in groups]
+    columns = zip(zero.single_partition_of_fp32_groups, groups, offsets, zero.real_dp_process_group, strict=True)
+    return [
+        _concatenated(flat, parameters, begins, group, zero.param_names) for flat, parameters, begins, group in columns
+    ]
+
+
+def _ends(parameters: Sequence[Tensor]) -> list[int]:
+    """Where each tensor begins when they are laid one after the other; the end of the last comes last."""
+    return list(accumulate((parameter.numel() for parameter in parameters), initial=0))
+
+
+def _concatenated(
+    flat: Tensor, parameters: Sequence[Tensor], begins: Sequence[int], group: ProcessGroup, names: Mapping[Tensor, str]
+) -> FlatBuffer:
+    """The part `flat` of tensors that are concatenated, each from its element in `begins` on, and cut into equal parts.
 
     tensors   |-- a --|---- b ----|- c -| pad |
     ranks     |   rank 0    |   rank 1        |
     """
-    buffers = []
-    for i, flat in enumerate(zero.single_partition_of_fp32_groups):
-        group = zero.real_dp_process_group[i]
-        low = dist.get_rank(group) * flat.numel()
-        fragments, weights = [], []
-        for parameter, begin in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-            start = max(begin, low) - begin
-            stop = min(begin + parameter.numel(), low + flat.numel()) - begin
-            # Ranks that hold nothing of a tensor still say that it exists, so that all know the same tensors.
-            start, stop, offset = (start, stop, begin + start - low) if start < stop else (0, 0, 0)
-            fragments.append(Fragment(zero.param_names[parameter], tuple(parameter.shape), start, stop, offset))
-            weights.append(parameter.detach().reshape(-1)[start:stop])
-        buffers.append(FlatBuffer(flat, tuple(fragments), tuple(weights), group))
-    return buffers
+    low = dist.get_rank(group) * flat.numel()
+    fragments, weights = [], []
+    for parameter, begin in zip(parameters, begins, strict=False):
+        start = max(begin, low) - begin
+        stop = min(begin + parameter.numel(), low + flat.numel()) - begin
+        # Ranks that hold nothing of a tensor still say that it exists, so that all know the same tensors.
+        start, stop, offset = (start, stop, begin + start - low) if start < stop else (0, 0, 0)
+        fragments.append(Fragment(names[parameter], tuple(parameter.shape), start, stop, offset))
+        weights.append(parameter.detach().reshape(-1)[start:stop])
+    return FlatBuffer(flat, tuple(fragments), tuple(weights), group)
 
 
 def _read_stage_3(zero: Any) -> list[FlatBuffer]:
@@ -71,60 +112,3 @@ def _read_stage_3(zero: Any) -> list[FlatBuffer]:
             offset += slot
         buffers.append(FlatBuffer(flat, tuple(fragments), tuple(weights), group))
     return buffers
-
-
-# Section and key, the values that are refused, and why with the way out.
-_REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (
-        ("zero_optimization", "elastic_checkpoint"),
-        lambda value: value,
-        "it cuts the end off every state tensor of a padded rank; remove it, checkpoints of the same world size work",
-    ),
-    (
-        ("zero_optimization", "compute_grad_norm"),
-        lambda value: value is False,
-        "a gradient that is not finite would reach one rank alone and the others would wait for it; remove it",
-    ),
-    (
-        ("zero_optimization", "offload_optimizer", "device"),
-        lambda value: value == "nvme",
-        'states on NVMe are swapped as full-size Adam moments; use "cpu" or no offload',
-    ),
-    (
-        ("zero_optimization", "offload_optimizer", "ratio"),
-        lambda value: value is not None and value < 1,
-        "a partial offload is made for DeepSpeedCPUAdam alone; remove it",
-    ),
-    (
-        ("zero_optimization", "zenflow"),
-        lambda value: value is not None,
-        "ZenFlow steps on chosen columns with its own optimizer; remove it",
-    ),
-    (
-        ("checkpoint", "load_universal"),
-        lambda value: value,
-        "universal checkpoints assume moments as large as the weights; remove it",
-    ),
-)
-
-
-def refuse(config: Mapping[str, Any] | Any | None) -> None:
-    """Raise `ValueError` for a setting under which the update could not be right.
-
-    `config` is the JSON as a mapping, or DeepSpeed's own configuration object.
-    """
-    settings = getattr(config, "_param_dict", config)
-    if not isinstance(settings, Mapping):
-        return
-    for path, wrong, why in _REFUSED:
-        value: Any = settings
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None and wrong(value):
-            raise ValueError(f"{'.'.join(path)}={value!r} cannot be used with GWTAdamW: {why}")
-    autocast = settings.get("torch_autocast") or {}
-    if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half"):
-        raise ValueError(
-            "torch_autocast with float16 cannot be used with GWTAdamW: each rank skips overflowing steps by itself, so "
-            "ranks would wait for each other; use bfloat16"
-        )

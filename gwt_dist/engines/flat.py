@@ -16,7 +16,7 @@ from gwt_dist.layout import Fragment
 class FlatBuffer:
     """What an adapter reads of one flat parameter that an engine hands to the optimizer."""
 
-    parameter: Tensor  # 1-D, the buffer itself
+    parameter: Tensor  # 1-D, the buffer itself; or one whole tensor in its own shape
     fragments: tuple[Fragment, ...]  # this rank's; padding belongs to none
     weights: tuple[Tensor, ...]  # per fragment, 1-D: the same elements as the model holds them
     group: ProcessGroup | None  # the ranks that hold the rest

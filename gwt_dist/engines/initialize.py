@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from gwt_dist.engines import deepspeed as adapter
+from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import attach
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
@@ -108,9 +108,15 @@ def _builder(
             raise ValueError("model is None; parameter groups are built from the names of its modules")
         options = _checked(section.get("params") or {})
         del settings["optimizer"]
-        _prepare(settings)
+        _prepare(settings, model)
         given = None if model_parameters is None else list(model_parameters)
-        return lambda _: GWTAdamW(param_groups(model, params=given, **options))
+
+        def build(_: Any) -> GWTAdamW:
+            built = GWTAdamW(param_groups(model, params=given, **options))
+            refusals.refuse_groups(settings, built.param_groups)
+            return built
+
+        return build
     if settings is not None and isinstance(optimizer, GWTAdamW):
         if section:
             raise ValueError(
@@ -118,14 +124,16 @@ def _builder(
                 f"DeepSpeed "
                 f"would ignore the section in silence. Remove one of them"
             )
-        _prepare(settings)
+        _prepare(settings, model)
+        refusals.refuse_groups(settings, optimizer.param_groups)
     return None
 
 
-def _prepare(settings: dict[str, Any]) -> None:
+def _prepare(settings: dict[str, Any], model: nn.Module | None) -> None:
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    adapter.refuse(settings)
+    refusals.refuse(settings)
+    refusals.refuse_experts([] if model is None else model.named_parameters())
     if GWTAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(GWTAdamW)
     if (settings.get("zero_optimization") or {}).get("offload_optimizer"):
