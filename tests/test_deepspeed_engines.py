@@ -93,6 +93,12 @@ def once(level: int) -> int:
     )
 
 
+@pytest.mark.support(
+    "DeepSpeed", "stage 0 in fp32 and bf16, `BF16_Optimizer`, ZeRO-Offload of optimizer and parameters"
+)
+@pytest.mark.support(
+    "DeepSpeed", "`round_robin_gradients`, `parameter_alignment`, `reduce_scatter` off, tiny `sub_group_size`"
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_update_is_that_of_one_process(ranks, engine) -> None:
     """T1, T2, T4, T12, T13, T18, T20, T27 by the engine. NaN in all padding has no effect (T19)."""
@@ -110,6 +116,7 @@ def test_the_update_is_that_of_one_process(ranks, engine) -> None:
         assert sum(moments) == once(3) + sum(r["received"] for r in results) - len(cut)  # T26
 
 
+@pytest.mark.support("DeepSpeed", "1 and 4 ranks")
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize(
     "engine", ["0 bf16", "bf16 optimizer", "1", "2 round robin, aligned", "3 tiny sub-groups", "3 offload both"]
@@ -122,6 +129,7 @@ def test_one_to_four_ranks(ranks, engine, world_size) -> None:
         assert not any(results[0]["collectives"])
 
 
+@pytest.mark.support("DeepSpeed", "groups with options of their own, frozen and 1-D groups")
 @pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS, "2 round robin", "2 offload", "3 tiny sub-groups"])
 def test_groups_keep_their_own_options(ranks, engine) -> None:
     """T8; four ranks share a group of two elements, so that two hold nothing but padding (T23)."""
@@ -129,6 +137,7 @@ def test_groups_keep_their_own_options(ranks, engine) -> None:
     check(results, "paper", (0.03, 0.01, 0.002, 0.005))
 
 
+@pytest.mark.support("DeepSpeed", "tied weights")
 @pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS])
 def test_tied_weights_are_one_weight(ranks, engine) -> None:
     check(ranks(2, engine_case, ENGINES[engine], 2, "paper", "tied"), "paper")  # T10
@@ -140,11 +149,13 @@ def test_a_model_without_matrices(ranks, engine) -> None:
     check(results, "paper", (0.01,))
 
 
+@pytest.mark.support("DeepSpeed", "gradient accumulation")
 @pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS, "2 offload", "3 offload both"])
 def test_four_accumulated_batches_are_one_large_batch(ranks, engine) -> None:
     check(ranks(2, engine_case, ENGINES[engine], 2, "energy", "net", "by name", 4), "energy")  # T5, T12
 
 
+@pytest.mark.support("DeepSpeed", "clipping, its default of 1.0 included")
 @pytest.mark.parametrize(
     ("engine", "clip"),
     [(engine, 3.0) for engine in ["0 fp32", *WRAPPERS]]
@@ -172,6 +183,7 @@ SPOILED = [(engine, "paper", math.nan, False) for engine in [*WRAPPERS, "2 offlo
 SPOILED += [(engine, "energy", math.inf, True) for engine in [*WRAPPERS, "3 tiny sub-groups"]]
 
 
+@pytest.mark.support("DeepSpeed", "NaN or infinity on one rank: the step never happened")
 @pytest.mark.parametrize(("engine", "recipe", "value", "first"), SPOILED)
 def test_a_step_that_is_not_finite_on_one_rank_never_happened(ranks, engine, recipe, value, first) -> None:
     """T6: every rank skips it; weights, moments, limiter and step keep their bits, and training goes on."""
@@ -195,6 +207,7 @@ def test_stage_0_in_fp32_skips_nothing(ranks, recipe) -> None:
         assert result["bits"] == results[0]["bits"]
 
 
+@pytest.mark.support("DeepSpeed", "the dry run of the unfused bf16 wrapper")
 @pytest.mark.parametrize(("engine", "steps"), [("0 bf16", 1), ("bf16 optimizer", 0), ("2", 0), ("3", 0)])
 def test_the_dry_run_of_an_engine_allocates_nothing(ranks, engine, steps) -> None:
     assert ranks(2, init_case, ENGINES[engine]) == [{"steps": steps, "state": 0}] * 2  # T24
@@ -218,6 +231,7 @@ def test_a_forgotten_attach_is_refused(ranks, engine) -> None:
         assert unchanged
 
 
+@pytest.mark.support("DeepSpeed", "further settings whose layout or rounding is not tested", outcome="refused")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -245,6 +259,7 @@ def test_settings_that_are_refused_at_set_up(ranks, change, message) -> None:
     assert message in ranks(1, refused_case, change, {})[0]  # T21, T25 are in test_deepspeed.py
 
 
+@pytest.mark.support("DeepSpeed", "engines that swap the optimizer or own part of it", outcome="refused")
 @pytest.mark.parametrize(
     ("engine", "what", "message"),
     [
@@ -273,6 +288,7 @@ def scheduled(**params) -> dict:
     return zero(1) | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2, **params}}}
 
 
+@pytest.mark.support("DeepSpeed", "a JSON scheduler over groups with different rates", outcome="refused")
 def test_a_scheduler_that_would_make_all_rates_the_same_is_refused(ranks) -> None:
     """T9: groups of different rates, and the scheduler section of the JSON."""
     rates = [0.03, 0.01, 0.002, 0.005]
