@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gwt_dist import dtensor, layout, update
 from gwt_dist.comm import Shard, sum_over_ranks
-from gwt_dist.kernels import Job, Piece, moments_shape, units_of
+from gwt_dist.kernels import Job, Piece, level_of, moments_shape, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Plan:
     pieces: tuple[Piece, ...]
     exchange: layout.Exchange
     places: dict[str, int]  # fqn -> place in `limited_norm`
+    has_levels: bool  # any tensor of level > 0, on whichever rank
     moments_shape: tuple[int, ...]
     norms_shape: tuple[int, ...]
 
@@ -50,6 +51,7 @@ class Plan:
             ),
             exchange=layout.plan_exchange(shard.tensors, shard.fragments, units),
             places={tensor.fqn: i for i, tensor in enumerate(shard.tensors)},
+            has_levels=any(level_of(tensor.shape, level) for tensor in shard.tensors),
             moments_shape=moments,
             norms_shape=norms,
         )
@@ -110,7 +112,7 @@ class Active:
                 )
             self.exp_avg, self.exp_avg_sq = (dtensor.local(state[k]).view(-1) for k in ("exp_avg", "exp_avg_sq"))
         # Tensors that have a place in the vector of norms; static, so that all ranks agree on its length.
-        limited = rule.limiter > 0 and plan.level > 0
+        limited = rule.limiter > 0 and plan.has_levels
         self.norms = len(plan.places) if limited else 0
 
     @property

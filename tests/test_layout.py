@@ -260,3 +260,12 @@ def test_the_sharded_paper_step_is_the_whole_step_but_for_the_order_of_its_norm(
                 assert torch.equal(one.state[flat][key][place : place + moments.numel], expected_part)
             place += moments.numel
         assert place == one.state[flat]["exp_avg"].numel()
+
+
+def test_vectors_alone_need_no_norm() -> None:
+    """A group of level 2 that holds 1-D tensors is AdamW: with "paper" too there is nothing to sum."""
+    ranks = [[Fragment("bias", (10,), 0, 3)], [Fragment("bias", (10,), 3, 10)]]
+    sharded = Sharded({"bias": torch.ones(10)}, ranks, lr=0.01, level=2, recipe="paper")
+    sharded.step({"bias": torch.ones(10)})
+    assert sharded.group.calls == []
+    assert float(sharded.gather({"bias": (10,)})["bias"].max()) < 1.0
