@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gwt_dist import dtensor, kernels
-from gwt_dist.comm import Shard, sum_over_ranks
-from gwt_dist.plan import Active, Plan, limit_growth, make_jobs, state_dtype
+from gwt_dist import dtensor
+from gwt_dist.comm import Shard
+from gwt_dist.plan import Plan, state_dtype
 from gwt_dist.recipes import check_group, rule_of
+from gwt_dist.schedule import Member, Schedule
+from gwt_dist.update import Rule
 
 Group = dict[str, Any]
+_NO_STATE: Group = {}
+_SCHEDULES = 1024  # kept at once; a fused backward pass has one for each group of parameters
 
 
 class GWTAdamW(torch.optim.Optimizer):
@@ -108,6 +113,7 @@ class GWTAdamW(torch.optim.Optimizer):
                 )
             self._shards[parameter] = shard
             self._plans.pop(parameter, None)
+        self._schedules.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -137,15 +143,16 @@ class GWTAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
         """One step of `parameters` alone; ranks that share them pass the same ones in the same order of calls."""
-        for device, active in self._active({id(parameter) for parameter in parameters}).items():
-            jobs = make_jobs(active)
-            norms = [one.norms for one in active]
-            squared_norms = torch.zeros(sum(norms), dtype=torch.float64, device=device)
-            kernels.moments(jobs, squared_norms)
-            sum_over_ranks(squared_norms, norms, [one.plan.shard.groups for one in active])
-            kernels.write(jobs, limit_growth(active, squared_norms))
-            for one in active:
-                one.finish()
+        chosen = {id(parameter) for parameter in parameters}
+        members = [
+            (number, parameter)
+            for number, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+            if id(parameter) in chosen
+        ]
+        rules = [rule_of(group) for group in self.param_groups]
+        for schedule, numbers in self._scheduled(members, rules):
+            self._run(schedule, [members[i][1] for i in numbers], rules)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -227,33 +234,83 @@ class GWTAdamW(torch.optim.Optimizer):
         self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> Plan
         self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that the user passed -> True
         self._fused: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters updated in the backward pass -> True
+        # What is in a step -> its parameters and its schedules
+        self._schedules: dict[Any, tuple[list[Any], list[tuple[Schedule, list[int]]]]] = {}
         self._accumulating = False
 
-    def _active(self, chosen: set[int]) -> dict[torch.device, list[Active]]:
-        """What takes part in this step, by device; `chosen` holds ids of parameters."""
-        active: dict[torch.device, list[Active]] = {}
-        for i, group in enumerate(self.param_groups):
-            rule = rule_of(group)
-            for j, parameter in enumerate(group["params"]):
-                if id(parameter) not in chosen:
-                    continue
-                plan = self._plan(parameter, group, f"parameter {j} of group {i}")
-                if plan is None:
-                    continue
-                if parameter.grad is not None:
-                    if not self.state[parameter]:
-                        self.state[parameter].update(plan.fresh_state(parameter))
-                    self.state[parameter]["step"] += 1
-                one = Active(parameter, plan, rule, self.state.get(parameter, {}))
-                active.setdefault(one.device, []).append(one)
-        return active
+    def _scheduled(
+        self, members: Sequence[tuple[int, Tensor]], rules: Sequence[Rule]
+    ) -> list[tuple[Schedule, list[int]]]:
+        """The schedules of a step, one a device, with the numbers of their members; kept from step to step."""
+        key = (
+            tuple((group["level"], group["wavelet"]) for group in self.param_groups),
+            tuple(rule.limiter > 0 for rule in rules),
+            tuple((id(p), p.grad is None, p.dtype, p.device) for _, p in members),
+        )
+        known = self._schedules.get(key)
+        if known is not None and all(reference() is p for reference, (_, p) in zip(known[0], members, strict=True)):
+            return known[1]
+        by_device: dict[torch.device, list[tuple[int, Member]]] = {}
+        dry_run = False
+        for i, (number, parameter) in enumerate(members):
+            plan = self._plan(parameter, number)
+            if plan is None:
+                dry_run = True
+            else:
+                moves, limited = parameter.grad is not None, rules[number].limiter > 0
+                member = Member(plan, number, parameter.dtype, moves, limited)
+                by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
+        schedules = [
+            (Schedule([member for _, member in found], device), [i for i, _ in found])
+            for device, found in by_device.items()
+        ]
+        if not dry_run:  # which is known by the values of the gradients, and these may change
+            if len(self._schedules) >= _SCHEDULES:
+                self._schedules.pop(next(iter(self._schedules)))
+            self._schedules[key] = [weakref.ref(p) for _, p in members], schedules
+        return schedules
 
-    def _plan(self, parameter: Tensor, group: Group, where: str) -> Plan | None:
+    def _run(self, schedule: Schedule, parameters: Sequence[Tensor], rules: Sequence[Rule]) -> None:
+        """One step of the members of a schedule."""
+        states = []
+        weights, gradients = [], []
+        for member, parameter in zip(schedule.members, parameters, strict=True):
+            if parameter.grad is None:
+                states.append(_NO_STATE)
+                weights.append(parameter)
+                gradients.append(parameter)
+                continue
+            state = self.state[parameter]
+            if not state:
+                state.update(member.plan.fresh_state(parameter))
+            states.append(state)
+            weight = dtensor.local(parameter)
+            gradient = dtensor.local(parameter.grad, like=parameter)
+            if gradient.numel() != weight.numel():
+                raise ValueError(
+                    f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
+                    f"parameter of {member.plan.shard.tensors[0].fqn!r}: the step would use those of other elements. "
+                    f"It was not reduced; run the last backward pass before step() outside of no_sync()"
+                )
+            weights.append(weight)
+            gradients.append(gradient)
+        steps = [state["step"] for state in states if state]
+        if steps:
+            torch._foreach_add_(steps, 1)
+        dense = [weight.contiguous() for weight in weights]
+        schedule.run(dense, [gradient.contiguous() for gradient in gradients], states, rules)
+        for weight, copy in zip(weights, dense, strict=True):
+            if copy is not weight:
+                weight.copy_(copy)
+
+    def _plan(self, parameter: Tensor, number: int) -> Plan | None:
         """The plan of a parameter, whatever its gradient: ranks that share it must make the same calls.
 
         None for the buffers of an engine's dry run.
         """
         plan: Plan | None = self._plans.get(parameter)
+        group = self.param_groups[number]
+        where = f"parameter {next(j for j, p in enumerate(group['params']) if p is parameter)} of group {number}"
         if plan is None:
             shard = self._shard(parameter, where)
             if shard is None:

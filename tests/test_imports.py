@@ -20,7 +20,7 @@ LINES = 400  # aim at 300; at this length a module does two things
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 MATH = {"wavelet", "update", "recipes"}
-RUNTIME = {"kernels", "layout", "comm", "dtensor", "groups", "plan", "optimizer"}
+RUNTIME = {"kernels", "layout", "comm", "dtensor", "groups", "plan", "schedule", "optimizer"}
 STATE = {"checkpoint", "memory", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
@@ -31,8 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comm": {"layout"},
     "groups": set(),
     "dtensor": {"layout", "comm"},
-    "plan": {"update", "kernels", "layout", "comm", "dtensor"},
-    "optimizer": MATH | {"kernels", "layout", "comm", "dtensor", "plan"},
+    "plan": {"kernels", "layout", "comm", "dtensor"},
+    "schedule": {"update", "kernels", "comm", "dtensor", "plan"},
+    "optimizer": MATH | {"comm", "dtensor", "plan", "schedule"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": MATH | RUNTIME | {"engines"},

@@ -1,9 +1,12 @@
-"""The two phases of a step over many fragments: `moments` (phase A) and `write` (phase B).
+"""One step over many fragments: `moments` (phase A), `write` (phase B), or both at once, `step`.
 
-The optimizer calls these names and knows no implementation. `eager` is the reference, in torch operations.
+Three modules have these functions with one signature. `eager` is the reference, in torch operations, and takes
+everything; `cpu` (C++) and `triton` take Haar units on fp32 and bf16 buffers and are held equal to it. `choose` says
+which of them a parameter gets; ``GWT_DIST_KERNEL`` forces one.
 """
 
-from gwt_dist.kernels.eager import moments, write
-from gwt_dist.kernels.job import Job, Piece, level_of, moments_shape, units_of
+from gwt_dist.kernels.choice import Kernel, choose
+from gwt_dist.kernels.piece import Piece, level_of, moments_shape, units_of
+from gwt_dist.kernels.work import Cut, Part, Tensors, Work
 
-__all__ = ["Job", "Piece", "level_of", "moments", "moments_shape", "units_of", "write"]
+__all__ = ["Cut", "Kernel", "Part", "Piece", "Tensors", "Work", "choose", "level_of", "moments_shape", "units_of"]

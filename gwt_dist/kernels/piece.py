@@ -1,4 +1,4 @@
-"""What a kernel is given: fragments with their geometry (`Piece`) and their tensors (`Job`)."""
+"""One fragment with the geometry of its units and moments, fixed for the life of the layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gwt_dist import layout
 from gwt_dist.layout import Block, Fragment, Units
-from gwt_dist.update import Rule
 from gwt_dist.wavelet import Transform, transform
 
 
@@ -64,21 +63,6 @@ class Piece:
             if last < every:
                 counts[last::every] = self.units.columns - (moments.columns - 1) * full
         return counts
-
-
-@dataclass(slots=True)
-class Job:
-    """One piece with its tensors at one step."""
-
-    piece: Piece
-    weight: Tensor  # 1-D local buffer, any floating dtype
-    gradient: Tensor  # 1-D local buffer, any floating dtype
-    exp_avg: Tensor  # 1-D, fp32 or fp64
-    exp_avg_sq: Tensor  # 1-D, fp32 or fp64
-    completed: Sequence[tuple[int, Tensor]]  # (unit, its real elements) of each cut unit
-    rule: Rule
-    step_size: Tensor  # 0-d fp64
-    norm: int  # place in the vector of squared norms, -1: this tensor has no limiter
 
 
 def moments_shape(shape: Sequence[int], level: int, wavelet: str) -> tuple[int, ...]:

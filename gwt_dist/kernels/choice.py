@@ -1,0 +1,85 @@
+"""Which kernel works on a parameter."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gwt_dist.kernels import cpu, eager
+from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.piece import Piece
+from gwt_dist.kernels.work import Tensors, Work
+from gwt_dist.wavelet import HaarTransform
+
+VARIABLE = "GWT_DIST_KERNEL"
+
+
+class Kernel(Protocol):
+    """The functions of a module of kernels."""
+
+    def moments(self, work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
+        """See `eager.moments`."""
+
+    def write(self, work: Work, tensors: Tensors, rho: Tensor) -> None:
+        """See `eager.write`."""
+
+    def step(self, work: Work, tensors: Tensors) -> None:
+        """See `eager.step`."""
+
+
+_MODULES: dict[str, Kernel] = {"eager": eager, "cpu": cpu}
+NAMES = tuple(_MODULES)
+
+
+def choose(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) -> Kernel:
+    """The kernel for the `pieces` of a parameter of `dtype` on `device`.
+
+    Raises `ValueError` if ``GWT_DIST_KERNEL`` names a kernel that cannot take them, `BuildError` if it names one that
+    cannot be built.
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if forced not in ("", *NAMES):
+        raise ValueError(f"{VARIABLE}={forced!r} must be one of {NAMES}, or unset for the fastest that fits")
+    name = forced or {"cpu": "cpu"}.get(device.type, "eager")
+    missing = "" if name == "eager" else _missing(device, dtype, pieces)
+    if not missing:
+        return _forced(name) if forced else _loaded(name)
+    if forced:
+        raise ValueError(
+            f"{VARIABLE}={forced} cannot take {missing}; unset it, and these parameters get the eager kernel"
+        )
+    return eager
+
+
+def _missing(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) -> str:
+    """What of a parameter the compiled kernels cannot take."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"parameters of {dtype}"
+    for piece in pieces:
+        if not isinstance(piece.transform, HaarTransform):
+            return f"wavelets other than Haar ({piece.fragment.fqn})"
+        if piece.level > cpu.MAX_LEVEL:
+            return f"levels above {cpu.MAX_LEVEL} ({piece.fragment.fqn})"
+    return ""
+
+
+def _forced(name: str) -> Kernel:
+    if name == "cpu":
+        cpu.prepare()
+    return _MODULES[name]
+
+
+@cache
+def _loaded(name: str) -> Kernel:
+    """The kernel called `name`; the reference, with one warning, where it cannot be built."""
+    try:
+        return _forced(name)
+    except BuildError as error:
+        warnings.warn(f"{error}\nGWTAdamW goes on with its eager kernel.", RuntimeWarning, stacklevel=2)
+        return eager

@@ -1,0 +1,71 @@
+"""Both phases on a CPU in C++: one pass over memory for each, many tensors in one call. See `cpu.cpp`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_dist.kernels.build import load
+from gwt_dist.kernels.work import Tensors, Work
+from gwt_dist.update import Rule
+
+MAX_LEVEL = 8
+CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
+_MOMENTS, _WRITE, _STEP = 1, 2, 3
+
+
+def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
+    """As `eager.moments`."""
+    _run(_MOMENTS, work, tensors, squared_norms, _NONE)
+
+
+def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
+    """As `eager.write`."""
+    _run(_WRITE, work, tensors, _NONE, rho)
+
+
+def step(work: Work, tensors: Tensors) -> None:
+    """As `eager.step`, the gradient read once."""
+    _run(_STEP, work, tensors, _NONE, _NONE)
+
+
+_NONE = torch.empty(0, dtype=torch.float64)
+
+
+def _run(phase: int, work: Work, tensors: Tensors, squared_norms: Tensor, rho: Tensor) -> None:
+    numbers: dict[int, int] = {}
+    which = [numbers.setdefault(id(rule), len(numbers)) for rule in tensors.rules]
+    rules = torch.tensor([_row(tensors.rules[which.index(i)]) for i in range(len(numbers))], dtype=torch.float64)
+    _module().step(
+        phase,
+        work.table(CHUNK, _NONE.device),
+        tensors.weights,
+        tensors.gradients,
+        tensors.exp_avg,
+        tensors.exp_avg_sq,
+        tensors.steps,
+        rules,
+        which,
+        tensors.exchange.float(),
+        squared_norms,
+        rho,
+    )
+
+
+def _row(rule: Rule) -> tuple[float, ...]:
+    beta1, beta2 = rule.betas
+    lr, gain, energy = float(rule.lr), float(rule.detail_gain), float(rule.energy)
+    return lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, gain, energy
+
+
+def prepare() -> None:
+    """Build or load the module; raises `BuildError` if it cannot be built."""
+    _module()
+
+
+@cache
+def _module() -> Any:
+    return load("cpu")

@@ -1,0 +1,157 @@
+"""What a kernel is given: fragments and their places (`Work`, fixed), and the tensors of one step (`Tensors`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_dist.kernels.piece import Piece
+from gwt_dist.update import Rule
+
+
+class Cut(NamedTuple):
+    """A unit of which this rank holds a part; its `length` real elements are completed at `slot` of the exchange."""
+
+    unit: int  # counted over the units that the piece touches
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece and its places in a step."""
+
+    parameter: int  # in the lists of `Tensors`
+    piece: Piece
+    cuts: tuple[Cut, ...]
+    norm: int  # in the vector of squared norms, -1: without a limiter
+
+
+@dataclass(slots=True)
+class Tensors:
+    """The tensors of one step, one of each for a parameter; all are read and written where they lie."""
+
+    weights: list[Tensor]  # local buffers, dense, any floating dtype
+    gradients: list[Tensor]  # local buffers, dense, any floating dtype
+    exp_avg: list[Tensor]  # dense, fp32 or fp64
+    exp_avg_sq: list[Tensor]  # dense, fp32 or fp64
+    steps: list[Tensor]  # 0-d fp32, this step counted
+    rules: list[Rule]  # one a parameter
+    exchange: Tensor  # elements of cut units, fp32 or fp64
+
+
+class Item(NamedTuple):
+    """Units that a kernel takes in one go, in integers: one row of the table that every compiled kernel reads.
+
+    `rows` runs of `units` units each, `element_stride` elements and `moment_stride` moments apart; or, where `slot` is
+    not -1, one cut unit, whose elements are in the exchange and of which the weight holds a part.
+    """
+
+    parameter: int
+    level: int
+    element: int  # first element in the local buffers
+    moment: int  # first moment
+    rows: int
+    units: int  # of each row
+    last: int  # real elements of the last unit of each row
+    element_stride: int
+    moment_stride: int
+    slot: int = -1
+    lead: int = 0  # elements of a cut unit before the first that this rank holds; owned, if none
+    held: int = 0  # elements of a cut unit that this rank holds
+    norm: int = -1
+
+
+@dataclass(eq=False)
+class Work:
+    """Pieces that one call of a kernel works on."""
+
+    parts: tuple[Part, ...]
+    _tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, init=False)
+
+    def table(self, chunk: int, device: torch.device) -> Tensor:
+        """The items of all parts, int64 ``[items, 13]``, of about `chunk` elements each where a part has as many."""
+        key = chunk, device
+        if key not in self._tables:
+            items = [item for part in self.parts for item in items_of(part, chunk)]
+            table = torch.tensor(items, dtype=torch.int64).view(-1, len(Item._fields))
+            self._tables[key] = table.to(device)
+        return self._tables[key]
+
+
+def items_of(part: Part, chunk: int) -> Iterator[Item]:
+    """The items of a part whose transform is Haar."""
+    piece, cuts = part.piece, {cut.unit: cut for cut in part.cuts}
+    length = piece.units.length
+    for block in piece.blocks:
+        ends_in = (block.destination + block.columns - 1) // length
+        whole = block.destination % length == 0 and ends_in not in cuts
+        # Rows of a rectangle may each have cut units; all other blocks of several rows have none.
+        for row in range(1 if whole else block.rows):
+            element = piece.fragment.offset + block.source + row * block.columns
+            begin = block.destination + row * block.stride
+            end = begin + block.columns
+            for unit in sorted({begin // length, (end - 1) // length} & cuts.keys()):
+                low, high = max(begin, unit * length), min(end, (unit + 1) * length)
+                yield Item(
+                    part.parameter,
+                    piece.level,
+                    element + low - begin,
+                    piece.moments.offset + unit,
+                    rows=1,
+                    units=1,
+                    last=cuts[unit].length,
+                    element_stride=0,
+                    moment_stride=0,
+                    slot=cuts[unit].slot,
+                    lead=low - unit * length,
+                    held=high - low,
+                    norm=part.norm,
+                )
+                if low == begin:
+                    begin, element = high, element + high - low
+                if high == end:
+                    end = low
+            if begin < end:
+                rows = block.rows if whole else 1
+                yield from _whole_units(part, element, begin, end, rows, block.columns, block.stride, chunk)
+
+
+def _whole_units(
+    part: Part, element: int, begin: int, end: int, rows: int, element_stride: int, stride: int, chunk: int
+) -> Iterator[Item]:
+    """Items of elements ``begin..end`` of the padded units, which cut no unit, repeated over `rows`."""
+    piece, length = part.piece, part.piece.units.length
+    assert begin % length == 0, "a unit that begins on another rank was not completed"
+    units = -(-(end - begin) // length)
+    last = end - begin - (units - 1) * length
+    moment, moment_stride = piece.moments.offset + begin // length, stride // length
+    if length < 1 << piece.level:  # rows shorter than a unit, one unit each and no padding stored
+        rows, units, last, element_stride, moment_stride = rows * units, 1, length, length, 1
+    if rows == 1:
+        # Long runs are taken apart; every piece but the last has whole vectors of units.
+        step = max(1, chunk >> piece.level)
+        for first in range(0, units, step):
+            count = min(step, units - first)
+            real = last if first + count == units else length
+            place = element + first * length
+            yield Item(part.parameter, piece.level, place, moment + first, 1, count, real, 0, 0, norm=part.norm)
+        return
+    step = max(1, chunk // element_stride)
+    for row in range(0, rows, step):
+        yield Item(
+            part.parameter,
+            piece.level,
+            element + row * element_stride,
+            moment + row * moment_stride,
+            min(step, rows - row),
+            units,
+            last,
+            element_stride,
+            moment_stride,
+            norm=part.norm,
+        )
