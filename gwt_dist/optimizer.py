@@ -219,7 +219,7 @@ class GWTAdamW(torch.optim.Optimizer):
                 if name in values:
                     state[name] = values[name].to(parameter.device, state_dtype(parameter), copy=True)
             if "step" in values:
-                state["step"] = torch.as_tensor(values["step"]).to("cpu", torch.float32, copy=True)
+                state["step"] = torch.as_tensor(values["step"]).to(parameter.device, torch.float32, copy=True)
 
     def __setstate__(self, state: Group) -> None:
         super().__setstate__(state)

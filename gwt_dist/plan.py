@@ -66,7 +66,7 @@ class Plan:
             return dtensor.wrap(zeros(self.moments_shape), parameter, whole, units_of(shape, self.level, self.wavelet))
 
         return {
-            "step": torch.zeros((), dtype=torch.float32),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": moments(),
             "exp_avg_sq": moments(),
             "limited_norm": zeros(self.norms_shape),

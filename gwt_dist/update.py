@@ -94,9 +94,11 @@ def step_size(step: Tensor, rule: Rule) -> Tensor:
     return (1 - beta2**t).sqrt_() / (1 - beta1**t) * rule.lr
 
 
-def decay(rule: Rule) -> Tensor:
-    """``lr * weight_decay`` as a 0-d fp64 tensor."""
-    return torch.as_tensor(rule.lr, dtype=torch.float64) * rule.weight_decay
+def decay(rule: Rule, like: Tensor) -> Tensor:
+    """``lr * weight_decay``, taken in fp64, as a 0-d tensor in dtype and on the device of `like`."""
+    if isinstance(rule.lr, Tensor) and rule.lr.device == like.device:
+        return (rule.lr.double() * rule.weight_decay).to(like.dtype)
+    return like.new_full((), float(rule.lr) * rule.weight_decay)  # a fill: a copy to a GPU would wait for it
 
 
 def direction(

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gwt_dist.kernels import cpu, eager
+from gwt_dist.kernels import cpu, eager, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.piece import Piece
 from gwt_dist.kernels.work import Tensors, Work
@@ -33,7 +33,7 @@ class Kernel(Protocol):
         """See `eager.step`."""
 
 
-_MODULES: dict[str, Kernel] = {"eager": eager, "cpu": cpu}
+_MODULES: dict[str, Kernel] = {"eager": eager, "cpu": cpu, "triton": triton}
 NAMES = tuple(_MODULES)
 
 
@@ -46,8 +46,8 @@ def choose(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) ->
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", *NAMES):
         raise ValueError(f"{VARIABLE}={forced!r} must be one of {NAMES}, or unset for the fastest that fits")
-    name = forced or {"cpu": "cpu"}.get(device.type, "eager")
-    missing = "" if name == "eager" else _missing(device, dtype, pieces)
+    name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "eager")
+    missing = "" if name == "eager" else _missing(name, device, dtype, pieces)
     if not missing:
         return _forced(name) if forced else _loaded(name)
     if forced:
@@ -57,8 +57,12 @@ def choose(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) ->
     return eager
 
 
-def _missing(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) -> str:
-    """What of a parameter the compiled kernels cannot take."""
+def _missing(name: str, device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) -> str:
+    """What of a parameter the compiled kernels called `name` cannot take."""
+    if name == "cpu" and device.type != "cpu":
+        return f"parameters on {device}"
+    if name == "triton" and not triton.takes(device):
+        return f"parameters on {device} (a GPU is needed, or, for tests on a CPU alone, TRITON_INTERPRET=1)"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"parameters of {dtype}"
     for piece in pieces:
@@ -72,6 +76,8 @@ def _missing(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) 
 def _forced(name: str) -> Kernel:
     if name == "cpu":
         cpu.prepare()
+    elif name == "triton":
+        triton.prepare()
     return _MODULES[name]
 
 

@@ -42,7 +42,7 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
             w = source.to(u_NU.dtype)
             w -= padded
             if rule.weight_decay:
-                w -= w * update.decay(rule).to(w)
+                w -= w * update.decay(rule, w)
             if w is not source:
                 source.copy_(w)
 

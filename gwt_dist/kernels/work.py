@@ -132,14 +132,16 @@ def _whole_units(
     moment, moment_stride = piece.moments.offset + begin // length, stride // length
     if length < 1 << piece.level:  # rows shorter than a unit, one unit each and no padding stored
         rows, units, last, element_stride, moment_stride = rows * units, 1, length, length, 1
-    if rows == 1:
+    step = max(1, chunk >> piece.level)
+    if rows == 1 or units > step:
         # Long runs are taken apart; every piece but the last has whole vectors of units.
-        step = max(1, chunk >> piece.level)
-        for first in range(0, units, step):
-            count = min(step, units - first)
-            real = last if first + count == units else length
-            place = element + first * length
-            yield Item(part.parameter, piece.level, place, moment + first, 1, count, real, 0, 0, norm=part.norm)
+        for row in range(rows):
+            for first in range(0, units, step):
+                count = min(step, units - first)
+                real = last if first + count == units else length
+                place = element + row * element_stride + first * length
+                where = moment + row * moment_stride + first
+                yield Item(part.parameter, piece.level, place, where, 1, count, real, 0, 0, norm=part.norm)
         return
     step = max(1, chunk // element_stride)
     for row in range(0, rows, step):

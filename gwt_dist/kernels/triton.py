@@ -1,0 +1,291 @@
+"""Both phases on a GPU in Triton: one launch for all items of one level and dtype. See `triton_kernels.py`.
+
+Nothing here waits for the GPU: tables go there from pinned memory when what they say has changed, and never into memory
+that was written before, which a captured CUDA graph may read again at each replay. Learning rates that are tensors, and
+steps, are read on the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.work import Item, Tensors, Work
+from gwt_dist.update import Rule
+
+MAX_LEVEL = 8
+CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
+WARPS = 8
+_MOMENTS, _WRITE, _STEP = (True, False), (False, True), (True, True)
+_PARTIALS = 1024  # partial norms and ...
+_SIZES = 32  # ... step sizes that a program takes at once
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
+    """As `eager.moments`."""
+    _run(_MOMENTS, work, tensors, squared_norms, None)
+
+
+def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
+    """As `eager.write`."""
+    _run(_WRITE, work, tensors, None, rho)
+
+
+def step(work: Work, tensors: Tensors) -> None:
+    """As `eager.step`, the gradient read once."""
+    _run(_STEP, work, tensors, None, None)
+
+
+def prepare() -> None:
+    """Raises `BuildError` if triton is not installed or finds no GPU."""
+    try:
+        import triton
+    except ImportError as error:
+        raise BuildError(
+            f"the Triton kernels of gwt_dist need the package triton ({error}); steps on a GPU would run several times "
+            f"slower without it. Install the version that torch names: pip install triton"
+        ) from error
+    if interpreted():
+        return
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except RuntimeError as error:
+        raise BuildError(f"the Triton kernels of gwt_dist need a GPU, and triton finds none: {error}") from error
+
+
+def installed() -> bool:
+    """Whether there is a package triton."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def takes(device: torch.device) -> bool:
+    """Whether the kernels can run on `device`: a GPU, or the CPU where ``TRITON_INTERPRET=1`` interprets them."""
+    return device.type == ("cpu" if interpreted() else "cuda")
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets the kernels, which was decided when they were imported."""
+    try:
+        kernels = _kernels()
+    except ImportError:
+        return False
+    return type(kernels.phase).__name__ == "InterpretedFunction"
+
+
+@cache
+def _kernels() -> Any:
+    from gwt_dist.kernels import triton_kernels
+
+    return triton_kernels
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Items that one launch takes."""
+
+    level: int
+    weight: str  # names of dtypes
+    gradient: str
+    plain: bool
+    items: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Programs:
+    """All items of a work, by launch, and where their norms are added up."""
+
+    groups: list[_Group]
+    norms: Tensor  # [norms, 3]: place in the vector of squared norms; first partial norm and the one after the last
+    partials: Tensor  # scratch
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What stays on one device for a work from call to call."""
+
+    device: torch.device
+    made: dict[str, tuple[Hashable, Any]] = field(default_factory=dict)  # name -> what it was made from, itself
+    captured: list[Any] = field(default_factory=list)  # what CUDA graphs read when they are replayed
+
+    def get(self, name: str, source: Hashable, make: Callable[[], Any]) -> Any:
+        """``make()``, or what it made the last time if that was from the same `source`."""
+        known = self.made.get(name)
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if known is None or known[0] != source:
+            known = source, make()
+            if not capturing:  # else it comes into being when the graph is replayed, and not before
+                self.made[name] = known
+        if capturing:
+            self.captured.append(known[1])
+        return known[1]
+
+    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        """A tensor of `values` in new memory, without a wait."""
+        host = torch.as_tensor(values, dtype=dtype)
+        if self.device.type != "cuda" or not host.numel():
+            return host.to(self.device, copy=True)
+        host = host.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            self.captured.append(host)
+        return host.to(self.device, non_blocking=True)
+
+
+_kept: WeakKeyDictionary[Work, _Kept] = WeakKeyDictionary()
+
+
+def _run(
+    phase: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: Tensor | None, rho: Tensor | None
+) -> None:
+    if not tensors.weights:
+        return
+    device = tensors.weights[0].device
+    kept = _kept.get(work)
+    if kept is None or kept.device != device:
+        kept = _kept[work] = _Kept(device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _launch(phase, work, tensors, kept, squared_norms, rho)
+
+
+def _launch(
+    phase: tuple[bool, bool],
+    work: Work,
+    tensors: Tensors,
+    kept: _Kept,
+    squared_norms: Tensor | None,
+    rho: Tensor | None,
+) -> None:
+    import triton.language as tl
+
+    kernels, count, (moments, write) = _kernels(), len(tensors.weights), phase
+    rules, which = _rules(tensors.rules, kept)
+    parameters, programs = _tables(work, tensors, which, kept)
+    sizes = kept.get("sizes", count, lambda: torch.empty(count, dtype=torch.float64, device=kept.device))
+    if write:
+        programs_of_sizes = (-(-count // _SIZES),)
+        kernels.step_sizes[programs_of_sizes](
+            parameters, rules, sizes, count, BLOCK=_SIZES, num_warps=1, enable_fp_fusion=False
+        )
+    for group in programs.groups:
+        kernels.phase[(len(group.items),)](
+            group.items,
+            parameters,
+            rules,
+            sizes,
+            tensors.exchange,
+            sizes if rho is None else rho,
+            programs.partials,
+            MOMENTS=moments,
+            WRITE=write,
+            LEVEL=group.level,
+            GAIN=2.0 ** (-group.level / 2),
+            WEIGHT=getattr(tl, group.weight),
+            GRADIENT=getattr(tl, group.gradient),
+            PLAIN=group.plain,
+            BLOCK=max(1, CHUNK >> group.level),
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    if squared_norms is not None and len(programs.norms):
+        kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
+
+
+def _rules(rules: Sequence[Rule], kept: _Kept) -> tuple[Tensor, list[int]]:
+    """The numbers of the rules that differ, ``[rules, 8]`` fp64, and which of them each parameter has."""
+    distinct = {id(rule): rule for rule in rules}
+    numbers = {key: i for i, key in enumerate(distinct)}
+    rows = tuple(_row(rule, kept.device) for rule in distinct.values())
+    table: Tensor = kept.get("rules", rows, lambda: kept.upload(rows, torch.float64))
+    for i, rule in enumerate(distinct.values()):
+        if _on_device(rule.lr, kept.device):
+            table[i, :1].copy_(rule.lr.view(-1))
+    return table, [numbers[id(rule)] for rule in rules]
+
+
+def _row(rule: Rule, device: torch.device) -> tuple[float, ...]:
+    beta1, beta2 = rule.betas
+    lr = 0.0 if _on_device(rule.lr, device) else float(rule.lr)
+    return lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, rule.detail_gain, float(rule.energy)
+
+
+def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
+    """Whether a learning rate must not be read here: it would be to wait for the GPU."""
+    return isinstance(lr, Tensor) and lr.device.type == device.type
+
+
+def _tables(work: Work, tensors: Tensors, which: list[int], kept: _Kept) -> tuple[Tensor, _Programs]:
+    """Where the tensors of each parameter lie, ``[parameters, 6]`` int64, and the programs that go with them."""
+    lists = tensors.weights, tensors.gradients, tensors.exp_avg, tensors.exp_avg_sq, tensors.steps
+    pointers = [tuple(tensor.data_ptr() for tensor in each) for each in lists]
+    dtypes = [tuple(tensor.dtype for tensor in each) for each in lists[:2]]
+
+    def make() -> tuple[Tensor, _Programs]:
+        _check(tensors, kept.device)
+        aligned = [all(pointer % 16 == 0 for pointer in each) for each in zip(*pointers[:4], strict=True)]
+        programs = kept.get("programs", (*dtypes, *aligned), lambda: _programs(work, tensors, aligned, kept))
+        return kept.upload(list(zip(*pointers, which, strict=True)), torch.int64), programs
+
+    source = *pointers, *dtypes, tuple(which)
+    tables: tuple[Tensor, _Programs] = kept.get("tables", source, make)
+    return tables
+
+
+def _check(tensors: Tensors, device: torch.device) -> None:
+    kinds = {
+        "weight": (tensors.weights, _FLOATS),
+        "gradient": (tensors.gradients, _FLOATS),
+        "exp_avg": (tensors.exp_avg, [torch.float32]),
+        "exp_avg_sq": (tensors.exp_avg_sq, [torch.float32]),
+        "step": (tensors.steps, [torch.float32]),
+    }
+    for name, (each, dtypes) in kinds.items():
+        for i, tensor in enumerate(each):
+            if tensor.device != device or tensor.dtype not in dtypes or not tensor.is_contiguous():
+                raise ValueError(
+                    f"the {name} of parameter {i} of this step, shape {tuple(tensor.shape)}, is {tensor.dtype} on "
+                    f"{tensor.device}{'' if tensor.is_contiguous() else ', not dense'}; the Triton kernels would read "
+                    f"wrong memory. They take dense {' or '.join(map(str, dtypes))} on {device}; "
+                    f"GWT_DIST_KERNEL=eager takes everything"
+                )
+
+
+def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: _Kept) -> _Programs:
+    """The items of a work, grouped by what a kernel is compiled for."""
+    table = work.table(CHUNK, torch.device("cpu"))
+    column = dict(zip(Item._fields, table.unbind(1), strict=True))
+    number, level, norm = column["parameter"], column["level"], column["norm"]
+    plain = torch.tensor(aligned)[number] & (column["rows"] == 1) & (column["slot"] < 0)
+    plain &= column["last"] == 1 << level
+    for name in ("element", "moment", "units"):
+        plain &= column[name] % 16 == 0
+
+    # Partial norms of one tensor lie side by side, whichever launch they come from.
+    counted = (norm >= 0).nonzero().view(-1)
+    counted = counted[norm[counted].argsort(stable=True)]
+    place = torch.full_like(norm, -1)
+    place[counted] = torch.arange(len(counted))
+    places, lengths = norm[counted].unique_consecutive(return_counts=True)
+    ends = lengths.cumsum(0)
+
+    items = torch.cat([table, place[:, None]], 1)
+    wide = [[tensor.dtype == torch.float32 for tensor in each] for each in (tensors.weights, tensors.gradients)]
+    keys = torch.stack([level, *(torch.tensor(each)[number].long() for each in wide), plain.long()], 1)
+    groups = []
+    for key in keys.unique(dim=0):
+        chosen = items[(keys == key).all(1)]
+        of_level, weight, gradient, is_plain = key.tolist()
+        dtypes = ("bfloat16", "float32")
+        groups.append(
+            _Group(of_level, dtypes[weight], dtypes[gradient], bool(is_plain), kept.upload(chosen, torch.int64))
+        )
+    norms = kept.upload(torch.stack([places, ends - lengths, ends], 1), torch.int64)
+    return _Programs(groups, norms, torch.empty(len(counted), dtype=torch.float64, device=kept.device))

@@ -1,0 +1,320 @@
+"""The Triton kernels: interpreted on the CPU against the eager ones, compiled for GPUs, and on a GPU where one is."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+import triton_cases as cases
+from gwt_dist import GWTAdamW
+from gwt_dist.kernels import Piece, choice, choose, cpu, eager, triton
+from gwt_dist.kernels.build import BuildError
+from gwt_dist.layout import Fragment
+from ranks import RankPool
+from triton_cases import ENERGY, PAPER, rule
+
+needs_triton = pytest.mark.skipif(not triton.installed(), reason="triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.fixture(scope="module")
+def interpreted(nothing_left_over: None) -> Iterator[Callable[..., Any]]:
+    """Runs a case in a process of its own, where Triton interprets kernels; other tests keep their compiler."""
+    if not triton.installed():
+        pytest.skip("triton is not installed")
+    pool = RankPool(1)
+
+    def run(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):
+            return pool.run(function, *args, timeout=timeout)[0]
+
+    yield run
+    pool.close()
+
+
+def test_equal_to_eager_on_random_tensors(interpreted: Callable[..., Any]) -> None:
+    interpreted(cases.equal_to_eager_on_random_tensors, 40)
+
+
+@pytest.mark.parametrize("level", range(9))
+def test_equal_to_eager_at_every_level(interpreted: Callable[..., Any], level: int) -> None:
+    interpreted(cases.equal_to_eager_at_every_level, level)
+
+
+def test_equal_to_eager_where_units_are_cut(interpreted: Callable[..., Any]) -> None:
+    interpreted(cases.equal_to_eager_where_units_are_cut, 12)
+
+
+def test_norms_are_added_in_one_order(interpreted: Callable[..., Any]) -> None:
+    found = interpreted(cases.norms)
+    np.testing.assert_allclose(found["triton"], found["eager"], rtol=1e-14)
+    assert found["triton"] == found["again"]
+    assert found["eager"][0] > 1  # more than the 0.5 that was there
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.99, 0.99999), (0.5, 0.0)])
+def test_step_sizes(interpreted: Callable[..., Any], betas: tuple[float, float]) -> None:
+    steps = [*range(1, 51), 1000, 123_457, 1 << 20, 1 << 24]
+    found, expected = interpreted(cases.step_sizes, betas, steps)
+    # 1 - beta**t magnifies the last bit of beta**t, which is all that the two may differ in.
+    at_most = [4e-16 / min(1 - betas[0] ** t, 1 - betas[1] ** t) for t in steps]
+    assert (abs(np.array(found) / expected - 1) <= at_most).all()
+    assert np.float32(found).tolist() == np.float32(expected).tolist()
+
+
+def test_tables_go_to_the_device_when_they_change(interpreted: Callable[..., Any]) -> None:
+    seen = interpreted(cases.uploads)
+    assert seen.pop("launches") == 1
+    sent = {what: count for what, (count, _) in seen.items()}
+    assert sent == {"first": 4, "again": 0, "rate on the device": 0, "another gradient": 1, "another rule": 1}
+    assert 1.5 < seen["rate on the device"][1] / seen["again"][1] < 2.5  # the new rate was read all the same
+
+
+def piece(level: int = 2, wavelet: str = "haar") -> Piece:
+    fragment = Fragment("layer.weight", (4, 8), 0, 32)
+    return Piece.of(fragment, Fragment("layer.weight", (4, 8), 0, 32), level, wavelet)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("device", "dtype", "given", "message"),
+    [
+        ("cpu", torch.float32, piece(), "parameters on cpu .a GPU is needed"),
+        ("cuda", torch.float64, piece(), "parameters of torch.float64"),
+        ("cuda", torch.float32, piece(9), r"levels above 8 \(layer.weight\)"),
+        ("cuda", torch.float32, piece(2, "db2"), r"wavelets other than Haar \(layer.weight\)"),
+    ],
+)
+def test_what_triton_cannot_take_is_said(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, given: Piece, message: str
+) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "triton")
+    with pytest.raises(ValueError, match=f"GWT_DIST_KERNEL=triton cannot take {message}"):
+        choose(torch.device(device), dtype, [given])
+    monkeypatch.delenv(choice.VARIABLE)
+    if device == "cuda":
+        assert choose(torch.device(device), dtype, [given]) is eager
+
+
+def test_without_triton_a_gpu_gets_the_eager_kernels_and_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    triton._kernels.cache_clear()
+    choice._loaded.cache_clear()
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    device = torch.device("cuda")
+    try:
+        with pytest.warns(RuntimeWarning, match="need the package triton.*eager kernel") as caught:
+            assert choose(device, torch.float32, [piece()]) is eager
+            assert choose(device, torch.float32, [piece()]) is eager
+        assert len(caught) == 1
+        monkeypatch.setenv(choice.VARIABLE, "triton")
+        with pytest.raises(BuildError, match="pip install triton"):
+            choose(device, torch.float32, [piece()])
+    finally:
+        choice._loaded.cache_clear()
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "triton")
+    with pytest.raises(BuildError, match="need a GPU, and triton finds none"):
+        choose(torch.device("cuda"), torch.float32, [piece()])
+
+
+def test_the_cpu_kernels_are_not_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "cpu")
+    with pytest.raises(ValueError, match="cannot take parameters on cuda"):
+        choose(torch.device("cuda"), torch.float32, [piece()])
+    assert choose(torch.device("cpu"), torch.float32, [piece()]) is cpu
+
+
+@needs_triton
+@pytest.mark.parametrize("level", [0, 2, 5])
+def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, level: int
+) -> None:
+    """Compiled without a GPU: no fused multiply-add, no approximate division or root, no flush to zero."""
+    if triton.interpreted():
+        pytest.skip("TRITON_INTERPRET is set")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for dtype in ("float32", "bfloat16"):
+        code = compiled(level, dtype, moments=True, write=True, plain=True)
+        assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
+        assert "div.rn.f32" in code and "sqrt.rn.f32" in code
+        assert len(re.findall(r"ld\.global\.v[24]\.b32", code)) >= 4  # nothing but scalars of the item goes singly
+        assert not re.findall(r"(?:ld|st)\.global\.b(?:16|32)", code)
+    code = compiled(level, "float32", moments=False, write=True, plain=False)
+    assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
+
+
+def compiled(level: int, dtype: str, moments: bool, write: bool, plain: bool) -> str:
+    import triton as compiler
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    tables = dict(items="*i64", parameters="*i64", rules="*fp64", sizes="*fp64", exchange="*fp32", rho="*fp64")
+    constants = dict(MOMENTS=moments, WRITE=write, LEVEL=level, GAIN=2.0 ** (-level / 2), PLAIN=plain)
+    constants |= dict(WEIGHT=getattr(tl, dtype), GRADIENT=getattr(tl, dtype), BLOCK=triton.CHUNK >> level)
+    source = compiler.compiler.ASTSource(
+        fn=triton._kernels().phase,
+        signature=tables | dict(partials="*fp64") | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    options = dict(num_warps=triton.WARPS, enable_fp_fusion=False)
+    found = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return str(found.asm["ptx"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("level", range(9))
+def test_equal_to_eager_on_a_gpu(level: int) -> None:
+    shapes, wide = [(7,), (5, 97), (64, 1024), (300, 1), (3, 42001)], (torch.float32, torch.bfloat16)
+    tensors = [(shape, w, g, i == 1) for i, shape in enumerate(shapes) for w in wide for g in wide]
+    for rules in ([rule(PAPER)], [rule(ENERGY), rule(PAPER, weight_decay=0.0)]):
+        cases.run_both("triton", tensors, rules, level, 1.0, triton.CHUNK, level, device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("size", [1e-42, 1e-20, 1e18, 1e37])
+def test_equal_to_eager_on_a_gpu_for_gradients_of_any_size(size: float) -> None:
+    tensors = [(shape, torch.float32, torch.float32, True) for shape in ((5, 97), (64, 256))]
+    for recipe in (PAPER, ENERGY):
+        cases.run_both("triton", tensors, [rule(recipe)], 2, size, triton.CHUNK, 0, device="cuda")
+
+
+class OnGpu:
+    """The same parameters with each kernel; their learning rates are tensors on the GPU, gradients stay in place."""
+
+    def __init__(self, kernel: str, recipe: str) -> None:
+        self.kernel, generator = kernel, torch.Generator().manual_seed(0)
+        shapes = [(64, 256), (5, 97), (33,), (16, 1000)]
+        start = [torch.randn(shape, generator=generator) for shape in shapes]
+        self.weights = [
+            torch.nn.Parameter(w.cuda().to(torch.bfloat16 if i == 3 else w.dtype)) for i, w in enumerate(start)
+        ]
+        self.rate = torch.tensor(0.01, device="cuda")
+        self.optimizer = GWTAdamW(self.weights, lr=self.rate, level=2, recipe=recipe, weight_decay=0.1)
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
+
+    def set(self, t: int) -> None:
+        """Gradients and learning rate of step t, written where they lie."""
+        generator = torch.Generator(device="cuda").manual_seed(t)
+        self.rate.fill_(0.01 / t)
+        for weight in self.weights:
+            assert weight.grad is not None
+            weight.grad.copy_(t * torch.randn(weight.shape, device="cuda", generator=generator))
+
+    def step(self) -> None:
+        with cases.kernel(self.kernel):
+            self.optimizer.step()
+
+    def equals(self, other: OnGpu) -> None:
+        for a, b in zip(self.weights, other.weights, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            for key, value in self.optimizer.state[a].items():
+                assert value.device.type == "cuda", key
+                torch.testing.assert_close(value, other.optimizer.state[b][key], rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rate", ["tensor", "float"])
+@pytest.mark.parametrize("recipe", ["paper", "energy"])
+@pytest.mark.parametrize("kernel", ["triton", "eager"])
+def test_a_step_never_waits_for_the_gpu(kernel: str, recipe: str, rate: str) -> None:
+    model = OnGpu(kernel, recipe)
+    if rate == "float":
+        model.optimizer.param_groups[0]["lr"] = 0.01
+    model.set(1)
+    model.step()
+    model.set(2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.step()
+        for weight in model.weights:  # other addresses: their table goes there anew
+            weight.grad = torch.ones_like(weight)
+        if rate == "float":
+            model.optimizer.param_groups[0]["lr"] = 0.02
+        model.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", ["paper", "energy"])
+def test_a_captured_step_follows_gradients_rate_and_step(recipe: str) -> None:
+    """Three steps, a capture, four replays and two plain steps, with other tables between, equal nine plain steps."""
+    model, expected = OnGpu("triton", recipe), OnGpu("eager", recipe)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for t in (1, 2, 3):
+            model.set(t)
+            model.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model.step()
+    for t in range(1, 10):
+        expected.set(t)
+        expected.step()
+        if t <= 3:
+            continue
+        model.set(t)
+        if t in (6, 9):
+            # Gradients elsewhere, and another table of addresses, which must not reach the graph.
+            inside = [weight.grad for weight in model.weights]
+            for weight in model.weights:
+                assert weight.grad is not None
+                weight.grad = weight.grad.clone()
+            model.step()
+            for weight, gradient in zip(model.weights, inside, strict=True):
+                weight.grad = gradient
+        else:
+            graph.replay()
+        model.equals(expected)
+
+
+@needs_gpu
+def test_a_whole_training_step_is_captured() -> None:
+    """Gradients that the graph allocates itself: the table of their addresses goes to the GPU within the capture."""
+    weight = torch.nn.Parameter(torch.ones(8, 64, device="cuda"))
+    twin = torch.nn.Parameter(weight.detach().clone())
+    optimizers = [GWTAdamW([w], lr=0.01, level=2) for w in (weight, twin)]
+    x = torch.zeros(8, 64, device="cuda")
+
+    def step(w: torch.nn.Parameter, optimizer: GWTAdamW) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        ((w * x) ** 2).sum().backward()
+        optimizer.step()
+
+    def turn(t: int) -> None:
+        x.copy_(torch.randn(8, 64, generator=torch.Generator().manual_seed(t)))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for t in range(3):
+            turn(t)
+            step(weight, optimizers[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(weight, optimizers[0])
+    for t in range(8):
+        turn(t)
+        step(twin, optimizers[1])
+        if t >= 3:
+            graph.replay()
+    torch.testing.assert_close(weight, twin, rtol=0, atol=0)

@@ -1,0 +1,272 @@
+"""Cases for `test_triton.py` that run where Triton interprets its kernels, which a process decides when it starts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import test_layout
+from gwt_dist import GWTAdamW, update
+from gwt_dist.comm import Shard
+from gwt_dist.kernels import choice, eager, triton
+from gwt_dist.kernels.work import Tensors
+from gwt_dist.plan import Plan
+from gwt_dist.schedule import Member, Schedule
+from gwt_dist.update import Rule
+
+SLOW = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+PAPER, ENERGY = dict(energy=False, detail_gain=1.0, limiter=1.01), dict(energy=True, detail_gain=0.1, limiter=0.0)
+
+
+@contextmanager
+def interpreter() -> Iterator[None]:
+    """Triton's interpreter with two repairs: it rounds bf16 wrongly, and it has one state for all threads."""
+    import triton.language as tl
+    from triton.runtime import interpreter as triton_interpreter
+
+    assert triton_module_is_interpreted()
+    convert, run, lock = triton_interpreter._convert_float, triton._run, threading.Lock()
+
+    def converted(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return torch.from_numpy(np.array(x)).view(torch.bfloat16).float().numpy().view(np.uint32)
+        return convert(x, source, target, mode)
+
+    def locked(*args: Any) -> None:
+        with lock:
+            run(*args)
+
+    with ExitStack() as stack:
+        stack.enter_context(np.errstate(all="ignore"))
+        stack.enter_context(patch.object(triton_interpreter, "_convert_float", converted))
+        stack.enter_context(patch.object(triton, "_run", locked))
+        yield
+
+
+def triton_module_is_interpreted() -> bool:
+    triton.prepare()
+    return triton.interpreted()
+
+
+@contextmanager
+def kernel(name: str, chunk: int = triton.CHUNK) -> Iterator[None]:
+    with patch.dict(os.environ, {choice.VARIABLE: name}), patch.object(triton, "CHUNK", chunk):
+        yield
+
+
+class Whole:
+    """Tensors that one process holds whole, stepped together; gradients need not have the dtype of their weight."""
+
+    def __init__(self, name: str, weights: list[Tensor], level: int, rules: list[Rule], device: str = "cpu") -> None:
+        with kernel(name):
+            plans = [Plan.of(Shard.whole(f"t{i}", tuple(w.shape)), level, "haar") for i, w in enumerate(weights)]
+            self.weights = [w.to(device, copy=True) for w in weights]
+            self.states = [plan.fresh_state(w) for plan, w in zip(plans, self.weights, strict=True)]
+            self.rules = rules
+            members = [
+                Member(plan, i % len(rules), w.dtype, True, rules[i % len(rules)].limiter > 0)
+                for i, (plan, w) in enumerate(zip(plans, weights, strict=True))
+            ]
+            self.schedule = Schedule(members, torch.device(device))
+
+    def step(self, gradients: list[Tensor]) -> None:
+        for state in self.states:
+            state["step"] += 1
+        gradients = [g.to(self.weights[0].device) for g in gradients]
+        self.schedule.run(self.weights, gradients, self.states, self.rules)
+
+    def equals(self, other: Whole) -> None:
+        """Bit for bit, but for the sign of a zero."""
+        for i, (a, b) in enumerate(zip(self.weights, other.weights, strict=True)):
+            same(a, b, f"weight {i}")
+        for i, (a, b) in enumerate(zip(self.states, other.states, strict=True)):
+            for key in ("exp_avg", "exp_avg_sq", "limited_norm"):
+                same(a[key], b[key], f"{key} {i}")
+
+
+def same(a: Tensor, b: Tensor, what: str) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+def rule(recipe: dict[str, Any], **numbers: Any) -> Rule:
+    given = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1, scale=0.25) | recipe | numbers
+    return Rule(**given)
+
+
+def gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, size: float, holes: bool, generator: torch.Generator
+) -> Tensor:
+    """Normal numbers of a size; with zeros and smallest numbers among them."""
+    g = size * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if holes:
+        which = torch.randint(0, 6, shape, generator=generator)
+        g[which == 0] = 0
+        g[which == 1] = 1e-41
+        g[which == 2] = -2e-45
+    return g.to(dtype)
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> dict[str, Any]:
+    shape = st.one_of(
+        st.tuples(st.integers(1, 70)),
+        st.tuples(st.integers(1, 5), st.integers(1, 90)),
+        st.tuples(st.integers(1, 3), st.sampled_from([16, 64, 128, 256, 515])),
+        st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9)),
+    )
+    tensors = draw(st.lists(st.tuples(shape, DTYPES, DTYPES, st.booleans()), min_size=1, max_size=3))
+    recipes = draw(st.lists(st.sampled_from([PAPER, ENERGY]), min_size=1, max_size=2))
+    number = dict(
+        lr=draw(st.sampled_from([0.0, 1e-5, 0.01, 1.0])),
+        betas=draw(st.sampled_from([(0.9, 0.999), (0.0, 0.99), (0.95, 0.0), (0.8, 0.9999)])),
+        eps=draw(st.sampled_from([1e-30, 1e-8, 1e-6, 0.1])),
+        weight_decay=draw(st.sampled_from([0.0, 0.1])),
+        scale=draw(st.sampled_from([0.25, 1.0])),
+    )
+    return dict(
+        tensors=tensors,
+        rules=[rule(recipe, **number) for recipe in recipes],
+        level=draw(st.integers(0, 8)),
+        size=10.0 ** draw(st.sampled_from([-42, -30, -20, -3, 0, 0, 3, 18, 37])),
+        chunk=draw(st.sampled_from([64, 512, 4096])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def equal_to_eager_on_random_tensors(examples: int) -> None:
+    with interpreter():
+        settings(SLOW, max_examples=examples)(given(worlds())(_equal_to_eager))()
+
+
+def _equal_to_eager(world: dict[str, Any]) -> None:
+    run_both("triton", **world)
+
+
+def run_both(
+    name: str, tensors: Any, rules: list[Rule], level: int, size: float, chunk: int, seed: int, device: str = "cpu"
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, generator=generator).to(dtype) for shape, dtype, _, _ in tensors]
+    found = Whole(name, weights, level, rules, device)
+    expected = Whole("eager", weights, level, rules, device)
+    for grow in (1.0, 3.0):
+        gradients = [gradient(shape, dtype, grow * size, holes, generator) for shape, _, dtype, holes in tensors]
+        with kernel(name, chunk):
+            found.step(gradients)
+        expected.step(gradients)
+    found.equals(expected)
+
+
+def equal_to_eager_at_every_level(level: int) -> None:
+    """All combinations of dtypes, whole units and ragged rows, many tensors and two groups at once."""
+    shapes = [(7,), (5, 97), (2, 1024), (3, 1), (2, 4200)]
+    wide = (torch.float32, torch.bfloat16)
+    tensors = [(s, w, g, False) for i, s in enumerate(shapes) for w in wide for g in wide[: 1 + (i != 4)]]
+    with interpreter():
+        for size, chunk in ((1.0, 4096), (1e-20, 512)):
+            run_both("triton", tensors, [rule(PAPER), rule(ENERGY, weight_decay=0.0)], level, size, chunk, level)
+
+
+def equal_to_eager_where_units_are_cut(examples: int) -> None:
+    """Random fragments of random tensors on up to nine ranks, some of them empty, rectangles among them."""
+
+    @settings(SLOW, max_examples=examples)
+    @given(test_layout.worlds(), st.integers(0, 6), st.sampled_from(["energy", "paper"]))
+    def check(world: Any, level: int, recipe: str) -> None:
+        found = {}
+        for name in ("eager", "triton"):
+            with kernel(name, 64):
+                found[name] = test_layout.run(world, level, recipe, "haar", torch.float32)
+        (_, expected, reference, _), (whole, sharded, optimizer, _) = found["eager"], found["triton"]
+        for fqn, weight in expected.items():
+            same(sharded[fqn], weight, fqn)
+            if recipe == "energy":
+                same(sharded[fqn], whole[fqn], f"{fqn} sharded and whole")
+        for a, b in zip(optimizer.optimizers, reference.optimizers, strict=True):
+            for one, other in zip(a.state.values(), b.state.values(), strict=True):
+                for key in one:
+                    same(one[key], other[key], key)
+
+    with interpreter():
+        check()
+
+
+def norms() -> dict[str, list[float]]:
+    """Squared norms by both kernels on top of what is there, twice by Triton; level 2, 40 items of three launches."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=generator) for s in ((3, 130), (4, 256), (2, 64), (6, 33))]
+    gradients = [torch.randn(w.shape, generator=generator) for w in weights]
+    found = {}
+    with interpreter():
+        for name in ("eager", "triton", "again"):
+            module = eager if name == "eager" else triton
+            start = Whole("eager", weights, 2, [rule(PAPER)])
+            (batch,) = start.schedule._batches
+            (run,) = batch.runs
+            for state in start.states:
+                state["step"] += 1
+            columns = [[state[key] for state in start.states] for key in ("exp_avg", "exp_avg_sq", "step")]
+            exchange = torch.zeros(0)
+            tensors = Tensors(start.weights, gradients, *columns, start.rules * 4, exchange)
+            squared_norms = torch.tensor([0.5, 0.0, 3.0, 0.0], dtype=torch.float64)
+            with patch.object(triton, "CHUNK", 64):
+                module.moments(run.work, tensors, squared_norms)
+            found[name] = squared_norms.tolist()
+    return found
+
+
+def step_sizes(betas: tuple[float, float], steps: list[int]) -> tuple[list[float], list[float]]:
+    """``lr * sqrt(1-b2**t)/(1-b1**t)`` as the kernel has it and as `update.step_size` has it."""
+    numbers = rule(PAPER, betas=betas, lr=0.3)
+    counts = [torch.tensor(float(t)) for t in steps]
+    parameters = torch.tensor([[0, 0, 0, 0, t.data_ptr(), 0] for t in counts])
+    rules = torch.tensor([triton._row(numbers, torch.device("cpu"))], dtype=torch.float64)
+    found = torch.zeros(len(steps), dtype=torch.float64)
+    with interpreter():
+        triton._kernels().step_sizes[(-(-len(steps) // 32),)](parameters, rules, found, len(steps), BLOCK=32)
+    return found.tolist(), [update.step_size(t, numbers).item() for t in counts]
+
+
+def uploads() -> dict[str, Any]:
+    """How often tables go to the device, and in how many launches, with 20 tensors and three ways to change."""
+    weights = [torch.nn.Parameter(torch.randn(4, 16)) for _ in range(20)]
+    rate = torch.tensor(0.01)
+    seen: dict[str, Any] = {}
+    with interpreter(), kernel("triton"), patch.object(triton._Kept, "upload", autospec=True) as upload:
+        upload.side_effect = lambda kept, values, dtype: torch.as_tensor(values, dtype=dtype).clone()
+        optimizer = GWTAdamW(weights, lr=rate, level=2, recipe="energy")
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+
+        def count(what: str) -> None:
+            upload.reset_mock()
+            before = weights[0].detach().clone()
+            optimizer.step()
+            seen[what] = upload.call_count, float((weights[0] - before).detach().abs().max())
+
+        count("first")
+        count("again")
+        rate.fill_(0.02)
+        count("rate on the device")
+        before, weights[7].grad = weights[7].grad, torch.randn_like(weights[7])  # both alive: they have two addresses
+        count("another gradient")
+        optimizer.param_groups[0]["weight_decay"] = 0.5
+        count("another rule")
+    ((schedule, _),) = next(iter(optimizer._schedules.values()))[1]
+    (run,) = schedule._free
+    seen["launches"] = len(triton._kept[run.work].made["programs"][1].groups)
+    assert before is not None
+    return seen
