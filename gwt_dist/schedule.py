@@ -128,12 +128,11 @@ class Schedule:
             states[i]["limited_norm"].view(-1) if self.members[i].moves else squared_norms.new_zeros(length)
             for i, length in zip(batch.members, batch.norms, strict=True)
         ]
-        limiters = [
-            rules[self.members[i].group].limiter
-            for i, length in zip(batch.members, batch.norms, strict=True)
-            for _ in range(length)
-        ]
-        limiter = limiters[0] if len(set(limiters)) == 1 else squared_norms.new_tensor(limiters)
+        limiters = [rules[self.members[i].group].limiter for i in batch.members]
+        limiter: float | Tensor = limiters[0]
+        if len(set(limiters)) > 1:  # fills: a copy to a GPU would wait for it
+            filled = [squared_norms.new_full((n,), x) for n, x in zip(batch.norms, limiters, strict=True)]
+            limiter = torch.cat(filled)
         rho, new = update.limit_growth(squared_norms, torch.cat(stored).double(), limiter)
         torch._foreach_copy_(stored, list(new.split(batch.norms)))
         return rho

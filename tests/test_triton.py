@@ -112,7 +112,7 @@ def test_without_triton_a_gpu_gets_the_eager_kernels_and_one_warning(monkeypatch
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     device = torch.device("cuda")
     try:
-        with pytest.warns(RuntimeWarning, match="need the package triton.*eager kernel") as caught:
+        with pytest.warns(RuntimeWarning, match="(?s)need the package triton.*eager kernel") as caught:
             assert choose(device, torch.float32, [piece()]) is eager
             assert choose(device, torch.float32, [piece()]) is eager
         assert len(caught) == 1
@@ -151,8 +151,9 @@ def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(
         code = compiled(level, dtype, moments=True, write=True, plain=True)
         assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
         assert "div.rn.f32" in code and "sqrt.rn.f32" in code
-        assert len(re.findall(r"ld\.global\.v[24]\.b32", code)) >= 4  # nothing but scalars of the item goes singly
-        assert not re.findall(r"(?:ld|st)\.global\.b(?:16|32)", code)
+        # Weights and gradients go in vectors; so do moments, as long as there are as many as threads.
+        assert len(re.findall(r"ld\.global\.v[24]\.b32", code)) >= 4
+        assert not re.findall(r"(?:ld|st)\.global\.b16" if level > 4 else r"(?:ld|st)\.global\.b(?:16|32)", code)
     code = compiled(level, "float32", moments=False, write=True, plain=False)
     assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
 

@@ -26,6 +26,7 @@ MAX_LEVEL = 8
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 WARPS = 8
 _MOMENTS, _WRITE, _STEP = (True, False), (False, True), (True, True)
+_TURNS = 4  # of a program whose places are not plain: all at once would take most registers for addresses
 _PARTIALS = 1024  # partial norms and ...
 _SIZES = 32  # ... step sizes that a program takes at once
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -191,7 +192,7 @@ def _launch(
             WEIGHT=getattr(tl, group.weight),
             GRADIENT=getattr(tl, group.gradient),
             PLAIN=group.plain,
-            BLOCK=max(1, CHUNK >> group.level),
+            BLOCK=max(1, (CHUNK if group.plain else CHUNK // _TURNS) >> group.level),
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

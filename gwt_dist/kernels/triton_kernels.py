@@ -47,7 +47,7 @@ def phase(
     item = items + tl.program_id(0).to(tl.int64) * ITEM
     number, element, moment = tl.load(item), tl.load(item + 2), tl.load(item + 3)
     rows, units, last = tl.load(item + 4).to(tl.int32), tl.load(item + 5).to(tl.int32), tl.load(item + 6).to(tl.int32)
-    element_stride, moment_stride = tl.load(item + 7), tl.load(item + 8)
+    element_stride, moment_stride = tl.load(item + 7).to(tl.int32), tl.load(item + 8).to(tl.int32)
     slot, lead, held = tl.load(item + 9), tl.load(item + 10), tl.load(item + 11)
     norm, place = tl.load(item + 12), tl.load(item + 13)
 
