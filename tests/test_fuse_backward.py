@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fuse_cases import LAYERS, fuse_case, refused_case, trained
+from fuse_cases import LAYERS, fsdp1_case, fuse_case, refused_case, trained
 
 RECIPES = ["paper", "energy"]
 
@@ -42,6 +42,7 @@ def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
 
 
 @pytest.mark.support("DDP", "`fuse_backward`", outcome="refused")
+@pytest.mark.support("FSDP1", "`fuse_backward` with NO_SHARD, CPU offload or another hook", outcome="refused")
 @pytest.mark.support("FSDP2", "`fuse_backward` with a GradScaler", outcome="refused")
 @pytest.mark.parametrize(
     ("what", "message"),
@@ -49,8 +50,49 @@ def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
         ("ddp", "sees the gradient of this rank before it is averaged"),
         ("swapped", "build the optimizer after fully_shard"),
         ("scaler", "a GradScaler drives an optimizer whose update was fused"),
+        ("fsdp1 whole", "has NO_SHARD (or one rank alone): its gradients are whole"),
+        ("fsdp1 offload", "keeps its weights on CPU (cpu_offload)"),
+        ("fsdp1 hook", "has a communication hook already"),
+        ("fsdp1 alone", "Call gwt_dist.attach(optimizer, model) first"),
+        ("fsdp1 twice", "is reduced twice in one backward pass"),
+        ("fsdp1", "5 groups of parameters hold gradients that were only accumulated"),
     ],
 )
 def test_where_it_cannot_be_right_it_refuses(ranks, what, message) -> None:
     for found in ranks(2, refused_case, what):
         assert message in found
+
+
+@pytest.mark.support("FSDP1", "`fuse_backward`, FULL_SHARD and SHARD_GRAD_OP, accumulation 1 and 4")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+def test_under_fsdp1_it_is_step_with_one_shard_at_a_time(
+    ranks, strategy, use_orig_params, accumulation, recipe
+) -> None:
+    for result in ranks(2, fsdp1_case, strategy, use_orig_params, recipe, accumulation):
+        assert result["moved"]
+        assert result["equal"] and result["states"]
+        if accumulation == 1:
+            assert result["most"] == (LAYERS, 1)
+        plain, fused = result["collectives"]
+        assert max(plain) <= 1 + (recipe == "paper")
+        assert max(fused) <= LAYERS * (1 + (recipe == "paper"))
+
+
+@pytest.mark.support("FSDP1", "`fuse_backward`, HYBRID_SHARD, bf16 mixed precision, accumulation with `no_sync`")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "accumulation", "what"),
+    [
+        (4, "HYBRID_SHARD", 2, ""),
+        (2, "FULL_SHARD", 2, "bf16"),
+        (2, "SHARD_GRAD_OP", 2, "no_sync"),
+        (2, "FULL_SHARD", 2, "reentrant"),
+    ],
+)
+def test_under_fsdp1_further_settings(ranks, world_size, strategy, accumulation, what, use_orig_params) -> None:
+    for result in ranks(world_size, fsdp1_case, strategy, use_orig_params, "paper", accumulation, what):
+        assert result["moved"]
+        assert result["equal"] and result["states"]
