@@ -126,7 +126,7 @@ def fuse_case(recipe: str, accumulation: int) -> dict[str, Any]:
 
 def refused_case(what: str) -> str:
     """The message where a fused update cannot be right."""
-    model: nn.Module = Chain()
+    model: Any = Chain()
     if what == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     elif what.startswith("fsdp1"):
@@ -139,13 +139,6 @@ def refused_case(what: str) -> str:
                 gwt_dist.attach(optimizer, model)
             if what == "fsdp1 hook":
                 model.register_comm_hook(None, lambda *_: None)
-            gwt_dist.fuse_backward(optimizer, model)
-            if what == "fsdp1 twice":
-                model.module.order, model.module.reentrant = [0, 0], True
-                model(torch.ones(2, 23)).backward()
-            with optimizer.accumulating():
-                model(torch.ones(2, 23)).backward()
-            optimizer.step()
         if what == "swapped":
             model = shard(model, "rows")
         if what == "scaler":
@@ -155,7 +148,17 @@ def refused_case(what: str) -> str:
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
             scaler.scale(model(torch.ones(2, 23))).backward()
             scaler.step(optimizer)
+        if what in ("twice", "accumulated"):
+            model = shard(Chain(), "rows")
+            optimizer = GWTAdamW(model.parameters(), lr=0.01)
         gwt_dist.fuse_backward(optimizer, model)
+        if what == "fsdp1 reentrant":
+            model.module.order, model.module.reentrant = [0, 0], True
+        for _ in range(2):
+            with optimizer.accumulating() if what.endswith("accumulated") else nullcontext():
+                model(torch.ones(2, 23)).backward()
+            if not what.endswith("twice"):
+                optimizer.step()
     except ValueError as error:
         return str(error)
     return "no error"

@@ -54,8 +54,11 @@ def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
         ("fsdp1 offload", "keeps its weights on CPU (cpu_offload)"),
         ("fsdp1 hook", "has a communication hook already"),
         ("fsdp1 alone", "Call gwt_dist.attach(optimizer, model) first"),
-        ("fsdp1 twice", "is reduced twice in one backward pass"),
-        ("fsdp1", "5 groups of parameters hold gradients that were only accumulated"),
+        ("fsdp1 reentrant", "a second gradient since the last step() for 3 parameters"),
+        ("fsdp1 twice", "a second gradient since the last step() for 3 parameters"),
+        ("fsdp1 accumulated", "have gradients that were only accumulated: this step would leave them out"),
+        ("twice", "a second gradient since the last step() for 3 parameters"),
+        ("accumulated", "have gradients that were only accumulated: this step would leave them out"),
     ],
 )
 def test_where_it_cannot_be_right_it_refuses(ranks, what, message) -> None:

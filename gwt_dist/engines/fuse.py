@@ -11,7 +11,6 @@ parameters: the step, driven from another place, with one collective a group whe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from gwt_dist.engines import fuse_fsdp1
 from gwt_dist.engines.attach import find_optimizer
+from gwt_dist.engines.fuse_group import Group
 
 
 def fuse_backward(optimizer: Any, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def fuse_backward(optimizer: Any, model: nn.Module) -> None:
     For FSDP2 (`fully_shard`), FSDP1 and one process. Call it once, after the model is sharded, the optimizer built and,
     under FSDP1, attached. The result is that of ``backward(); step()`` with the learning rate in force during the
     backward pass. Accumulate gradients under ``with optimizer.accumulating():`` in all micro-batches but the last;
-    these are held for all groups.
+    these are held for all groups. Call ``optimizer.step()`` after each last one as ever: it ends the step.
 
     Gradients are gone after the backward pass, so what needs all of them at once cannot be combined with it: clipping
     by the norm (``clip_grad_norm_`` finds nothing to clip) and a GradScaler (refused at its first step).
@@ -68,53 +68,41 @@ def fuse_backward(optimizer: Any, model: nn.Module) -> None:
     for module in hooked:
         fuse_fsdp1.check(module)
     inner.fuse(parameter for _, parameter in trainable)
-    groups: list[Any] = [fuse_fsdp1.Unit(inner, module) for module in hooked]
-    groups += [_Group(inner, members) for members in _groups(model)]
-    inner.register_step_pre_hook(partial(_check_taken, groups))
+    for module in hooked:
+        fuse_fsdp1.Unit(inner, module)
+    for members in _groups(model):
+        _Hooked(inner, members)
 
 
-class _Group:
-    """Parameters whose gradients are reduced at once: updated when the last of them has its gradient."""
+class _Hooked(Group):
+    """Parameters with a hook each: updated when the last of them has its gradient."""
 
     def __init__(self, optimizer: Any, members: list[Tensor]) -> None:
-        self._optimizer, self._members = optimizer, members
+        super().__init__(optimizer, members)
         self._ready = 0
-        self.holds = False  # gradients of an earlier micro-batch
         self._flush_is_queued = False
         for parameter in members:
             parameter.register_post_accumulate_grad_hook(self._hook)
 
     def _hook(self, _: Tensor) -> None:
-        self.holds = self._optimizer._accumulating
-        if self.holds:
+        if self.accumulates:
             return
         self._ready += 1
         if not self._flush_is_queued:
             # A parameter that this backward pass does not use leaves the group incomplete.
             torch.autograd.Variable._execution_engine.queue_callback(self._flush)
             self._flush_is_queued = True
-        if self._ready == len(self._members):
-            self._update()
+        if self._ready == len(self.members):
+            self.update()
 
     def _flush(self) -> None:
         self._flush_is_queued = False
         if self._ready:
-            self._update()
+            self.update()
 
-    def _update(self) -> None:
+    def update(self) -> None:
         self._ready = 0
-        self._optimizer.update(self._members)
-        for parameter in self._members:
-            parameter.grad = None
-
-
-def _check_taken(groups: Iterable[Any], *_: Any) -> None:
-    held = sum(group.holds for group in groups)
-    if held:
-        raise ValueError(
-            f"{held} groups of parameters hold gradients that were only accumulated: this step would leave them out. "
-            f"Run the last backward pass of a step outside of optimizer.accumulating()"
-        )
+        super().update()
 
 
 def _groups(model: nn.Module) -> Iterable[list[Tensor]]:

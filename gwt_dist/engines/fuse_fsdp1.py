@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+from gwt_dist.engines.fuse_group import Group
+
 # One function; torch has deprecated its old name.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 HYBRID = (ShardingStrategy.HYBRID_SHARD.name, ShardingStrategy._HYBRID_SHARD_ZERO2.name)
@@ -43,16 +45,13 @@ def check(module: Any) -> None:
         raise ValueError(f"{name} has a communication hook already, and FSDP1 calls one; remove one of the two")
 
 
-class Unit:
+class Unit(Group):
     """The state of the communication hook of one FSDP1 module."""
 
     def __init__(self, optimizer: Any, module: Any) -> None:
-        self._optimizer, self._module, self._handle = optimizer, module, module._handle
-        self._members: list[Tensor] = [self._handle.flat_param]
-        if self._handle._use_orig_params:
-            self._members = [p for p in self._handle.flat_param._params if p.requires_grad]
-        self.holds = False  # gradients of an earlier micro-batch
-        optimizer.register_step_pre_hook(self._clear_placeholder)
+        self._module, self._handle = module, module._handle
+        flat = self._handle.flat_param
+        super().__init__(optimizer, [p for p in flat._params if p.requires_grad] if flat._params else [flat])
         module._comm_hook, module._comm_hook_state = Unit.reduce, self
 
     def reduce(self, gradient: Tensor, shard: Tensor) -> None:
@@ -63,20 +62,14 @@ class Unit:
         if self._handle._sharding_strategy.name in HYBRID:
             dist.all_reduce(shard, group=module._inter_node_pg)
         _divide(shard, module._gradient_postdivide_factor)
-        self.holds = self._optimizer._accumulating
-        if not self.holds:
-            self._update(shard)
+        if not self.accumulates:
+            self._take(shard)
 
-    def _update(self, shard: Tensor) -> None:
+    def _take(self, shard: Tensor) -> None:
         flat = self._handle.flat_param
         shard.data = shard.to(flat.dtype)
         total = shard.detach()
         if hasattr(flat, "_saved_grad_shard"):  # of earlier micro-batches
-            if flat._saved_grad_shard.stride() == (0,):
-                raise ValueError(
-                    f"{_name(self._module)} is reduced twice in one backward pass, and its first gradient has been "
-                    f"taken in already. Under activation checkpointing, pass use_reentrant=False"
-                )
             total = flat._saved_grad_shard.add_(total)
         flat._saved_grad_shard = total
         if self._handle._use_orig_params:
@@ -84,23 +77,23 @@ class Unit:
             self._handle._use_sharded_grad_views()
         else:
             flat.grad = total
-        self._optimizer.update(self._members)
-        self._clear()
+        self.update()
         del flat._saved_grad_shard
         shard.data = shard.new_zeros(()).expand_as(shard)
-        # It runs after FSDP1's own callback, which makes gradients of what FSDP1 has kept; in the backward pass of a
-        # reentrant checkpoint before it, and so `step` clears as well.
-        torch.autograd.Variable._execution_engine.queue_callback(self._clear)
+        # It runs after FSDP1's own callback, which makes gradients of what FSDP1 has kept.
+        torch.autograd.Variable._execution_engine.queue_callback(self.clear)
 
-    def _clear_placeholder(self, *_: Any) -> None:
-        gradient = self._handle.flat_param.grad
-        if gradient is not None and gradient.stride() == (0,):
-            self._clear()
-
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Free the gradients, and the flat one that they are views of."""
         self._handle.flat_param.grad = None
-        for parameter in self._members:
-            parameter.grad = None
+        super().clear()
+
+    def _end(self, *_: Any) -> None:
+        super()._end()
+        gradient = self._handle.flat_param.grad
+        # In the backward pass of a reentrant checkpoint the callback runs before FSDP1's.
+        if gradient is not None and gradient.stride() == (0,):
+            self.clear()
 
 
 def _divide(tensor: Tensor, factor: float) -> None:
