@@ -105,3 +105,17 @@ def shifted_case(use_orig_params: bool) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def unreduced_case(use_orig_params: bool) -> str:
+    """The message of a step after a backward pass in `no_sync`."""
+    model: Any = wrapped("FULL_SHARD", use_orig_params)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    gwt_dist.attach(optimizer, model)
+    with model.no_sync():
+        backward(model, next(gradients(shapes_of(Net()), 1)), "")
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "no error"

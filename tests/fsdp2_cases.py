@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -176,3 +178,20 @@ def fsdp2_case(kind: str, level: int, recipe: str, wavelet: str = "haar", skippe
         "unused": [n for n, p in model.named_parameters() if not optimizer.state.get(p)],
         "placements": sorted({str(p.placements) for p in model.parameters() if isinstance(p, DTensor)}),
     }
+
+
+def alone_case(timeout: float) -> tuple[str, float]:
+    """The last rank alone makes a mistake that raises within a step; what each rank raises, and after how long."""
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
+    model: Any = fully_shard(Net().double(), mesh=DeviceMesh.from_group(group, "cpu"))
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=2)
+    for step in range(2):
+        backward(model, next(gradients(shapes_of(Net()), 1)), "")
+        if step and dist.get_rank() == dist.get_world_size() - 1:
+            optimizer.param_groups[0]["level"] = 3
+        began = time.monotonic()
+        try:
+            optimizer.step()
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}", time.monotonic() - began
+    return "no error", 0.0

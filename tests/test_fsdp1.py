@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from fsdp1_cases import forgotten_attach_case, fsdp1_case, shifted_case
+from fsdp1_cases import forgotten_attach_case, fsdp1_case, shifted_case, unreduced_case
 from gwt_dist.kernels import moments_shape
 from zero_cases import Net, shapes_of
 
@@ -61,3 +61,11 @@ def test_a_forgotten_attach_is_refused(ranks, use_orig_params) -> None:
 def test_records_of_fsdp_that_do_not_agree_are_refused_by_all_ranks(ranks, use_orig_params) -> None:
     for message in ranks(2, shifted_case, use_orig_params):
         assert re.search(r"rank 0: elements .* are not those of the model's weight", message), message
+
+
+@pytest.mark.support("FSDP1", "a step on gradients of `no_sync`", outcome="refused")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_a_step_on_gradients_that_were_not_reduced_is_refused_by_all_ranks(ranks, use_orig_params) -> None:
+    """Each rank holds less than the whole of some tensor, so each sees it by itself and none is left waiting."""
+    for message in ranks(4, unreduced_case, use_orig_params):
+        assert re.search(r"gradient of \d+ elements for the \d+ that this rank holds", message), message

@@ -6,8 +6,9 @@ from math import prod
 
 import pytest
 
-from fsdp2_cases import fsdp2_case
+from fsdp2_cases import alone_case, fsdp2_case
 from gwt_dist.kernels import moments_shape
+from ranks import run_ranks
 from zero_cases import Net, shapes_of
 
 RECIPES = ["paper", "energy"]
@@ -102,3 +103,11 @@ def test_a_parameter_that_the_forward_does_not_use_stays_as_it_is(ranks, recipe)
     for result in ranks(2, fsdp2_case, "rows", 2, recipe, "haar", "mlp_row"):
         assert result["error"] < 1e-12
         assert result["unused"] == ["mlp_row.weight", "frozen.weight"]
+
+
+def test_a_rank_that_raises_alone_does_not_leave_the_others_waiting_for_ever() -> None:
+    """A steady step has no collective to agree on errors; the timeout of the process group ends the wait."""
+    (waiting, seconds), (raised, at_once) = run_ranks(alone_case, 2, 3.0)
+    assert raised.startswith("ValueError: level=3") and at_once < 1
+    assert waiting.startswith("RuntimeError") and "imed out" in waiting
+    assert 2 < seconds < 20
