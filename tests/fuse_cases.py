@@ -9,21 +9,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffload,
     FullyShardedDataParallel,
     MixedPrecision,
-    ShardingStrategy,
     _runtime_utils,
 )
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import gwt_dist
-from fsdp2_cases import TARGETS, Counter, shard
+from fsdp1_cases import unit_options
+from fsdp2_cases import TARGETS, Counter, local, shard
 from gwt_dist import GWTAdamW, param_groups
 
 LAYERS = 5
@@ -100,10 +98,6 @@ class GradientWatch:
         self.most = max(self.most, len(held))
 
 
-def local(parameter: Tensor) -> Tensor:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-
-
 def fuse_case(recipe: str, accumulation: int) -> dict[str, Any]:
     """The same ten steps by `step()` and by `fuse_backward`."""
     plain, optimizer, most, collectives = trained(False, recipe, accumulation)
@@ -167,14 +161,7 @@ def refused_case(what: str) -> str:
 def wrapped(strategy: str, use_orig_params: bool, **options: Any) -> nn.Module:
     """The chain under FSDP1: a unit for each block, and one for the rest."""
     model = Chain()
-    common: dict[str, Any] = dict(
-        sharding_strategy=ShardingStrategy[strategy],
-        use_orig_params=use_orig_params,
-        device_id=torch.device("cpu"),
-        **options,
-    )
-    if strategy == "HYBRID_SHARD":
-        common["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s"))
+    common = unit_options(strategy, use_orig_params) | options
     for i in range(LAYERS):
         setattr(model, f"block{i}", FullyShardedDataParallel(getattr(model, f"block{i}"), **common))
     return FullyShardedDataParallel(model, **common)

@@ -14,6 +14,7 @@ import pytest
 from gwt_dist.kernels import moments_shape
 from zero_cases import Net, refused_case, shapes_of
 from zero_engine_cases import (
+    ENGINES,
     engine_case,
     forgotten_case,
     groups_case,
@@ -22,46 +23,12 @@ from zero_engine_cases import (
     refused_attach_case,
     spoiled_case,
     wrapper_case,
+    zero,
 )
 
 pytestmark = [pytest.mark.matrix, pytest.mark.usefixtures("torch_extensions_dir")]
 
 
-def zero(stage: int, bf16: bool = False, **settings) -> dict:
-    """A DeepSpeed JSON without clipping, which DeepSpeed has on by default."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": stage, **settings},
-    }
-
-
-CPU = {"device": "cpu", "pin_memory": False}
-BF16_OPTIMIZER = {**zero(1, True), "data_types": {"grad_accum_dtype": "fp32"}}
-ENGINES = {
-    "no zero section": {k: v for k, v in zero(0).items() if k != "zero_optimization"},  # T2
-    "0 fp32": zero(0),  # T2
-    "0 bf16": zero(0, True),  # T2
-    "bf16 optimizer": BF16_OPTIMIZER,  # T13
-    "bf16 optimizer, immediate": {**BF16_OPTIMIZER, "bf16": {"enabled": True, "immediate_grad_update": True}},  # T13
-    "2 bf16, fp32 accumulation": {**BF16_OPTIMIZER, **zero(2, True)},  # T13
-    "1 offload": zero(1, offload_optimizer=CPU),  # T12
-    "2 offload": zero(2, True, offload_optimizer=CPU),  # T12
-    "3 offload": zero(3, offload_optimizer=CPU),  # T12
-    "3 offload both": zero(3, True, offload_optimizer=CPU, offload_param=CPU),  # T12
-    "3 offload weights": zero(3, offload_param=CPU),  # T12
-    "1 round robin": zero(1, round_robin_gradients=True),  # T18
-    "2 round robin": zero(2, True, round_robin_gradients=True),  # T18
-    "1 aligned": zero(1, True, parameter_alignment=True),
-    "2 aligned": zero(2, parameter_alignment=True),
-    "2 round robin, aligned": zero(2, True, round_robin_gradients=True, parameter_alignment=True),  # T18
-    "1 no reduce-scatter": zero(1, True, reduce_scatter=False),  # T4
-    "2 no reduce-scatter": zero(2, reduce_scatter=False),  # T4
-    "3 no reduce-scatter": zero(3, reduce_scatter=False),  # T4
-    "3 tiny sub-groups": zero(3, True, sub_group_size=1000),  # T27
-}
-ENGINES |= {"1": zero(1), "2": zero(2), "2 bf16": zero(2, True), "3": zero(3), "3 bf16": zero(3, True)}
 WRAPPERS = ["0 bf16", "bf16 optimizer", "1", "2 bf16", "3"]
 RECIPES = ["paper", "energy"]
 # What `memory.plan_zero` does not know: another order of the tensors, gaps between them.
