@@ -28,7 +28,7 @@ from zero_cases import Dot, Scale, gradients, load, options, shapes_of
 from zero_engine_cases import Recorder, initial
 
 Weights = dict[str, Tensor]
-STEPS = 4
+STEPS = 3
 COMBINATIONS = [(level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")]
 
 
@@ -294,3 +294,18 @@ def matrix_case(family: str, arguments: tuple[Any, ...], kind: str, unused: str)
 
 def _names(calls: list[tuple[str, int]]) -> list[str]:
     return [name for name, _ in calls]
+
+
+def rerun_case(family: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Whether the same run twice gives the same bits of weights and state, and how many cut units it completes."""
+    runs, cut = [], 0
+    for _ in range(2):
+        with FAMILIES[family]("shapes", *arguments) as built:
+            for step in steps_of("shapes"):
+                built.take(step)
+            state = built.optimizer.state
+            tensors = list(built.weights().values())
+            tensors += [fsdp2_cases.local(t).clone() for values in state.values() for t in values.values()]
+            cut = sum(len(plan.exchange.receives) for plan in built.optimizer._plans.values())
+        runs.append(tensors)
+    return {"same": zero_engine_cases.same_bits(*runs), "cut": cut}

@@ -22,6 +22,7 @@ from zero_engine_cases import (
     read_again_case,
     refused_attach_case,
     spoiled_case,
+    universal_case,
     wrapper_case,
     zero,
 )
@@ -67,8 +68,8 @@ def once(level: int) -> int:
     "DeepSpeed", "`round_robin_gradients`, `parameter_alignment`, `reduce_scatter` off, tiny `sub_group_size`"
 )
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_update_is_that_of_one_process(ranks, engine) -> None:
-    """T1, T2, T4, T12, T13, T18, T20, T27 by the engine. NaN in all padding has no effect (T19)."""
+def test_each_layout_keeps_what_was_planned(ranks, engine) -> None:
+    """T2, T12, T13, T18, T27 by the engine. NaN in all padding has no effect (T19)."""
     results = ranks(3, engine_case, ENGINES[engine], 3, "paper")
     check(results, "paper")
     if results[0]["planned"] and engine not in UNPLANNED:
@@ -83,37 +84,12 @@ def test_the_update_is_that_of_one_process(ranks, engine) -> None:
         assert sum(moments) == once(3) + sum(r["received"] for r in results) - len(cut)  # T26
 
 
-@pytest.mark.support("DeepSpeed", "1 and 4 ranks")
-@pytest.mark.parametrize("world_size", [1, 4])
-@pytest.mark.parametrize(
-    "engine", ["0 bf16", "bf16 optimizer", "1", "2 round robin, aligned", "3 tiny sub-groups", "3 offload both"]
-)
-def test_one_to_four_ranks(ranks, engine, world_size) -> None:
-    """T16: tensors of fewer elements than ranks, so that ranks hold nothing of them."""
-    results = ranks(world_size, engine_case, ENGINES[engine], 1 + world_size % 2, "energy")
-    check(results, "energy")
-    if world_size == 1:
-        assert not any(results[0]["collectives"])
-
-
 @pytest.mark.support("DeepSpeed", "groups with options of their own, frozen and 1-D groups")
 @pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS, "2 round robin", "2 offload", "3 tiny sub-groups"])
 def test_groups_keep_their_own_options(ranks, engine) -> None:
     """T8; four ranks share a group of two elements, so that two hold nothing but padding (T23)."""
     results = ranks(4, engine_case, ENGINES[engine], 2, "paper", "net", "by hand")
     check(results, "paper", (0.03, 0.01, 0.002, 0.005))
-
-
-@pytest.mark.support("DeepSpeed", "tied weights")
-@pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS])
-def test_tied_weights_are_one_weight(ranks, engine) -> None:
-    check(ranks(2, engine_case, ENGINES[engine], 2, "paper", "tied"), "paper")  # T10
-
-
-@pytest.mark.parametrize("engine", WRAPPERS)
-def test_a_model_without_matrices(ranks, engine) -> None:
-    results = ranks(2, engine_case, ENGINES[engine], 2, "paper", "vectors", "one")  # T10
-    check(results, "paper", (0.01,))
 
 
 @pytest.mark.support("DeepSpeed", "gradient accumulation")
@@ -178,6 +154,24 @@ def test_stage_0_in_fp32_skips_nothing(ranks, recipe) -> None:
 @pytest.mark.parametrize(("engine", "steps"), [("0 bf16", 1), ("bf16 optimizer", 0), ("2", 0), ("3", 0)])
 def test_the_dry_run_of_an_engine_allocates_nothing(ranks, engine, steps) -> None:
     assert ranks(2, init_case, ENGINES[engine]) == [{"steps": steps, "state": 0}] * 2  # T24
+
+
+@pytest.mark.support("DeepSpeed", "DeepSpeed's conversion of a checkpoint to a universal one", outcome="refused")
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("1", "Required universal_checkpoint_info state is missing in checkpoint"),
+        ("2 bf16", "Required universal_checkpoint_info state is missing in checkpoint"),
+        ("bf16 optimizer", "Required universal_checkpoint_info state is missing in checkpoint"),
+        ("3", "exceeds dimension size"),
+    ],
+)
+def test_a_universal_conversion_fails_loudly(ranks, engine, message, tmp_path) -> None:
+    """T14: it assumes moments as large as the weights."""
+    assert message in ranks(2, universal_case, ENGINES[engine], str(tmp_path))[0]
+    # Nothing that DeepSpeed would load in its place.
+    assert not list(tmp_path.rglob("exp_avg.pt"))
+    assert not list(tmp_path.glob("latest_universal"))
 
 
 @pytest.mark.parametrize("engine", ["1", "2 round robin"])

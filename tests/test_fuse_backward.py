@@ -41,24 +41,29 @@ def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
     assert (most, most_fused) == (LAYERS, 1)
 
 
-@pytest.mark.support("DDP", "`fuse_backward`", outcome="refused")
-@pytest.mark.support("FSDP1", "`fuse_backward` with NO_SHARD, CPU offload or another hook", outcome="refused")
-@pytest.mark.support("FSDP2", "`fuse_backward` with a GradScaler", outcome="refused")
+FSDP1_ROW = "`fuse_backward` with NO_SHARD, CPU offload or another hook"
+TWICE_ROW = "`fuse_backward`: a second gradient before `step()`, a step on accumulated ones"
+REFUSED = {
+    "ddp": ("DDP", "`fuse_backward`", "sees the gradient of this rank before it is averaged"),
+    "swapped": ("FSDP2", "`fuse_backward` before `fully_shard`", "build the optimizer after fully_shard"),
+    "scaler": ("FSDP2", "`fuse_backward` with a GradScaler", "a GradScaler drives an optimizer whose update was fused"),
+    "twice": ("FSDP2", TWICE_ROW, "a second gradient since the last step() for 3 parameters"),
+    "accumulated": ("FSDP2", TWICE_ROW, "have gradients that were only accumulated: this step would leave them out"),
+    "fsdp1 whole": ("FSDP1", FSDP1_ROW, "has NO_SHARD (or one rank alone): its gradients are whole"),
+    "fsdp1 offload": ("FSDP1", FSDP1_ROW, "keeps its weights on CPU (cpu_offload)"),
+    "fsdp1 hook": ("FSDP1", FSDP1_ROW, "has a communication hook already"),
+    "fsdp1 alone": ("FSDP1", "a forgotten `attach`", "Call gwt_dist.attach(optimizer, model) first"),
+    "fsdp1 twice": ("FSDP1", TWICE_ROW, "a second gradient since the last step() for 3 parameters"),
+    "fsdp1 reentrant": ("FSDP1", TWICE_ROW, "a second gradient since the last step() for 3 parameters"),
+    "fsdp1 accumulated": ("FSDP1", TWICE_ROW, "have gradients that were only accumulated: this step would leave"),
+}
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("ddp", "sees the gradient of this rank before it is averaged"),
-        ("swapped", "build the optimizer after fully_shard"),
-        ("scaler", "a GradScaler drives an optimizer whose update was fused"),
-        ("fsdp1 whole", "has NO_SHARD (or one rank alone): its gradients are whole"),
-        ("fsdp1 offload", "keeps its weights on CPU (cpu_offload)"),
-        ("fsdp1 hook", "has a communication hook already"),
-        ("fsdp1 alone", "Call gwt_dist.attach(optimizer, model) first"),
-        ("fsdp1 reentrant", "a second gradient since the last step() for 3 parameters"),
-        ("fsdp1 twice", "a second gradient since the last step() for 3 parameters"),
-        ("fsdp1 accumulated", "have gradients that were only accumulated: this step would leave them out"),
-        ("twice", "a second gradient since the last step() for 3 parameters"),
-        ("accumulated", "have gradients that were only accumulated: this step would leave them out"),
+        pytest.param(what, message, marks=pytest.mark.support(engine, feature, outcome="refused"), id=what)
+        for what, (engine, feature, message) in REFUSED.items()
     ],
 )
 def test_where_it_cannot_be_right_it_refuses(ranks, what, message) -> None:

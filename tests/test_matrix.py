@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from matrix_cases import COMBINATIONS, STEPS, matrix_case
+from matrix_cases import COMBINATIONS, STEPS, matrix_case, rerun_case
 from zero_engine_cases import ENGINES as DEEPSPEED
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
@@ -114,6 +114,15 @@ ENGINES |= {
 }
 
 
+RERUN = (
+    "deepspeed 2 round robin, aligned",
+    "deepspeed 3",
+    "fsdp2 columns",
+    "fsdp1 FULL_SHARD, flat",
+    "fairscale tensors",
+)
+
+
 def cases() -> list[Any]:
     """Each engine on each number of ranks; `make test` runs those without the mark."""
     found = []
@@ -129,8 +138,9 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_the_update_is_that_of_one_process(ranks, name, world_size) -> None:
     engine = ENGINES[name]
+    unused = engine.unused if world_size > 1 or engine.family != "whole" else "none"  # one rank has no buckets
     for kind in ("shapes", "vectors"):
-        results = ranks(world_size, matrix_case, engine.family, engine.arguments, kind, engine.unused)
+        results = ranks(world_size, matrix_case, engine.family, engine.arguments, kind, unused)
         blocks = {f"{recipe}{level}" for level, recipe in COMBINATIONS} if kind == "shapes" else {"paper2"}
         for result in results:
             wrong = {tensor: error for tensor, error in result["errors"].items() if not error < engine.tolerance}
@@ -142,5 +152,14 @@ def test_the_update_is_that_of_one_process(ranks, name, world_size) -> None:
             assert calls == results[0]["collectives"]
             assert calls == calls[: len(calls) // STEPS] * STEPS
             assert max(result["groups"], default=0) <= 2
-            if engine.family == "whole" or world_size == 1:
+            if engine.family == "whole":
                 assert not any(calls)
+
+
+@pytest.mark.parametrize("name", RERUN)
+def test_the_same_run_twice_has_the_same_bits(ranks, name) -> None:
+    """T28: on three ranks, units of all three levels are cut by their boundaries."""
+    engine = ENGINES[name]
+    results = ranks(3, rerun_case, engine.family, engine.arguments)
+    assert all(result["same"] for result in results)
+    assert any(result["cut"] for result in results)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -428,3 +429,23 @@ def groups_case(config: dict[str, Any], what: str) -> tuple[str, list[float]]:
     rates = [group["lr"] for group in engine.basic_optimizer.param_groups]
     engine.destroy()
     return "no error", rates
+
+
+def universal_case(config: dict[str, Any], folder: str) -> str:
+    """The message of DeepSpeed's conversion of its own checkpoint, on rank 0."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    model, engine = build(copy.deepcopy(config), "net", "by name", 2, "paper")
+    for step in gradients(shapes_of(model), 2):
+        backward(engine, model, step, 1)
+    engine.save_checkpoint(folder, tag="step")
+    engine.destroy()
+    arguments = ["--input_folder", f"{folder}/step", "--output_folder", f"{folder}/universal"]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    try:
+        if dist.get_rank() == 0:
+            with patch("sys.argv", ["ds_to_universal", *arguments, *workers]):
+                ds_to_universal.main(ds_to_universal.parse_arguments())
+    except (AssertionError, RuntimeError) as error:
+        return str(error)
+    return "no error"
