@@ -47,6 +47,6 @@ def _prepared(forced: bool | None, accelerator_type: Any, plugin_type: Any) -> d
     steps = list(gradients(shapes_of(model), 3))
     for step in steps:
         backward(engine, model, step, dist.get_world_size() if dist.get_rank() == 0 else 0)
-    expected = reference("net", "by name", 2, "paper", steps)
+    expected = reference("by name", 2, "paper", steps)
     result["error"] = difference(masters(engine, model), expected, initial(shapes_of(model)))
     return result

@@ -88,14 +88,14 @@ def test_each_layout_keeps_what_was_planned(ranks, engine) -> None:
 @pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS, "2 round robin", "2 offload", "3 tiny sub-groups"])
 def test_groups_keep_their_own_options(ranks, engine) -> None:
     """T8; four ranks share a group of two elements, so that two hold nothing but padding (T23)."""
-    results = ranks(4, engine_case, ENGINES[engine], 2, "paper", "net", "by hand")
+    results = ranks(4, engine_case, ENGINES[engine], 2, "paper", "by hand")
     check(results, "paper", (0.03, 0.01, 0.002, 0.005))
 
 
 @pytest.mark.support("DeepSpeed", "gradient accumulation")
 @pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS, "2 offload", "3 offload both"])
 def test_four_accumulated_batches_are_one_large_batch(ranks, engine) -> None:
-    check(ranks(2, engine_case, ENGINES[engine], 2, "energy", "net", "by name", 4), "energy")  # T5, T12
+    check(ranks(2, engine_case, ENGINES[engine], 2, "energy", "by name", 4), "energy")  # T5, T12
 
 
 @pytest.mark.support("DeepSpeed", "clipping, its default of 1.0 included")
@@ -109,7 +109,7 @@ def test_clipping_acts_on_the_raw_gradient(ranks, engine, clip) -> None:
     config = {k: v for k, v in ENGINES[engine].items() if k != "gradient_clipping"}
     if clip:
         config["gradient_clipping"] = clip
-    results = ranks(2, engine_case, config, 2, "energy", "net", "by name", 1, clip or 1.0)
+    results = ranks(2, engine_case, config, 2, "energy", "by name", 1, clip or 1.0)
     check(results, "energy", tolerance=1e-5)  # DeepSpeed rounds the factor to fp32, and the rounding adds up
     for reported, norm in results[0]["norms"]:
         assert norm > 3.0
