@@ -2,7 +2,7 @@
 
 Gradients are chosen and go through the engine's own reduction (put in place where a forward pass needs another model).
 One test builds an engine once, over a model with a block of all shapes for each level and recipe; `matrix_cases` has
-both. `make test` runs each engine on one number of ranks, `make matrix` on the others.
+both. `make test` runs one engine of each kind on one number of ranks, `make matrix` all of the others.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ class Engine:
     row: tuple[str, str]  # of the support matrix
     worlds: tuple[int, ...] = (1, 2, 3, 4)
     suite: int = 3  # the number of ranks on which `make test` runs it; 0: on none
-    unused: str = (
-        "zeros"  # the gradient of what the forward pass does not use: "zeros" where a buffer has it, or "none"
-    )
+    unused: str = "zeros"  # the gradient that it gives to what the forward pass does not use, or "none"
     outcome: str = "exact"
 
     @property
@@ -39,6 +37,7 @@ class Engine:
 
 
 def deepspeed(name: str) -> Engine:
+    """The DeepSpeed JSON of that name, under `zero.Init` if it ends so."""
     row = "ZeRO-1, ZeRO-2, ZeRO-3, fp32 and bf16, `zero.Init`"
     if "offload" in name or name.startswith(("0", "no zero", "bf16 optimizer")) or "accumulation" in name:
         row = "stage 0 in fp32 and bf16, `BF16_Optimizer`, ZeRO-Offload of optimizer and parameters"
@@ -93,7 +92,7 @@ for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"):
             (strategy, not flat),
             ("FSDP1", "FULL_SHARD, SHARD_GRAD_OP, NO_SHARD, HYBRID_SHARD, `use_orig_params` True and False"),
             worlds=(4,) if strategy == "HYBRID_SHARD" else (1, 2, 3, 4),
-            suite=3 if strategy == "FULL_SHARD" else 0,
+            suite={"FULL_SHARD": 3, "HYBRID_SHARD": 4}.get(strategy, 0),
         )
 ENGINES |= {
     f"fairscale {kind}": Engine("fairscale", (kind,), FSDP, unused=unused, outcome="not on CPU")
