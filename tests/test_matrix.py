@@ -136,6 +136,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_the_update_is_that_of_one_process(ranks, name, world_size) -> None:
+    """T1 to T4, T10, T12, T13, T16, T18, T20, T23, T27 by the engine and the shape; see `test_deepspeed_engines.py`."""
     engine = ENGINES[name]
     unused = engine.unused if world_size > 1 or engine.family != "whole" else "none"  # one rank has no buckets
     for kind in ("shapes", "vectors"):
