@@ -3,6 +3,7 @@
 #   make matrix                every engine, on more ranks, levels and settings than the suite
 #   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
 #   make support               both, and the support matrix of docs/engines.md from its results
+#   make bench                 time of a step beside other optimizers, into benchmarks/results
 #   make lint | format | clean
 #   PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip call (a mirror, CPU-only wheels of torch).
 
@@ -16,7 +17,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test matrix pretrain support lint format clean
+.PHONY: test matrix pretrain support bench lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -32,6 +33,9 @@ matrix: $(STAMP)
 
 support: $(STAMP)
 	$(BIN)/python -m pytest -m "matrix or not matrix" --write-support $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import support
+from gwt_dist.kernels import cpu
 from ranks import RankPool
 
 # Tests never reach out: a model or data set that is not here is an error, not a download.
@@ -123,6 +124,12 @@ def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) ->
     build.wait()
     assert build.stdout is not None
     build.stdout.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_kernel(nothing_left_over: None) -> None:
+    """Compiles the kernels of a CPU once, before the time of any test with ranks runs."""
+    cpu.prepare()
 
 
 @pytest.fixture(scope="session")

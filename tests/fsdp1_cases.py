@@ -17,15 +17,21 @@ from gwt_dist import GWTAdamW
 from zero_cases import Net, gradients, initial, load, options, shapes_of
 
 
+def unit_options(strategy: str, use_orig_params: bool) -> dict[str, Any]:
+    """The arguments of `FullyShardedDataParallel`; HYBRID_SHARD has two replicas."""
+    options: dict[str, Any] = dict(
+        sharding_strategy=ShardingStrategy[strategy], use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    if strategy == "HYBRID_SHARD":
+        options["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s"))
+    return options
+
+
 def wrapped(strategy: str, use_orig_params: bool) -> nn.Module:
     """The model with known weights, most of it in one unit, so that rank boundaries fall within its tensors."""
     model = Net().double()
     load(model, initial(shapes_of(model)))
-    common: dict[str, Any] = dict(
-        sharding_strategy=ShardingStrategy[strategy], use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-    if strategy == "HYBRID_SHARD":
-        common["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s"))
+    common = unit_options(strategy, use_orig_params)
     # A unit of its own for what is frozen: a flat parameter is trained as a whole or not at all.
     model.frozen = FullyShardedDataParallel(model.frozen, **common)
     model.attn_q = FullyShardedDataParallel(model.attn_q, **common)
@@ -102,6 +108,20 @@ def shifted_case(use_orig_params: bool) -> str:
         flat._shard_param_infos = tuple(infos)
     try:
         gwt_dist.attach(optimizer, model)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def unreduced_case(use_orig_params: bool) -> str:
+    """The message of a step after a backward pass in `no_sync`."""
+    model: Any = wrapped("FULL_SHARD", use_orig_params)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    gwt_dist.attach(optimizer, model)
+    with model.no_sync():
+        backward(model, next(gradients(shapes_of(Net()), 1)), "")
+    try:
+        optimizer.step()
     except ValueError as error:
         return str(error)
     return "no error"

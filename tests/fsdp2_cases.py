@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -63,6 +65,10 @@ def part_of(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
+def local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def backward(model: nn.Module, step: dict[str, Tensor], skipped: str) -> None:
     """Gradients through FSDP's own reduce-scatter: rank 0 brings all of them, so that averaging gives them back."""
     factor = dist.get_world_size() if dist.get_rank() == 0 else 0
@@ -77,7 +83,7 @@ def backward(model: nn.Module, step: dict[str, Tensor], skipped: str) -> None:
 def inject(model: nn.Module, step: dict[str, Tensor]) -> None:
     """Gradients put in place, for layouts whose forward pass needs another model."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name in step:
             gradient = part_of(step[name].double(), parameter).clone()
             if isinstance(parameter, DTensor):
                 gradient = DTensor.from_local(
@@ -99,19 +105,26 @@ def _fully(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
 
 def _columns(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Every matrix cut between columns, wherever that falls in a unit."""
+    sharded: dict[Tensor, nn.Parameter] = {}  # a tied weight stays one weight
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             placement = Shard(1) if parameter.dim() > 1 else Replicate()
-            sharded = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement]), parameter.requires_grad)
-            module.register_parameter(name, sharded)
+            if parameter not in sharded:
+                columns = distribute_tensor(parameter.detach(), mesh, [placement])
+                sharded[parameter] = nn.Parameter(columns, parameter.requires_grad)
+            module.register_parameter(name, sharded[parameter])
     return model
 
 
 def _tensor_parallel(model: nn.Module) -> nn.Module:
     """Rows of one matrix and columns of two over one mesh axis, all of it under FSDP over the other."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
-    plan = {"attn_q": ColwiseParallel(), "mlp_down": RowwiseParallel(), "mlp_thin": RowwiseParallel()}
+    styles = {"attn_q": ColwiseParallel(), "mlp_down": RowwiseParallel(), "mlp_thin": RowwiseParallel()}
+    plan = {n: styles[n.split(".")[-1]] for n, _ in model.named_modules() if n.split(".")[-1] in styles}
     parallelize_module(model, mesh["tp"], plan)
+    for block in model.children():
+        if hasattr(block, "attn_tied"):
+            block.attn_tied.weight = block.attn_q.weight
     return _fully(model, mesh["dp"])
 
 
@@ -157,9 +170,9 @@ def fsdp2_case(kind: str, level: int, recipe: str, wavelet: str = "haar", skippe
     error = 0.0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            held = local(parameter).detach()
             change = (expected[name] - start[name]).abs().max()
-            difference = (local.detach() - part_of(expected[name], parameter)).abs().max() if local.numel() else 0.0
+            difference = (held - part_of(expected[name], parameter)).abs().max() if held.numel() else 0.0
             error = max(error, float(difference / change) if change else float(difference))
     assert any(isinstance(p, DTensor) for p in model.parameters())
     states = [optimizer.state[p]["exp_avg"] for p in model.parameters() if p in optimizer.state]
@@ -176,3 +189,20 @@ def fsdp2_case(kind: str, level: int, recipe: str, wavelet: str = "haar", skippe
         "unused": [n for n, p in model.named_parameters() if not optimizer.state.get(p)],
         "placements": sorted({str(p.placements) for p in model.parameters() if isinstance(p, DTensor)}),
     }
+
+
+def alone_case(timeout: float) -> tuple[str, float]:
+    """The last rank alone makes a mistake that raises within a step; what each rank raises, and after how long."""
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
+    model: Any = fully_shard(Net().double(), mesh=DeviceMesh.from_group(group, "cpu"))
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=2)
+    for step in range(2):
+        backward(model, next(gradients(shapes_of(Net()), 1)), "")
+        if step and dist.get_rank() == dist.get_world_size() - 1:
+            optimizer.param_groups[0]["level"] = 3
+        began = time.monotonic()
+        try:
+            optimizer.step()
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}", time.monotonic() - began
+    return "no error", 0.0

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    CPUOffload,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    _runtime_utils,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import gwt_dist
-from fsdp2_cases import TARGETS, Counter, shard
+from fsdp1_cases import unit_options
+from fsdp2_cases import TARGETS, Counter, local, shard
 from gwt_dist import GWTAdamW, param_groups
 
 LAYERS = 5
@@ -39,10 +47,13 @@ class Chain(nn.Module):
         for i in range(LAYERS):
             self.add_module(f"block{i}", Block())
         self.mlp_unused = nn.Linear(7, 7)
+        self.order = list(range(LAYERS))
+        self.reentrant = False
 
     def forward(self, x: Tensor) -> Tensor:
-        for i in range(LAYERS):
-            x = getattr(self, f"block{i}")(x)
+        for i in self.order:
+            block = getattr(self, f"block{i}")
+            x = checkpoint(block, x.requires_grad_(), use_reentrant=True) if self.reentrant else block(x)
         return x.square().mean()
 
 
@@ -87,10 +98,6 @@ class GradientWatch:
         self.most = max(self.most, len(held))
 
 
-def local(parameter: Tensor) -> Tensor:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-
-
 def fuse_case(recipe: str, accumulation: int) -> dict[str, Any]:
     """The same ten steps by `step()` and by `fuse_backward`."""
     plain, optimizer, most, collectives = trained(False, recipe, accumulation)
@@ -113,11 +120,19 @@ def fuse_case(recipe: str, accumulation: int) -> dict[str, Any]:
 
 def refused_case(what: str) -> str:
     """The message where a fused update cannot be right."""
-    model: nn.Module = Chain()
+    model: Any = Chain()
     if what == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
+    elif what.startswith("fsdp1"):
+        offload = CPUOffload(True) if what == "fsdp1 offload" else None
+        model = wrapped("NO_SHARD" if what == "fsdp1 whole" else "FULL_SHARD", True, cpu_offload=offload)
     optimizer = GWTAdamW(model.parameters(), lr=0.01)
     try:
+        if what.startswith("fsdp1"):
+            if what != "fsdp1 alone":
+                gwt_dist.attach(optimizer, model)
+            if what == "fsdp1 hook":
+                model.register_comm_hook(None, lambda *_: None)
         if what == "swapped":
             model = shard(model, "rows")
         if what == "scaler":
@@ -127,7 +142,110 @@ def refused_case(what: str) -> str:
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
             scaler.scale(model(torch.ones(2, 23))).backward()
             scaler.step(optimizer)
+        if what in ("twice", "accumulated"):
+            model = shard(Chain(), "rows")
+            optimizer = GWTAdamW(model.parameters(), lr=0.01)
         gwt_dist.fuse_backward(optimizer, model)
+        if what == "fsdp1 reentrant":
+            model.module.order, model.module.reentrant = [0, 0], True
+        for _ in range(2):
+            with optimizer.accumulating() if what.endswith("accumulated") else nullcontext():
+                model(torch.ones(2, 23)).backward()
+            if not what.endswith("twice"):
+                optimizer.step()
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def wrapped(strategy: str, use_orig_params: bool, **options: Any) -> nn.Module:
+    """The chain under FSDP1: a unit for each block, and one for the rest."""
+    model = Chain()
+    common = unit_options(strategy, use_orig_params) | options
+    for i in range(LAYERS):
+        setattr(model, f"block{i}", FullyShardedDataParallel(getattr(model, f"block{i}"), **common))
+    return FullyShardedDataParallel(model, **common)
+
+
+class ShardWatch:
+    """The gradient shards that are alive whenever one more of them has been reduced, by weak references.
+
+    It looks at what FSDP1 reduces into: the storage, not the tensor, which FSDP1 keeps for its shape.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._shards: list[tuple[Any, int]] = []
+        self._real: Any = None
+
+    def __enter__(self) -> ShardWatch:
+        self._real = _runtime_utils._get_reduce_scatter_tensors
+
+        def watched(state: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+            padded, shard = self._real(state, gradient)
+            storage = shard.untyped_storage()
+            self._shards.append((StorageWeakRef(storage), storage.nbytes()))
+            self.most = max(self.most, self.alive())
+            return padded, shard
+
+        _runtime_utils._get_reduce_scatter_tensors = watched
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _runtime_utils._get_reduce_scatter_tensors = self._real
+
+    def alive(self) -> int:
+        return sum(not reference.expired() for reference, _ in self._shards)
+
+
+def trained_fsdp1(
+    fused: bool, strategy: str, use_orig_params: bool, recipe: str, accumulation: int, what: str
+) -> dict[str, Any]:
+    """Ten steps under FSDP1."""
+    torch.manual_seed(0)
+    policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16) if what == "bf16" else None
+    model: Any = wrapped(strategy, use_orig_params, mixed_precision=policy)
+    model.module.reentrant = what == "reentrant"
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=2, recipe=recipe, lr=0.01)
+    gwt_dist.attach(optimizer, model)
+    if fused:
+        gwt_dist.fuse_backward(optimizer, model)
+    collectives = []
+    with ShardWatch() as watch:
+        for batches in micro_batches(10, accumulation):
+            with Counter() as counter:
+                for i, x in enumerate(batches):
+                    early = model.no_sync if what == "no_sync" else optimizer.accumulating
+                    with nullcontext() if i == accumulation - 1 else early():
+                        (model(x) / accumulation).backward()
+                held = watch.alive()
+                optimizer.step()
+                assert not fused or held == 0
+                assert not fused or all(p.grad is None for p in model.parameters())
+            optimizer.zero_grad()
+            collectives.append(len(counter.calls))
+    parameters = list(model.parameters())
+    return {
+        "weights": [p.detach().clone() for p in parameters],
+        "states": [{k: v.clone() for k, v in optimizer.state.get(p, {}).items()} for p in parameters],
+        "most": watch.most,
+        "collectives": collectives,
+    }
+
+
+def fsdp1_case(strategy: str, use_orig_params: bool, recipe: str, accumulation: int, what: str = "") -> dict[str, Any]:
+    """The same ten steps by `step()` and by `fuse_backward`."""
+    plain = trained_fsdp1(False, strategy, use_orig_params, recipe, accumulation, what)
+    fused = trained_fsdp1(True, strategy, use_orig_params, recipe, accumulation, what)
+    torch.manual_seed(0)
+    start = [p.detach() for p in wrapped(strategy, use_orig_params).parameters()]
+    states = list(zip(plain["states"], fused["states"], strict=True))
+    pairs = list(zip(plain["weights"], fused["weights"], strict=True))
+    return {
+        "equal": all(torch.equal(a, b) for a, b in pairs),
+        "states": all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in states),
+        "difference": max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0),
+        "moved": any(not torch.equal(a, b) for a, b in zip(plain["weights"], start, strict=True)),
+        "most": (plain["most"], fused["most"]),
+        "collectives": (plain["collectives"], fused["collectives"]),
+    }

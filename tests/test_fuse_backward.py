@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fuse_cases import LAYERS, fuse_case, refused_case, trained
+from fuse_cases import LAYERS, fsdp1_case, fuse_case, refused_case, trained
 
 RECIPES = ["paper", "energy"]
 
@@ -41,16 +41,66 @@ def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
     assert (most, most_fused) == (LAYERS, 1)
 
 
-@pytest.mark.support("DDP", "`fuse_backward`", outcome="refused")
-@pytest.mark.support("FSDP2", "`fuse_backward` with a GradScaler", outcome="refused")
+FSDP1_ROW = "`fuse_backward` with NO_SHARD, CPU offload or another hook"
+TWICE_ROW = "`fuse_backward`: a second gradient before `step()`, a step on accumulated ones"
+REFUSED = {
+    "ddp": ("DDP", "`fuse_backward`", "sees the gradient of this rank before it is averaged"),
+    "swapped": ("FSDP2", "`fuse_backward` before `fully_shard`", "build the optimizer after fully_shard"),
+    "scaler": ("FSDP2", "`fuse_backward` with a GradScaler", "a GradScaler drives an optimizer whose update was fused"),
+    "twice": ("FSDP2", TWICE_ROW, "a second gradient since the last step() for 3 parameters"),
+    "accumulated": ("FSDP2", TWICE_ROW, "have gradients that were only accumulated: this step would leave them out"),
+    "fsdp1 whole": ("FSDP1", FSDP1_ROW, "has NO_SHARD (or one rank alone): its gradients are whole"),
+    "fsdp1 offload": ("FSDP1", FSDP1_ROW, "keeps its weights on CPU (cpu_offload)"),
+    "fsdp1 hook": ("FSDP1", FSDP1_ROW, "has a communication hook already"),
+    "fsdp1 alone": ("FSDP1", "a forgotten `attach`", "Call gwt_dist.attach(optimizer, model) first"),
+    "fsdp1 twice": ("FSDP1", TWICE_ROW, "a second gradient since the last step() for 3 parameters"),
+    "fsdp1 reentrant": ("FSDP1", TWICE_ROW, "a second gradient since the last step() for 3 parameters"),
+    "fsdp1 accumulated": ("FSDP1", TWICE_ROW, "have gradients that were only accumulated: this step would leave"),
+}
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("ddp", "sees the gradient of this rank before it is averaged"),
-        ("swapped", "build the optimizer after fully_shard"),
-        ("scaler", "a GradScaler drives an optimizer whose update was fused"),
+        pytest.param(what, message, marks=pytest.mark.support(engine, feature, outcome="refused"), id=what)
+        for what, (engine, feature, message) in REFUSED.items()
     ],
 )
 def test_where_it_cannot_be_right_it_refuses(ranks, what, message) -> None:
     for found in ranks(2, refused_case, what):
         assert message in found
+
+
+@pytest.mark.support("FSDP1", "`fuse_backward`, FULL_SHARD and SHARD_GRAD_OP, accumulation 1 and 4")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+def test_under_fsdp1_it_is_step_with_one_shard_at_a_time(
+    ranks, strategy, use_orig_params, accumulation, recipe
+) -> None:
+    for result in ranks(2, fsdp1_case, strategy, use_orig_params, recipe, accumulation):
+        assert result["moved"]
+        assert result["equal"] and result["states"]
+        if accumulation == 1:
+            assert result["most"] == (LAYERS, 1)
+        plain, fused = result["collectives"]
+        assert max(plain) <= 1 + (recipe == "paper")
+        assert max(fused) <= LAYERS * (1 + (recipe == "paper"))
+
+
+@pytest.mark.support("FSDP1", "`fuse_backward`, HYBRID_SHARD, bf16 mixed precision, accumulation with `no_sync`")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "accumulation", "what"),
+    [
+        (4, "HYBRID_SHARD", 2, ""),
+        (2, "FULL_SHARD", 2, "bf16"),
+        (2, "SHARD_GRAD_OP", 2, "no_sync"),
+        (2, "FULL_SHARD", 2, "reentrant"),
+    ],
+)
+def test_under_fsdp1_further_settings(ranks, world_size, strategy, accumulation, what, use_orig_params) -> None:
+    for result in ranks(world_size, fsdp1_case, strategy, use_orig_params, "paper", accumulation, what):
+        assert result["moved"]
+        assert result["equal"] and result["states"]

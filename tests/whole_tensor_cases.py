@@ -62,14 +62,13 @@ def error_of(model: nn.Module, expected: Weights) -> float:
 class Engine:
     """A model and an optimizer under one way of data parallelism, and how its gradients are set to zero."""
 
-    def __init__(self, kind: str, model: nn.Module, level: int, recipe: str, **ddp: Any) -> None:
+    def __init__(self, kind: str, model: nn.Module, groups: Any, **ddp: Any) -> None:
         # Imported on the ranks alone: torch.distributed.optim and fairscale warn of deprecations as they are imported.
         from fairscale.nn.data_parallel import ShardedDataParallel
         from fairscale.optim import OSS
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         self.kind, self.module = kind, model
-        groups: Any = groups_of(model, level, recipe)
         self.optimizer: Any
         if kind.startswith("zro"):
             views = kind == "zro-views"
@@ -118,13 +117,18 @@ class Engine:
         return counter.calls
 
 
+def built(kind: str, level: int, recipe: str, **ddp: Any) -> Engine:
+    model = fresh_model()
+    return Engine(kind, model, groups_of(model, level, recipe), **ddp)
+
+
 def five_steps() -> list[Weights]:
     return list(gradients(shapes_of(Net()), 5))
 
 
 def parity_case(kind: str, level: int, recipe: str) -> dict[str, Any]:
     """Five steps; how far every weight is from one process, on this rank, and what this rank keeps."""
-    engine = Engine(kind, fresh_model(), level, recipe)
+    engine = built(kind, level, recipe)
     calls = engine.train(five_steps())
     states = engine.inner.state.values()
     return {
@@ -136,7 +140,7 @@ def parity_case(kind: str, level: int, recipe: str) -> dict[str, Any]:
 
 def unused_case(kind: str, everywhere: bool) -> dict[str, Any]:
     """A parameter that the forward pass does not use, on any rank or on all but rank 0."""
-    engine = Engine(kind, fresh_model(), 2, "paper", find_unused_parameters=True)
+    engine = built(kind, 2, "paper", find_unused_parameters=True)
     engine.train(five_steps(), "mlp_row" if everywhere or dist.get_rank() else "")
     return {
         "error": error_of(engine.module, reference(2, "paper", 5, "mlp_row" if everywhere else "")[0]),
@@ -147,7 +151,7 @@ def unused_case(kind: str, everywhere: bool) -> dict[str, Any]:
 
 def accumulation_case(kind: str) -> dict[str, Any]:
     """A quarter of each gradient without synchronisation, and then the rest of it."""
-    engine = Engine(kind, fresh_model(), 2, "paper")
+    engine = built(kind, 2, "paper")
     for step in five_steps():
         engine.zero_grad()
         with engine.model.no_sync():
@@ -159,7 +163,7 @@ def accumulation_case(kind: str) -> dict[str, Any]:
 
 def save_case(kind: str, level: int, recipe: str, folder: str) -> dict[str, float]:
     """Two steps, and the whole state on rank 0: how far it is from that of one process."""
-    engine = Engine(kind, fresh_model(), level, recipe)
+    engine = built(kind, level, recipe)
     engine.train(five_steps()[:2])
     if kind != "ddp":
         engine.optimizer.consolidate_state_dict(0)
@@ -184,7 +188,7 @@ def load_case(saved: str, kind: str, level: int, recipe: str, folder: str) -> di
     checkpoint = torch.load(Path(folder, saved), weights_only=True)
     model = fresh_model()
     model.load_state_dict(checkpoint["model"])
-    engine = Engine(kind, model, level, recipe)
+    engine = Engine(kind, model, groups_of(model, level, recipe))
     # Both sharded optimizers empty the entries of other ranks in what they are given.
     given = copy.deepcopy(checkpoint["optimizer"])
     engine.optimizer.load_state_dict(given)
@@ -199,7 +203,7 @@ def load_case(saved: str, kind: str, level: int, recipe: str, folder: str) -> di
 
 def guarded_case(kind: str) -> dict[str, Any]:
     """The loop that everyone writes, with the default buckets of ShardedDataParallel: zero_grad leaves None behind."""
-    engine = Engine(kind, fresh_model(), 2, "paper")
+    engine = built(kind, 2, "paper")
     taken, message = 0, "no error"
     try:
         for step in five_steps():

@@ -105,7 +105,7 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 parameter.copy_(weights[name])
 
 
-def settings(stage: int, bf16: bool, **zero: Any) -> dict[str, Any]:
+def settings(stage: int, bf16: bool = False, **zero: Any) -> dict[str, Any]:
     """A DeepSpeed JSON without clipping, which DeepSpeed has on by default."""
     return {
         "train_micro_batch_size_per_gpu": 1,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,45 +17,44 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import gwt_dist
 from fsdp2_cases import Counter
 from gwt_dist import GWTAdamW, param_groups
-from zero_cases import Dot, Net, Scale, gradients, load, options, planned, shapes_of
+from zero_cases import Net, gradients, load, options, planned, shapes_of
 from zero_cases import initial as large
+from zero_cases import settings as zero
 
 Step = dict[str, Tensor]
 TARGETS = ["attn", "mlp"]
 
 
-class Tied(Net):
-    """Two modules with one weight, which is one parameter and gets the sum of both gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp_tied = Dot(66, 97)
-        self.mlp_tied.weight = self.attn_q.weight
-
-    def forward(self, gradients: dict[str, dict[str, Tensor]]) -> Tensor:
-        # Half of the gradient comes through each name; halves of eighths are exact.
-        half = {"weight": gradients["attn_q"]["weight"] / 2}
-        return super().forward({**gradients, "attn_q": half}) + self.mlp_tied(half)
-
-
-class Vectors(nn.Module):
-    """1-D tensors alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = Scale(11)
-        self.mlp_scale = Scale(3)
-
-    def forward(self, gradients: dict[str, dict[str, Tensor]]) -> Tensor:
-        return sum((getattr(self, name)(g) for name, g in gradients.items()), torch.zeros(()))
+CPU = {"device": "cpu", "pin_memory": False}
+BF16_OPTIMIZER = {**zero(1, True), "data_types": {"grad_accum_dtype": "fp32"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "no zero section": {k: v for k, v in zero(0).items() if k != "zero_optimization"},  # T2
+    "0 fp32": zero(0),  # T2
+    "0 bf16": zero(0, True),  # T2
+    "bf16 optimizer": BF16_OPTIMIZER,  # T13
+    "bf16 optimizer, immediate": {**BF16_OPTIMIZER, "bf16": {"enabled": True, "immediate_grad_update": True}},  # T13
+    "2 bf16, fp32 accumulation": {**BF16_OPTIMIZER, **zero(2, True)},  # T13
+    "1 offload": zero(1, offload_optimizer=CPU),  # T12
+    "2 offload": zero(2, True, offload_optimizer=CPU),  # T12
+    "3 offload": zero(3, offload_optimizer=CPU),  # T12
+    "3 offload both": zero(3, True, offload_optimizer=CPU, offload_param=CPU),  # T12
+    "3 offload weights": zero(3, offload_param=CPU),  # T12
+    "1 round robin": zero(1, round_robin_gradients=True),  # T18
+    "2 round robin": zero(2, True, round_robin_gradients=True),  # T18
+    "1 aligned": zero(1, True, parameter_alignment=True),
+    "2 aligned": zero(2, parameter_alignment=True),
+    "2 round robin, aligned": zero(2, True, round_robin_gradients=True, parameter_alignment=True),  # T18
+    "1 no reduce-scatter": zero(1, True, reduce_scatter=False),  # T4
+    "2 no reduce-scatter": zero(2, reduce_scatter=False),  # T4
+    "3 no reduce-scatter": zero(3, reduce_scatter=False),  # T4
+    "3 tiny sub-groups": zero(3, True, sub_group_size=1000),  # T27
+}
+ENGINES |= {"1": zero(1), "2": zero(2), "2 bf16": zero(2, True), "3": zero(3), "3 bf16": zero(3, True)}
 
 
 def initial(shapes: dict[str, tuple[int, ...]]) -> Step:
     """Weights that bf16 holds exactly, and so small that their rounding in fp32 is nothing beside an update."""
     return {name: weight / 256 for name, weight in large(shapes).items()}
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"net": Net, "tied": Tied, "vectors": Vectors}
 
 
 def by_hand(model: nn.Module, level: int, recipe: str) -> list[dict[str, Any]]:
@@ -74,8 +74,6 @@ def by_hand(model: nn.Module, level: int, recipe: str) -> list[dict[str, Any]]:
 def groups_of(model: nn.Module, kind: str, level: int, recipe: str) -> list[dict[str, Any]]:
     if kind == "by hand":
         return by_hand(model, level, recipe)
-    if kind == "one":
-        return [{"params": [p for p in model.parameters() if p.requires_grad], **options(level, recipe)}]
     return param_groups(model, targets=TARGETS, **options(level, recipe))
 
 
@@ -86,9 +84,9 @@ def clipped(step: Step, limit: float) -> tuple[Step, float]:
     return {name: g * factor for name, g in step.items()}, norm
 
 
-def reference(kind: str, groups: str, level: int, recipe: str, steps: Sequence[Step]) -> dict[str, Tensor]:
+def reference(groups: str, level: int, recipe: str, steps: Sequence[Step]) -> dict[str, Tensor]:
     """The weights of one process after these gradients."""
-    model = MODELS[kind]()
+    model = Net()
     load(model, initial(shapes_of(model)))
     optimizer = GWTAdamW(groups_of(model, groups, level, recipe))
     for step in steps:
@@ -99,9 +97,9 @@ def reference(kind: str, groups: str, level: int, recipe: str, steps: Sequence[S
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def build(config: dict[str, Any], kind: str, groups: str, level: int, recipe: str) -> tuple[nn.Module, Any]:
+def build(config: dict[str, Any], groups: str, level: int, recipe: str) -> tuple[nn.Module, Any]:
     """A model of known weights and its engine."""
-    model = MODELS[kind]()
+    model = Net()
     load(model, initial(shapes_of(model)))
     optimizer = GWTAdamW(groups_of(model, groups, level, recipe))
     return model, gwt_dist.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -193,7 +191,6 @@ def engine_case(
     config: dict[str, Any],
     level: int,
     recipe: str,
-    kind: str = "net",
     groups: str = "by name",
     accumulate: int = 1,
     clip: float = 0.0,
@@ -201,7 +198,7 @@ def engine_case(
     """Five steps under an engine whose padding is NaN: how far from one process, and what it cost."""
     config = copy.deepcopy(config) | {"gradient_accumulation_steps": accumulate}
     summed = config.get("gradient_allreduce_op") == "sum"
-    model, engine = build(config, kind, groups, level, recipe)
+    model, engine = build(config, groups, level, recipe)
     optimizer, shapes = engine.basic_optimizer, shapes_of(model)
     at_start = len(optimizer.state)
     poisoned = poison_padding(optimizer)
@@ -222,7 +219,7 @@ def engine_case(
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage")
     result = {
-        "error": difference(found, reference(kind, groups, level, recipe, expected_steps), start),
+        "error": difference(found, reference(groups, level, recipe, expected_steps), start),
         "stale": stale(model, found),
         "at start": at_start,
         "poisoned": poisoned,
@@ -257,7 +254,7 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 def spoiled_case(config: dict[str, Any], recipe: str, value: float, first: bool) -> dict[str, Any]:
     """Steps with one that has a value that is not finite in one element of the last rank's gradient."""
-    model, engine = build(copy.deepcopy(config), "net", "by name", 2, recipe)
+    model, engine = build(copy.deepcopy(config), "by name", 2, recipe)
     optimizer, shapes = engine.basic_optimizer, shapes_of(model)
     start, good = initial(shapes), list(gradients(shapes, 4))
     scale = dist.get_world_size() if dist.get_rank() == 0 else 0
@@ -277,7 +274,7 @@ def spoiled_case(config: dict[str, Any], recipe: str, value: float, first: bool)
         result["bits"] = [w.view(torch.int32).sum(dtype=torch.int64).item() for w in after.values()]
         for step in good[2:]:
             backward(engine, model, step, scale)
-    expected = reference("net", "by name", 2, recipe, [*before, *good[2:]])
+    expected = reference("by name", 2, recipe, [*before, *good[2:]])
     result["error"] = difference(masters(engine, model), expected, start)
     result["collectives"] = steps
     engine.destroy()
@@ -303,7 +300,7 @@ def read_again_case(config: dict[str, Any]) -> list[bool]:
     """Whether the layout is read alike where DeepSpeed does not say at which element a tensor begins."""
     from gwt_dist.engines import deepspeed as adapter
 
-    _, engine = build(copy.deepcopy(config), "net", "by name", 2, "paper")
+    _, engine = build(copy.deepcopy(config), "by name", 2, "paper")
     before = [buffer.fragments for buffer in adapter.read(engine.optimizer) or []]
     offsets = engine.optimizer.__dict__.pop("round_robin_bit16_offsets")
     after = [buffer.fragments for buffer in adapter.read(engine.optimizer) or []]
@@ -332,7 +329,7 @@ def wrapper_case(config: dict[str, Any]) -> float:
         backward(engine, model, step, dist.get_world_size() if dist.get_rank() == 0 else 0)
     found = masters(engine, model)
     engine.destroy()
-    return difference(found, reference("net", "by name", 2, "paper", steps), initial(shapes_of(model)))
+    return difference(found, reference("by name", 2, "paper", steps), initial(shapes_of(model)))
 
 
 def forgotten_case(config: dict[str, Any]) -> tuple[str, bool]:
@@ -397,3 +394,23 @@ def groups_case(config: dict[str, Any], what: str) -> tuple[str, list[float]]:
     rates = [group["lr"] for group in engine.basic_optimizer.param_groups]
     engine.destroy()
     return "no error", rates
+
+
+def universal_case(config: dict[str, Any], folder: str) -> str:
+    """The message of DeepSpeed's conversion of its own checkpoint, on rank 0."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    model, engine = build(copy.deepcopy(config), "by name", 2, "paper")
+    for step in gradients(shapes_of(model), 2):
+        backward(engine, model, step, 1)
+    engine.save_checkpoint(folder, tag="step")
+    engine.destroy()
+    arguments = ["--input_folder", f"{folder}/step", "--output_folder", f"{folder}/universal"]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    try:
+        if dist.get_rank() == 0:
+            with patch("sys.argv", ["ds_to_universal", *arguments, *workers]):
+                ds_to_universal.main(ds_to_universal.parse_arguments())
+    except (AssertionError, RuntimeError) as error:
+        return str(error)
+    return "no error"

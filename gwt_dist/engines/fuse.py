@@ -4,8 +4,8 @@
     backward of group 2 ─► reduce-scatter ─► update of group 2, gradients freed       one group's gradients at a time
     ...
 
-A group is what one `fully_shard` call reduces at once. The update is `GWTAdamW.update` on its parameters: the step,
-driven from another place, with one collective a group where the step has one for all.
+A group is what one `fully_shard` call, or one module of FSDP1, reduces at once. The update is `GWTAdamW.update` on its
+parameters: the step, driven from another place, with one collective a group where the step has one for all.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from gwt_dist.engines import fuse_fsdp1
 from gwt_dist.engines.attach import find_optimizer
+from gwt_dist.engines.fuse_group import Group
 
 
 def fuse_backward(optimizer: Any, model: nn.Module) -> None:
     """Update the parameters of `model` within its backward pass; `optimizer.step()` then leaves them alone.
 
-    For FSDP2 (`fully_shard`) and for one process. Call it once, after the model is sharded and the optimizer built. The
-    result is that of ``backward(); step()`` with the learning rate in force during the backward pass. Accumulate
-    gradients under ``with optimizer.accumulating():`` in all micro-batches but the last; these are held for all groups.
+    For FSDP2 (`fully_shard`), FSDP1 and one process. Call it once, after the model is sharded, the optimizer built and,
+    under FSDP1, attached. The result is that of ``backward(); step()`` with the learning rate in force during the
+    backward pass. Accumulate gradients under ``with optimizer.accumulating():`` in all micro-batches but the last;
+    these are held for all groups. Call ``optimizer.step()`` after each last one as ever: it ends the step.
 
     Gradients are gone after the backward pass, so what needs all of them at once cannot be combined with it: clipping
     by the norm (``clip_grad_norm_`` finds nothing to clip) and a GradScaler (refused at its first step).
@@ -37,8 +40,8 @@ def fuse_backward(optimizer: Any, model: nn.Module) -> None:
         model: The module whose trainable parameters are all in `optimizer`.
 
     Raises:
-        ValueError: Where gradients that a hook sees are not the averaged ones (DDP, FSDP1, DeepSpeed), or `optimizer`
-            does not hold the parameters of `model`.
+        ValueError: Where gradients that a hook sees are not the averaged ones (DDP, DeepSpeed), FSDP1 shards nothing or
+            keeps its weights on another device, or `optimizer` does not hold the parameters of `model`.
     """
     inner = find_optimizer(optimizer)
     ours = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
@@ -49,48 +52,57 @@ def fuse_backward(optimizer: Any, model: nn.Module) -> None:
                 f"the optimizer does not hold parameter {name!r} of the model as it is now; build the optimizer after "
                 f"fully_shard, and pass it all trainable parameters"
             )
-        if not isinstance(parameter, DTensor) and _world_size() > 1:
+        if hasattr(parameter, "_fsdp_flattened"):
+            if parameter not in inner._shards:
+                raise ValueError(
+                    f"parameter {name!r} is a part of a flat parameter of FSDP1, and the rows of its tensors are "
+                    f"unknown. Call gwt_dist.attach(optimizer, model) first"
+                )
+        elif not isinstance(parameter, DTensor) and _world_size() > 1:
             raise ValueError(
                 f"parameter {name!r} is no DTensor and there are {_world_size()} ranks: a hook on it sees the gradient "
-                f"of this rank before it is averaged (DDP, FSDP1, DeepSpeed), and ranks would drift apart. Shard the "
-                f"model with fully_shard, or call step() after the backward pass. Under DeepSpeed step() is this point"
+                f"of this rank before it is averaged (DDP, DeepSpeed), and ranks would drift apart. Shard the model "
+                f"with fully_shard, or call step() after the backward pass. Under DeepSpeed step() is this point"
             )
+    hooked = fuse_fsdp1.units_of(model)
+    for module in hooked:
+        fuse_fsdp1.check(module)
     inner.fuse(parameter for _, parameter in trainable)
+    for module in hooked:
+        fuse_fsdp1.Unit(inner, module)
     for members in _groups(model):
-        _Group(inner, members)
+        _Hooked(inner, members)
 
 
-class _Group:
-    """Parameters whose gradients are reduced at once: updated when the last of them has its gradient."""
+class _Hooked(Group):
+    """Parameters with a hook each: updated when the last of them has its gradient."""
 
     def __init__(self, optimizer: Any, members: list[Tensor]) -> None:
-        self._optimizer, self._members = optimizer, members
+        super().__init__(optimizer, members)
         self._ready = 0
         self._flush_is_queued = False
         for parameter in members:
             parameter.register_post_accumulate_grad_hook(self._hook)
 
     def _hook(self, _: Tensor) -> None:
-        if self._optimizer._accumulating:
+        if self.accumulates:
             return
         self._ready += 1
         if not self._flush_is_queued:
             # A parameter that this backward pass does not use leaves the group incomplete.
             torch.autograd.Variable._execution_engine.queue_callback(self._flush)
             self._flush_is_queued = True
-        if self._ready == len(self._members):
-            self._update()
+        if self._ready == len(self.members):
+            self.update()
 
     def _flush(self) -> None:
         self._flush_is_queued = False
         if self._ready:
-            self._update()
+            self.update()
 
-    def _update(self) -> None:
+    def update(self) -> None:
         self._ready = 0
-        self._optimizer.update(self._members)
-        for parameter in self._members:
-            parameter.grad = None
+        super().update()
 
 
 def _groups(model: nn.Module) -> Iterable[list[Tensor]]:
@@ -106,6 +118,7 @@ def _groups(model: nn.Module) -> Iterable[list[Tensor]]:
         return found
 
     groups = [own(module) for module in model.modules() if isinstance(module, FSDPModule)]
+    seen.update(id(p) for p in model.parameters() if hasattr(p, "_fsdp_flattened"))  # these have a hook of FSDP1
     alone: list[list[Tensor]] = [[p] for p in model.parameters() if p.requires_grad and id(p) not in seen]
     return [group for group in groups if group] + alone
 

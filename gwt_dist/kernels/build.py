@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 
 SOURCES = Path(__file__).parent
-_BASE = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+_BASE = ("-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 _BY_CAPABILITY = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),

@@ -8,9 +8,10 @@
 // What an item of the table means is written down in `work.py`.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>  // a third of the time to compile of torch/extension.h
 
 #include <algorithm>
 #include <array>

@@ -1,0 +1,313 @@
+"""The C++ kernels against the eager reference: the same bits, on everything that they take."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gwt_dist import Fragment, GWTAdamW
+from gwt_dist.kernels import build, choice, cpu, eager
+from simulated import Sharded
+
+# Divided and not by the unit, rows shorter than a unit, longer than a chunk, empty, of no and of three dimensions.
+SHAPES = ((66, 97), (3, 5461), (1, 29), (9, 3), (64, 64), (128,), (5,), (), (3, 2, 5), (0, 4), (2, 70_000), (300, 256))
+RECIPES = ("paper", "energy")
+
+
+def train(
+    kernel: str,
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    exponents: Sequence[float] = (0, 0, 0),
+    seed: int = 0,
+    **options: object,
+) -> list[Tensor]:
+    """Weights and state after one step for each of `exponents`, the gradients being of size ``10**exponent``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(choice.VARIABLE, kernel)
+        random = torch.Generator().manual_seed(seed)
+        parameters = [torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
+        optimizer = GWTAdamW(parameters, lr=0.01, weight_decay=0.1, **options)  # type: ignore[arg-type]
+        for exponent in exponents:
+            for parameter in parameters:
+                parameter.grad = (torch.randn(parameter.shape, generator=random) * 10**exponent).to(dtype)
+            optimizer.step()
+        return results(optimizer)
+
+
+def results(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [t for p in parameters for t in (p.detach(), *optimizer.state[p].values())]
+
+
+def same(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Equal bit for bit (NaN equal to NaN)."""
+    assert len(mine) == len(theirs)
+    for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"tensor {i}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", range(9))
+def test_weights_moments_and_norms_have_the_bits_of_the_reference(level: int, recipe: str, dtype: torch.dtype) -> None:
+    options = {"level": level, "recipe": recipe, "dtype": dtype}
+    same(train("cpu", SHAPES, **options), train("eager", SHAPES, **options))  # type: ignore[arg-type]
+
+
+shapes = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=4)
+exponents = st.lists(st.floats(-30, 15), min_size=1, max_size=4)  # squares beyond both ends of fp32
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shapes=shapes,
+    exponents=exponents,
+    level=st.integers(0, 8),
+    recipe=st.sampled_from(RECIPES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    second_moment=st.sampled_from([None, "approximation", "energy"]),
+    detail_gain=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    limiter=st.sampled_from([None, 0, 1.0, 1.5]),
+)
+def test_any_shapes_sizes_and_options(shapes: list[tuple[int, ...]], **options: object) -> None:
+    same(train("cpu", shapes, **options), train("eager", shapes, **options))  # type: ignore[arg-type]
+
+
+def test_a_gradient_of_another_dtype_than_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    for weight, gradient in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        found = []
+        for kernel in ("cpu", "eager"):
+            monkeypatch.setenv(choice.VARIABLE, kernel)
+            random = torch.Generator().manual_seed(0)
+            parameter = torch.nn.Parameter(torch.randn(66, 97, generator=random).to(weight))
+            parameter.grad_dtype = gradient
+            parameter.grad = torch.randn(66, 97, generator=random).to(gradient)
+            optimizer = GWTAdamW([parameter], lr=0.01)
+            optimizer.step()
+            found.append(results(optimizer))
+        same(*found)
+
+
+def test_weights_and_gradients_that_are_not_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight, gradient = torch.randn(64, 30, generator=random), torch.randn(64, 30, generator=random)
+    monkeypatch.setenv(choice.VARIABLE, "cpu")
+    found = []
+    for view in (lambda t: t, lambda t: t.t().contiguous().t(), lambda t: torch.cat([t, t], 1)[:, :30]):
+        parameter = torch.nn.Parameter(view(weight.clone()))
+        parameter.grad = view(gradient)
+        optimizer = GWTAdamW([parameter], lr=0.01)
+        optimizer.step()
+        found.append([t.contiguous() for t in results(optimizer)])
+    same(found[1], found[0])
+    same(found[2], found[0])
+
+
+WORLDS = {
+    "cut units": [[(0, 1001), (0, 130)], [(1001, 1003), (130, 131)], [(1003, 6402), (131, 400)]],
+    "a rank without anything": [[(0, 6402), (0, 399)], [], [(0, 0), (399, 400)]],
+    "a rank within one unit": [[(0, 2), (0, 8)], [(2, 3), (8, 8)], [(3, 6402), (8, 400)]],
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", [1, 2, 3, 8])
+def test_cut_units(level: int, recipe: str, world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"a": torch.randn(66, 97), "b": torch.randn(20, 20)}
+    ranks = []
+    for intervals in WORLDS[world]:
+        offset, fragments = 5, []
+        for fqn, (start, stop) in zip(weights, intervals, strict=False):
+            fragments.append(Fragment(fqn, tuple(weights[fqn].shape), start, stop, offset))
+            offset += stop - start + 3  # gaps, as padding of an engine
+        ranks.append(fragments)
+    gradients = [{fqn: torch.randn(w.shape) for fqn, w in weights.items()} for _ in range(3)]
+    found = []
+    for kernel in ("cpu", "eager"):
+        monkeypatch.setenv(choice.VARIABLE, kernel)
+        sharded = Sharded(weights, ranks, lr=0.01, level=level, recipe=recipe)
+        for gradient in gradients:
+            sharded.step(gradient)
+        found.append([t for optimizer in sharded.optimizers for t in results(optimizer)])
+    same(*found)
+
+
+def test_columns_cut_within_units_on_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"a": torch.randn(31, 23)}
+    cuts = (0, 6, 7, 19, 23)
+    ranks = [[Fragment("a", (31, 23), start, stop, 2, rows=31)] for start, stop in itertools.pairwise(cuts)]
+    gradients = {"a": torch.randn(31, 23)}
+    found = []
+    for kernel in ("cpu", "eager"):
+        monkeypatch.setenv(choice.VARIABLE, kernel)
+        sharded = Sharded(weights, ranks, lr=0.01, level=2)
+        sharded.step(gradients)
+        sharded.step(gradients)
+        found.append([t for optimizer in sharded.optimizers for t in results(optimizer)])
+    same(*found)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads_or_on_the_run() -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 7, 2):
+            torch.set_num_threads(threads)
+            found.append(train("cpu", ((700, 1024), (16, 5461), (300, 301), (90_000,)), recipe="paper"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        same(other, found[0])
+
+
+def compare_all() -> None:
+    for recipe, dtype, level in itertools.product(RECIPES, (torch.float32, torch.bfloat16), (0, 1, 2, 3, 5, 8)):
+        options = {"level": level, "recipe": recipe, "dtype": dtype}
+        same(train("cpu", SHAPES, **options), train("eager", SHAPES, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_every_instruction_set_has_the_bits_of_the_reference(capability: str) -> None:
+    order = ("default", "avx2", "avx512")
+    here = build.capability().lower()
+    if order.index(capability) > order.index(here):
+        pytest.skip(f"this machine has {here}")
+    found = subprocess.run(
+        [sys.executable, "-c", "import test_kernels as t; t.compare_all(); print(t.build.capability())"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert found.stdout.split() == [capability.upper()], found.stderr
+
+
+class Allocations(TorchDispatchMode):
+    """Counts tensors whose memory none of an operation's arguments brought."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        brought: set[int] = set()
+        torch.utils._pytree.tree_map_only(Tensor, lambda t: brought.add(t.untyped_storage()._cdata), (args, kwargs))
+        found = func(*args, **(kwargs or {}))
+
+        def note(tensor: Tensor) -> None:
+            if tensor.untyped_storage()._cdata not in brought:
+                self.bytes.append(tensor.untyped_storage().nbytes())
+
+        torch.utils._pytree.tree_map_only(Tensor, note, found)
+        return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_steady_step_allocates_nothing_for_each_parameter(recipe: str) -> None:
+    counts = []
+    for numbers in (3, 30):
+        parameters = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(numbers)]
+        optimizer = GWTAdamW(parameters, recipe=recipe)
+        for parameter in parameters:
+            parameter.grad = torch.randn(64, 64)
+        optimizer.step()
+        with Allocations() as allocations:
+            optimizer.step()
+        counts.append(len(allocations.bytes))
+        assert sum(allocations.bytes) <= 100 * numbers + 200
+    assert counts[0] == counts[1] <= 24
+
+
+def test_a_kernel_is_forced_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, fp32 = torch.device("cpu"), torch.float32
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    assert choice.choose(here, fp32, ()) is cpu
+    assert choice.choose(here, torch.float64, ()) is eager
+    monkeypatch.setenv(choice.VARIABLE, "eager")
+    assert choice.choose(here, fp32, ()) is eager
+    monkeypatch.setenv(choice.VARIABLE, "fast")
+    with pytest.raises(ValueError, match="GWT_DIST_KERNEL='fast' must be one of"):
+        choice.choose(here, fp32, ())
+    monkeypatch.setenv(choice.VARIABLE, "cpu")
+    with pytest.raises(ValueError, match=r"GWT_DIST_KERNEL=cpu cannot take parameters of torch\.float64"):
+        choice.choose(here, torch.float64, ())
+    for options, missing in (({"wavelet": "db2"}, "wavelets other than Haar"), ({"level": 9}, "levels above 8")):
+        with pytest.raises(ValueError, match=missing):
+            train("cpu", [(4, 1024)], **options)  # type: ignore[arg-type]
+
+
+SCRIPT = """
+import torch, warnings
+from gwt_dist import GWTAdamW
+p = torch.nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones(8, 8)
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    GWTAdamW([p]).step()
+    GWTAdamW([p]).step()
+print(*[f"{w.category.__name__}: {w.message}" for w in found])
+"""
+
+
+@pytest.mark.parametrize("forced", ["", "cpu"])
+def test_without_a_compiler_there_is_one_warning_with_its_last_lines(forced: str, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *version*) echo "g++ 12.2.0";; *) echo the disk is full >&2; exit 1;; esac\n'
+    )
+    compiler.chmod(0o755)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": str(compiler), choice.VARIABLE: forced}
+    found = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+    if forced:
+        assert found.returncode == 1
+        assert "BuildError" in found.stderr and "the disk is full" in found.stderr
+    else:
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.count("RuntimeWarning") == 1, found.stdout
+        assert "the disk is full" in found.stdout and "goes on with its eager kernel" in found.stdout
+    assert not list((tmp_path / "gwt_dist").glob("*.so"))
+
+
+def test_a_process_that_is_killed_while_it_compiles_blocks_no_other(tmp_path: Path) -> None:
+    slow = tmp_path / "g++"
+    slow.write_text('#!/bin/sh\ncase "$*" in *version*) echo "g++ 12.2.0";; *) sleep 60;; esac\n')
+    slow.chmod(0o755)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    killed = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], env={**environment, "CXX": str(slow)}, start_new_session=True
+    )
+    try:
+        for _ in range(600):
+            if list((tmp_path / "gwt_dist").glob("tmp*/build.ninja")):
+                break
+            with pytest.raises(subprocess.TimeoutExpired):
+                killed.wait(0.1)
+        else:
+            pytest.fail("it never came to compile")
+    finally:
+        os.killpg(killed.pid, 9)
+        killed.wait()
+    slow.write_text('#!/bin/sh\ncase "$*" in *version*) echo "g++ 12.2.0";; *) exit 1;; esac\n')
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**environment, "CXX": str(slow)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "RuntimeWarning" in found.stdout, found.stderr
