@@ -171,8 +171,7 @@ def compiled(level: int, dtype: str, moments: bool, write: bool, plain: bool) ->
         signature=tables | dict(partials="*fp64") | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )
-    options = dict(num_warps=triton.WARPS, enable_fp_fusion=False)
-    found = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    found = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=triton.OPTIONS)
     return str(found.asm["ptx"])
 
 
@@ -229,6 +228,7 @@ class OnGpu:
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("rate", ["tensor", "float"])
 @pytest.mark.parametrize("recipe", ["paper", "energy"])
 @pytest.mark.parametrize("kernel", ["triton", "eager"])
@@ -288,6 +288,7 @@ def test_a_captured_step_follows_gradients_rate_and_step(recipe: str) -> None:
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_a_whole_training_step_is_captured() -> None:
     """Gradients that the graph allocates itself: the table of their addresses goes to the GPU within the capture."""
     weight = torch.nn.Parameter(torch.ones(8, 64, device="cuda"))

@@ -24,7 +24,7 @@ from gwt_dist.update import Rule
 
 MAX_LEVEL = 8
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
-WARPS = 8
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _MOMENTS, _WRITE, _STEP = (True, False), (False, True), (True, True)
 _TURNS = 4  # of a program whose places are not plain: all at once would take most registers for addresses
 _PARTIALS = 1024  # partial norms and ...
@@ -117,6 +117,7 @@ class _Kept:
     device: torch.device
     made: dict[str, tuple[Hashable, Any]] = field(default_factory=dict)  # name -> what it was made from, itself
     captured: list[Any] = field(default_factory=list)  # what CUDA graphs read when they are replayed
+    spare: dict[Hashable, Tensor] = field(default_factory=dict)  # pinned memory for an upload while a graph is captured
 
     def get(self, name: str, source: Hashable, make: Callable[[], Any]) -> Any:
         """``make()``, or what it made the last time if that was from the same `source`."""
@@ -135,10 +136,16 @@ class _Kept:
         host = torch.as_tensor(values, dtype=dtype)
         if self.device.type != "cuda" or not host.numel():
             return host.to(self.device, copy=True)
-        host = host.pin_memory()
+        key = dtype, host.shape
         if torch.cuda.is_current_stream_capturing():
-            self.captured.append(host)
-        return host.to(self.device, non_blocking=True)
+            # Pinned memory must not be allocated now. What was uploaded last has long arrived: who captures a graph
+            # synchronises first.
+            spare = self.spare.pop(key, None)
+            pinned = host.pin_memory() if spare is None else spare.copy_(host)
+            self.captured.append(pinned)
+        else:
+            pinned = self.spare[key] = host.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
 
 
 _kept: WeakKeyDictionary[Work, _Kept] = WeakKeyDictionary()
@@ -193,8 +200,7 @@ def _launch(
             GRADIENT=getattr(tl, group.gradient),
             PLAIN=group.plain,
             BLOCK=max(1, (CHUNK if group.plain else CHUNK // _TURNS) >> group.level),
-            num_warps=WARPS,
-            enable_fp_fusion=False,
+            **OPTIONS,
         )
     if squared_norms is not None and len(programs.norms):
         kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
