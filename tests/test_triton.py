@@ -58,6 +58,7 @@ def test_norms_are_added_in_one_order(interpreted: Callable[..., Any]) -> None:
     found = interpreted(cases.norms)
     np.testing.assert_allclose(found["triton"], found["eager"], rtol=1e-14)
     assert found["triton"] == found["again"]
+    assert found["places"] == [0, 1, 3]  # one program each, so that no two add to the same sum
     assert found["eager"][0] > 1  # more than the 0.5 that was there
 
 
@@ -155,20 +156,28 @@ def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(
         assert len(re.findall(r"ld\.global\.v[24]\.b32", code)) >= 4
         assert not re.findall(r"(?:ld|st)\.global\.b16" if level > 4 else r"(?:ld|st)\.global\.b(?:16|32)", code)
     code = compiled(level, "float32", moments=False, write=True, plain=False)
+    arguments = dict(parameters="*i64", rules="*fp64", sizes="*fp64", count="i32")
+    code += code_of("step_sizes", arguments, dict(BLOCK=32))
     assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
 
 
 def compiled(level: int, dtype: str, moments: bool, write: bool, plain: bool) -> str:
-    import triton as compiler
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
 
     tables = dict(items="*i64", parameters="*i64", rules="*fp64", sizes="*fp64", exchange="*fp32", rho="*fp64")
     constants = dict(MOMENTS=moments, WRITE=write, LEVEL=level, GAIN=2.0 ** (-level / 2), PLAIN=plain)
     constants |= dict(WEIGHT=getattr(tl, dtype), GRADIENT=getattr(tl, dtype), BLOCK=triton.CHUNK >> level)
+    return code_of("phase", tables | dict(partials="*fp64"), constants)
+
+
+def code_of(kernel: str, arguments: dict[str, str], constants: dict[str, Any]) -> str:
+    """PTX of a kernel for an H100."""
+    import triton as compiler
+    from triton.backends.compiler import GPUTarget
+
     source = compiler.compiler.ASTSource(
-        fn=triton._kernels().phase,
-        signature=tables | dict(partials="*fp64") | dict.fromkeys(constants, "constexpr"),
+        fn=getattr(triton._kernels(), kernel),
+        signature=arguments | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )
     found = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=triton.OPTIONS)

@@ -206,7 +206,7 @@ def equal_to_eager_where_units_are_cut(examples: int) -> None:
 
 
 def norms() -> dict[str, list[float]]:
-    """Squared norms by both kernels on top of what is there, twice by Triton; level 2, some 40 items of two launches."""
+    """Squared norms by both kernels on top of what is there, twice by Triton; some 40 items of two launches."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(s, generator=generator) for s in ((3, 130), (4, 256), (2, 64), (6, 33))]
     gradients = [torch.randn(w.shape, generator=generator) for w in weights]
@@ -229,6 +229,8 @@ def norms() -> dict[str, list[float]]:
             with patch.object(triton, "CHUNK", 64):
                 module.moments(work, tensors, squared_norms)
             found[name] = squared_norms.tolist()
+            if module is triton:
+                found["places"] = triton._kept[work].made["programs"][1].norms[:, 0].tolist()
     return found
 
 

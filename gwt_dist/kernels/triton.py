@@ -181,7 +181,7 @@ def _launch(
     if write:
         programs_of_sizes = (-(-count // _SIZES),)
         kernels.step_sizes[programs_of_sizes](
-            parameters, rules, sizes, count, BLOCK=_SIZES, num_warps=1, enable_fp_fusion=False
+            parameters, rules, sizes, count, BLOCK=_SIZES, **{**OPTIONS, "num_warps": 1}
         )
     for group in programs.groups:
         kernels.phase[(len(group.items),)](

@@ -146,10 +146,24 @@ def add_partials(partials, norms, squared_norms, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """Two fp64 of 26 bits each whose sum is x."""
+    wide = x * 134217729.0  # 2**27 + 1
+    high = wide - (wide - x)
+    return high, x - high
+
+
+@triton.jit
 def _multiply(x, x_low, y, y_low):
-    """Product of two numbers, each the sum of two fp64 (T. J. Dekker, A floating-point technique, 1971)."""
+    """Product of two numbers, each the sum of two fp64 (T. J. Dekker, A floating-point technique, 1971).
+
+    Without a fused multiply-add, which Triton's interpreter rounds twice in some releases.
+    """
+    x_high, x_rest = _halves(x)
+    y_high, y_rest = _halves(y)
     high = x * y
-    low = tl.fma(x, y, -high) + (x * y_low + x_low * y)
+    low = x_rest * y_rest - (((high - x_high * y_high) - x_rest * y_high) - x_high * y_rest)
+    low += x * y_low + x_low * y
     total = high + low
     return total, low - (total - high)
 
