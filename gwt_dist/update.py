@@ -101,13 +101,16 @@ def decay(rule: Rule, like: Tensor) -> Tensor:
     return like.new_full((), float(rule.lr) * rule.weight_decay)  # a fill: a copy to a GPU would wait for it
 
 
-def direction(
+def change(
     x_NU: Tensor,  # (N, U) gradient, zeros where a unit is padded
     exp_avg_N: Tensor,  # (N,) after update_moments
     exp_avg_sq_N: Tensor,  # (N,) after update_moments
+    size: Tensor,  # 0-d, ``step_size * scale / rho``
     transform: Transform,
     rule: Rule,
 ) -> Tensor:
-    """The update ``u``, (N, U), before scale, limiter and learning rate."""
-    d_N = denominator(exp_avg_sq_N, rule.eps)
-    return transform.direction(x_NU, exp_avg_N, d_N, rule.detail_gain)
+    """``size * u``, what weight loses, (N, U).
+
+    One division a unit: ``size / d`` is a factor of its approximation and of all its details.
+    """
+    return transform.synthesis(x_NU, exp_avg_N, size / denominator(exp_avg_sq_N, rule.eps), rule.detail_gain)

@@ -48,8 +48,8 @@ class Transform(Protocol):
         """
         ...
 
-    def direction(self, x_NU: Tensor, m_N: Tensor, d_N: Tensor, detail_gain: float) -> Tensor:
-        """Synthesis of the approximations ``m / d`` and the details ``detail_gain * detail / d``, shaped as `x_NU`."""
+    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, detail_gain: float) -> Tensor:
+        """Synthesis of the approximations ``m * size`` and the details ``detail_gain * detail * size``, as `x_NU`."""
         ...
 
 
@@ -85,12 +85,12 @@ class HaarTransform:
         """See `Transform.energy`."""
         return unit_sum(x_NU * x_NU) / count_N
 
-    def direction(self, x_NU: Tensor, m_N: Tensor, d_N: Tensor, detail_gain: float) -> Tensor:
-        """See `Transform.direction`."""
+    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, detail_gain: float) -> Tensor:
+        """See `Transform.synthesis`."""
         # u = (g * (x - s*a) + s*m) / d, design: the closed form of one Haar-GWT Adam step.
         mean_N = self.approximation(x_NU) * self._gain()
-        u_NU = (x_NU - mean_N[:, None]).mul_(detail_gain)
-        return u_NU.add_((m_N * self._gain())[:, None]).div_(d_N[:, None])
+        change_NU = (x_NU - mean_N[:, None]).mul_((size_N * detail_gain)[:, None])
+        return change_NU.add_((m_N * self._gain() * size_N)[:, None])
 
     def _gain(self) -> float:
         return float(2.0 ** (-self.level / 2))
@@ -121,13 +121,13 @@ class FilterBankTransform:
             total = total + unit_sum((detail * detail).unflatten(-1, (-1, 1 << j)))
         return total.reshape(-1) / count_N
 
-    def direction(self, x_NU: Tensor, m_N: Tensor, d_N: Tensor, detail_gain: float) -> Tensor:
-        """See `Transform.direction`."""
+    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, detail_gain: float) -> Tensor:
+        """See `Transform.synthesis`."""
         _, *details = wavedec(self._padded(x_NU), self.bank, self.level)
-        d = d_N.view(x_NU.shape[0], -1)
-        scaled = [m_N.view(x_NU.shape[0], -1) / d]
+        size = size_N.view(x_NU.shape[0], -1)
+        scaled = [m_N.view(x_NU.shape[0], -1) * size]
         for j, detail in enumerate(details):
-            scaled.append(detail * detail_gain / d.repeat_interleave(1 << j, dim=-1))
+            scaled.append(detail * (size * detail_gain).repeat_interleave(1 << j, dim=-1))
         return waverec(scaled, self.bank)[:, : x_NU.shape[1]].contiguous()
 
     def _padded(self, x_NU: Tensor) -> Tensor:

@@ -17,7 +17,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -87,49 +87,47 @@ Vec spread(const Vec& units, int j) {
 #endif
 }
 
-// Sums of V units of 2**L elements (of their squares), each a tree of neighbours as `wavelet.unit_sum`.
-template <int L, bool SQUARE, typename G>
-Vec unit_sum(const G* x) {
+struct Sums {
+  Vec x, squares;
+};
+
+// Sums of V units of 2**L elements, and of their squares, each a tree of neighbours as `wavelet.unit_sum`.
+template <int L, bool SQUARES, typename G>
+Sums unit_sums(const G* x) {
   if constexpr (L == 0) {
     const Vec one = load(x);
-    return SQUARE ? one * one : one;
+    return {one, SQUARES ? one * one : one};
+  } else if constexpr (L == 1) {
+    const auto [even, odd] = at::vec::deinterleave2(load(x), load(x + V));
+    return {even + odd, SQUARES ? even * even + odd * odd : even};
   } else {
-    const auto [even, odd] =
-        at::vec::deinterleave2(unit_sum<L - 1, SQUARE>(x), unit_sum<L - 1, SQUARE>(x + (V << (L - 1))));
-    return even + odd;
+    const Sums low = unit_sums<L - 1, SQUARES>(x), high = unit_sums<L - 1, SQUARES>(x + (V << (L - 1)));
+    const auto [even, odd] = at::vec::deinterleave2(low.x, high.x);
+    if constexpr (!SQUARES) return {even + odd, even};
+    const auto [even_squares, odd_squares] = at::vec::deinterleave2(low.squares, high.squares);
+    return {even + odd, even_squares + odd_squares};
   }
 }
 
 // Squares are added in double, lane by lane; the order depends on nothing but the item.
-struct Norm {
-  std::array<double, V> lanes{};
+using Lanes = std::array<double, V>;
 
-  void add(const Vec& x) {
-    float values[V];
-    x.store(values);
-    for (int i = 0; i < V; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
-  }
-
-  double sum() const {
-    double total = 0;
-    for (double lane : lanes) total += lane;
-    return total;
-  }
-};
-
-// `groups` groups of V units each: x, w [groups * V * 2**L], m, v [groups * V]; `count` real elements of each unit.
-template <int L, int64_t PHASE, bool ENERGY, typename W, typename G>
-void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups, const Vec& count, float factor, Norm* norm) {
+// `groups` groups of V units each: x, w [groups * V * 2**L], m, v [groups * V]. With COUNTED, `count` holds the number of
+// real elements of each unit; without, all have 2**L.
+template <int L, int64_t PHASE, bool ENERGY, bool COUNTED, typename W, typename G>
+void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups, const Vec& count, float factor,
+         Lanes* norm) {
   constexpr int64_t U = 1 << L;
-  const Vec gain_of_mean(std::pow(2.0, -L / 2.0));
-  const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps);
-  const Vec detail_gain(rule.gain), decay(rule.decay), size(factor);
+  const Vec gain_of_mean(std::pow(2.0, -L / 2.0)), one_of_unit(std::pow(2.0, -L)), size(factor), decay(rule.decay);
+  const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps), gain(rule.gain);
+  Lanes lanes{};
   for (int64_t g = 0; g < groups; ++g, x += U * V, w += U * V, m += V, v += V) {
-    const Vec a = unit_sum<L, false>(x) * gain_of_mean;
+    const Sums sums = unit_sums<L, ENERGY>(x);
+    const Vec a = sums.x * gain_of_mean;
     Vec exp_avg = Vec::loadu(m), exp_avg_sq = Vec::loadu(v);
     if constexpr (PHASE & MOMENTS) {
-      Vec e = a * a;
-      if constexpr (ENERGY) e = unit_sum<L, true>(x) / count;
+      // A product with a power of two has the bits of the quotient.
+      const Vec e = !ENERGY ? a * a : COUNTED ? sums.squares / count : sums.squares * one_of_unit;
       exp_avg = exp_avg * beta1 + a * rest1;
       exp_avg_sq = exp_avg_sq * beta2 + e * rest2;
       exp_avg.store(m);
@@ -137,26 +135,33 @@ void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups,
     }
     const Vec d = exp_avg_sq.sqrt() + eps;
     if constexpr (PHASE == MOMENTS) {
-      if (norm) norm->add(exp_avg / d);
+      if (norm) {
+        float values[V];
+        (exp_avg / d).store(values);
+        for (int i = 0; i < V; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+      }
     }
     if constexpr (PHASE & WRITE) {
-      const Vec mean = a * gain_of_mean, lift = exp_avg * gain_of_mean;
+      const Vec size_of_unit = size / d, mean = a * gain_of_mean;
+      const Vec lift = exp_avg * gain_of_mean * size_of_unit, detail_size = size_of_unit * gain;
 #pragma GCC unroll 4
       for (int j = 0; j < U; ++j) {
-        const Vec detail = (load(x + j * V) - spread<L>(mean, j)) * detail_gain;
-        const Vec u = (detail + spread<L>(lift, j)) / spread<L>(d, j) * size;
-        Vec weight = load(w + j * V) - u;
+        const Vec detail = (load(x + j * V) - spread<L>(mean, j)) * spread<L>(detail_size, j);
+        Vec weight = load(w + j * V) - (detail + spread<L>(lift, j));
         if (rule.decay != 0) weight = weight - weight * decay;
         store(w + j * V, weight);
       }
     }
+  }
+  if (norm) {
+    for (int i = 0; i < V; ++i) (*norm)[i] += lanes[i];
   }
 }
 
 // Up to V units in a padded copy. Elements of the copy lie at `x`; those at lead..lead+held of it have a weight at `w`.
 template <int L, int64_t PHASE, bool ENERGY, typename W, typename G>
 void run_padded(const Rule& rule, const G* x, int64_t elements, W* w, int64_t lead, int64_t held, float* m, float* v,
-                int64_t units, int64_t last, float factor, Norm* norm) {
+                int64_t units, int64_t last, float factor, Lanes* norm) {
   constexpr int64_t U = 1 << L;
   std::array<G, U * V> xs{};
   std::array<W, U * V> ws{};
@@ -167,7 +172,7 @@ void run_padded(const Rule& rule, const G* x, int64_t elements, W* w, int64_t le
   std::copy_n(m, units, ms.begin());
   std::copy_n(v, units, vs.begin());
   if constexpr (PHASE & WRITE) std::copy_n(w, held, ws.begin() + lead);
-  run<L, PHASE, ENERGY>(rule, xs.data(), ws.data(), ms.data(), vs.data(), 1, Vec::loadu(counts.data()), factor, norm);
+  run<L, PHASE, ENERGY, true>(rule, xs.data(), ws.data(), ms.data(), vs.data(), 1, Vec::loadu(counts.data()), factor, norm);
   if constexpr (PHASE & WRITE) std::copy_n(ws.begin() + lead, held, w);
   if constexpr (PHASE & MOMENTS) {
     std::copy_n(ms.begin(), units, m);
@@ -176,12 +181,12 @@ void run_padded(const Rule& rule, const G* x, int64_t elements, W* w, int64_t le
 }
 
 template <int L, int64_t PHASE, bool ENERGY, typename W, typename G>
-void run_item(const Item& item, const Parameter& p, const float* exchange, float factor, Norm* norm) {
+void run_item(const Item& item, const Parameter& p, const float* exchange, float factor, Lanes* norm) {
   constexpr int64_t U = 1 << L;
   W* w = static_cast<W*>(p.weight) + item.element;
   float *m = p.exp_avg + item.moment, *v = p.exp_avg_sq + item.moment;
   if (item.slot >= 0) {
-    Norm* owned = item.lead == 0 ? norm : nullptr;
+    Lanes* owned = item.lead == 0 ? norm : nullptr;
     run_padded<L, PHASE, ENERGY>(p.rule, exchange + item.slot, item.last, w, item.lead, item.held, m, v, 1, item.last,
                                  factor, owned);
     return;
@@ -190,7 +195,7 @@ void run_item(const Item& item, const Parameter& p, const float* exchange, float
   const int64_t whole = item.last == U ? item.units : item.units - 1, groups = whole / V, units = item.units - groups * V;
   const Vec count(U);
   for (int64_t row = 0; row < item.rows; ++row) {
-    run<L, PHASE, ENERGY>(p.rule, x, w, m, v, groups, count, factor, norm);
+    run<L, PHASE, ENERGY, false>(p.rule, x, w, m, v, groups, count, factor, norm);
     if (units) {
       const int64_t done = groups * V * U, elements = (units - 1) * U + item.last;
       run_padded<L, PHASE, ENERGY>(p.rule, x + done, elements, w + done, 0, elements, m + groups * V, v + groups * V,
@@ -201,7 +206,7 @@ void run_item(const Item& item, const Parameter& p, const float* exchange, float
 }
 
 template <int L, int64_t PHASE, typename W, typename G>
-void run_typed(const Item& item, const Parameter& p, const float* exchange, float factor, Norm* norm) {
+void run_typed(const Item& item, const Parameter& p, const float* exchange, float factor, Lanes* norm) {
   if ((PHASE & MOMENTS) && p.rule.energy) {
     run_item<L, PHASE, true, W, G>(item, p, exchange, factor, norm);
   } else {
@@ -210,7 +215,7 @@ void run_typed(const Item& item, const Parameter& p, const float* exchange, floa
 }
 
 template <int L, int64_t PHASE>
-void run_level(const Item& item, const Parameter& p, const float* exchange, float factor, Norm* norm) {
+void run_level(const Item& item, const Parameter& p, const float* exchange, float factor, Lanes* norm) {
   if (item.level != L) {
     if constexpr (L < MAX_LEVEL) run_level<L + 1, PHASE>(item, p, exchange, factor, norm);
   } else if (PHASE == MOMENTS || !p.weight_bf16) {  // the moments do not depend on the dtype of the weight
@@ -235,9 +240,9 @@ void run_phase(const Item* items, int64_t n, const std::vector<Parameter>& param
       double factor = p.rule.size;
       if (item.level > 0) factor *= p.rule.scale;
       if (PHASE == WRITE && item.norm >= 0) factor /= rho[item.norm];
-      Norm norm;
+      Lanes norm{};
       run_level<0, PHASE>(item, p, exchange, static_cast<float>(factor), item.norm >= 0 ? &norm : nullptr);
-      if (PHASE == MOMENTS) sums[i] = norm.sum();
+      if (PHASE == MOMENTS) sums[i] = std::accumulate(norm.begin(), norm.end(), 0.0);
     }
   });
   if (PHASE == MOMENTS) {

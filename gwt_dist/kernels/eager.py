@@ -31,15 +31,15 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
     """Phase B: write the weights in place, `rho` (fp64) holding the limiter of each part at the place of its norm."""
     for part in work.parts:
         rule, weight = tensors.rules[part.parameter], tensors.weights[part.parameter].view(-1)
-        u_NU = update.direction(_gather(part, tensors), *_moments(part, tensors), part.piece.transform, rule)
-        factor = update.step_size(tensors.steps[part.parameter], rule)
+        size = update.step_size(tensors.steps[part.parameter], rule)
         if part.piece.level > 0:
-            factor = factor * rule.scale
+            size = size * rule.scale
         if part.norm >= 0:
-            factor = factor.to(rho.device) / rho[part.norm]
-        change = u_NU.view(-1).mul_(factor.to(u_NU.dtype))
+            size = size.to(rho.device) / rho[part.norm]
+        x_NU, moments = _gather(part, tensors), _moments(part, tensors)
+        change = update.change(x_NU, *moments, size.to(x_NU), part.piece.transform, rule).view(-1)
         for source, padded in _blocks(part.piece, weight, change):
-            w = source.to(u_NU.dtype)
+            w = source.to(x_NU.dtype)
             w -= padded
             if rule.weight_decay:
                 w -= w * update.decay(rule, w)
