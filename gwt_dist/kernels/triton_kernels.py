@@ -120,9 +120,10 @@ def phase(
             tl.store(v + at_m, exp_avg_sq, mask=live)
         d = tl.sqrt_rn(exp_avg_sq) + eps
         if WRITE:
-            u = (x - (a * GAIN)[:, None]) * detail_gain + (exp_avg * GAIN)[:, None]
-            u = tl.div_rn(u, tl.broadcast_to(d[:, None], (BLOCK, UNIT))) * factor
-            weight = tl.load(w + at, mask=owned, other=0.0).to(tl.float32) - u
+            size_of_unit = tl.div_rn(factor, d)
+            detail, lift = x - (a * GAIN)[:, None], exp_avg * GAIN * size_of_unit
+            change = detail * (size_of_unit * detail_gain)[:, None] + lift[:, None]
+            weight = tl.load(w + at, mask=owned, other=0.0).to(tl.float32) - change
             weight = tl.where(weight_decay != 0, weight - weight * decay, weight)
             tl.store(w + at, weight.to(WEIGHT), mask=owned)
         else:
