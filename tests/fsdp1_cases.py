@@ -17,9 +17,9 @@ from gwt_dist import GWTAdamW
 from zero_cases import Net, gradients, initial, load, options, shapes_of
 
 
-def wrapped(strategy: str, use_orig_params: bool) -> nn.Module:
+def wrapped(strategy: str, use_orig_params: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model with known weights, most of it in one unit, so that rank boundaries fall within its tensors."""
-    model = Net().double()
+    model = Net().to(dtype)
     load(model, initial(shapes_of(model)))
     common: dict[str, Any] = dict(
         sharding_strategy=ShardingStrategy[strategy], use_orig_params=use_orig_params, device_id=torch.device("cpu")
