@@ -4,6 +4,7 @@ under another.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 import gwt_dist
 from fsdp1_cases import wrapped
 from fsdp2_cases import backward, inject, shard
-from gwt_dist import GWTAdamW
+from gwt_dist import CheckpointError, GWTAdamW, dtensor
+from gwt_dist.checkpoint import write
+from gwt_dist.checkpoint.files import Reader
 from gwt_dist.checkpoint.holdings import Run
 from gwt_dist.engines.weights import clean
 from zero_cases import Net, gradients, initial, load, options, settings, shapes_of, train_on
@@ -189,8 +192,91 @@ def load_case(
             trained.load(place(folder, by, saved_dtype, world))
             trained.train(steps()[BEFORE:])
             found, computes = trained.weights(), trained.computes_with()
-            stale = max(float((computes[n].double() - w.to(computes[n].dtype).double()).abs().max()) for n, w in found.items())
+            stale = max(
+                float((computes[n].double() - w.to(computes[n].dtype).double()).abs().max()) for n, w in found.items()
+            )
             expected = uninterrupted(dtype if dtype == torch.float64 else torch.float32)
             errors[by, world, kind] = error_of(found, expected), stale
         trained.close()
     return errors
+
+
+def one_rank_fails_case(folder: str, what: str) -> dict[str, Any]:
+    """Rank 1 alone finds a damaged piece, or its disk full: what every rank says, and what is left."""
+    path = place(folder, what, torch.float32, dist.get_world_size())
+    trained = Trained("fsdp2")
+    trained.train(steps()[:BEFORE])
+    trained.save(path, BEFORE)
+    trained.train(steps()[BEFORE:])
+    before = {n: p.to_local().clone() for n, p in trained.module.named_parameters()}
+    states = [{k: dtensor.local(v).clone() for k, v in s.items()} for s in trained.optimizer.state.values()]
+    real_verify, real_write = Reader.verify, write.write_file
+
+    def damaged(self: Reader, stored: Any, piece: Any, told: str) -> None:
+        raise CheckpointError(f"{piece.file} is damaged, says rank 1")
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    if dist.get_rank() == 1:
+        Reader.verify, write.write_file = (damaged, real_write) if what == "load" else (real_verify, full)  # type: ignore
+    message = "no error"
+    try:
+        if what == "load":
+            trained.load(path)
+        else:
+            trained.save(path, BEFORE + AFTER)
+    except CheckpointError as error:
+        message = str(error)
+    finally:
+        Reader.verify, write.write_file = real_verify, real_write  # type: ignore[method-assign]
+    after = {n: p.to_local() for n, p in trained.module.named_parameters()}
+    now = [{k: dtensor.local(v) for k, v in s.items()} for s in trained.optimizer.state.values()]
+    changed = [n for n in before if not torch.equal(before[n], after[n])]
+    changed += [k for a, b in zip(states, now, strict=True) for k in a if not torch.equal(a[k], b[k])]
+    trained.load(path)  # what was there before is there still
+    trained.train(steps()[BEFORE:])
+    return {
+        "message": message,
+        "changed": changed,
+        "folder": sorted(p.name for p in Path(path).iterdir()),
+        "error": error_of(trained.weights(), uninterrupted(torch.float32)),
+    }
+
+
+def unused_case(folder: str) -> dict[str, Any]:
+    """A parameter without gradients under FSDP2: as it was after loading, and refused where one buffer has one count."""
+    path = place(folder, "unused", torch.float32, dist.get_world_size())
+    trained = Trained("fsdp2")
+    used = [{n: g for n, g in step.items() if n != "mlp_row.weight"} for step in steps()]
+    trained.train(used[:BEFORE])
+    trained.save(path, BEFORE)
+    again = Trained("fsdp2")
+    again.train(steps()[:1])  # a state that the checkpoint does not have
+    again.load(path)
+    left = again.module.mlp_row.weight in again.optimizer.state
+    again.train(steps()[BEFORE:])
+    trained.train(steps()[BEFORE:])
+    expected, found = trained.weights(), again.weights()
+    message = "no error"
+    try:
+        Trained("fsdp1 flat").load(path)
+    except CheckpointError as error:
+        message = str(error)
+    return {"differ": [n for n in expected if not torch.equal(expected[n], found[n])], "left": left, "flat": message}
+
+
+def random_case(folder: str, save: bool) -> tuple[bool, float, float]:
+    """The next random numbers of this rank, after a save or after loading it."""
+    path = place(folder, "random", torch.float32, 0)
+    trained = Trained("ddp")
+    torch.manual_seed(17 + dist.get_rank())
+    random.seed(17 + dist.get_rank())
+    restored = True
+    if save:
+        trained.save(path, 0)
+    else:
+        torch.manual_seed(5)
+        random.seed(5)
+        restored = trained.load(path).random_restored
+    return restored, float(torch.rand(())), random.random()
