@@ -181,8 +181,8 @@ def save_case(folder: str, kinds: Sequence[str], dtype: torch.dtype) -> dict[str
 def load_case(
     folder: str, saved: Sequence[tuple[str, torch.dtype, int]], kinds: Sequence[str], dtype: torch.dtype
 ) -> dict[tuple[str, int, str], tuple[float, float]]:
-    """Three steps under each of `kinds` from each of `saved`, which are engine, dtype and ranks: how far the weights are
-    from one process, and how far those that the model computes with from their rounding.
+    """Three steps under each of `kinds` from each of `saved`, which are engine, dtype and ranks: how far the weights
+    are from one process, and how far those that the model computes with from their rounding.
     """
     errors = {}
     for kind in kinds:
@@ -245,7 +245,7 @@ def one_rank_fails_case(folder: str, what: str) -> dict[str, Any]:
 
 
 def unused_case(folder: str) -> dict[str, Any]:
-    """A parameter without gradients under FSDP2: as it was after loading, and refused where one buffer has one count."""
+    """A parameter without gradients under FSDP2: as it was after loading, and refused by flat buffers."""
     path = place(folder, "unused", torch.float32, dist.get_world_size())
     trained = Trained("fsdp2")
     used = [{n: g for n, g in step.items() if n != "mlp_row.weight"} for step in steps()]

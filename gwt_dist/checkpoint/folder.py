@@ -91,10 +91,10 @@ def _text(path: Path, otherwise: str) -> str:
 def read(path: Path, largest: int) -> bytes:
     """A whole file of at most `largest` bytes that is a file of its own, no link."""
     with os.fdopen(open_file(path), "rb") as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
-        raise CheckpointError(f"{path} has more than {largest} bytes, which is not what was written")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise CheckpointError(f"{path} has {size} bytes, which is not what was written")
+        return file.read(size)
 
 
 def open_file(path: Path) -> int:
@@ -137,11 +137,13 @@ def read_index(folder: Path, sha256: str | None = None) -> Index:
         text = read(folder / INDEX, _LARGEST_INDEX)
     except FileNotFoundError:
         raise CheckpointError(f"{folder / INDEX} is missing") from None
-    if hashlib.sha256(text).hexdigest() != expected:
-        raise CheckpointError(f"{folder / INDEX} is damaged: its SHA-256 is not the one that was written")
+    found = hashlib.sha256(text).hexdigest()
     beside = read(folder / f"{INDEX}.sha256", 4096) if (folder / f"{INDEX}.sha256").exists() else b""
     if beside != checksum_line(expected).encode():
-        raise CheckpointError(f"{folder / INDEX}.sha256 is missing or damaged; the index is that of `latest`")
+        damaged = folder.parent / LATEST if beside == checksum_line(found).encode() else f"{folder / INDEX}.sha256"
+        raise CheckpointError(f"{damaged} is missing or damaged: it has not the checksum of {folder / INDEX}")
+    if found != expected:
+        raise CheckpointError(f"{folder / INDEX} is damaged: its SHA-256 is not the one that was written")
     return parse(text, str(folder / INDEX), size)
 
 
