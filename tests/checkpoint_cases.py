@@ -146,6 +146,12 @@ def error_of(found: Weights, expected: Weights) -> float:
     return max(error if error == error else float("inf") for error in errors)
 
 
+def stale_of(trained: Trained) -> float:
+    """How far the weights that the model computes with are from the rounding of those that the optimizer steps."""
+    found, computes = trained.weights(), trained.computes_with()
+    return max(float((computes[n].double() - w.to(computes[n].dtype).double()).abs().max()) for n, w in found.items())
+
+
 def place(folder: str, kind: str, dtype: torch.dtype, world: int) -> str:
     return str(Path(folder, f"{kind} {str(dtype).removeprefix('torch.')} {world}".replace(" ", "-")))
 
@@ -190,13 +196,10 @@ def load_case(
         for by, saved_dtype, world in saved:
             trained.spoil()
             trained.load(place(folder, by, saved_dtype, world))
+            stale = stale_of(trained)  # before a step refreshes what the engine computes with
             trained.train(steps()[BEFORE:])
-            found, computes = trained.weights(), trained.computes_with()
-            stale = max(
-                float((computes[n].double() - w.to(computes[n].dtype).double()).abs().max()) for n, w in found.items()
-            )
             expected = uninterrupted(dtype if dtype == torch.float64 else torch.float32)
-            errors[by, world, kind] = error_of(found, expected), stale
+            errors[by, world, kind] = error_of(trained.weights(), expected), max(stale, stale_of(trained))
         trained.close()
     return errors
 

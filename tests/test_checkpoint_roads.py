@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 IN_FP64 = ("ddp", "fsdp2", "fsdp1", "fsdp1 flat")
-WITH_MASTERS = ("zero1", "zero2", "zero3")
+WITH_MASTERS = ("zero1", "zero2", "zero3", "zero3 persistent")
 BOUND = {FP64: 1e-12, FP32: 1e-6, BF16: 1e-6}
 LIMIT = 240
 
@@ -66,7 +66,7 @@ def test_masters(ranks, tmp_path) -> None:
     saved_and_resumed(ranks, tmp_path, 2, ("ddp",), FP32)
     masters = [(kind, BF16, 3) for kind in WITH_MASTERS]
     loaded(ranks, tmp_path, 2, [*masters, ("ddp", FP32, 2)], WITH_MASTERS, BF16)
-    loaded(ranks, tmp_path, 2, masters, ("ddp", "fsdp1 flat", "zero2"), FP32)
+    loaded(ranks, tmp_path, 2, masters, ("ddp", "fsdp1 flat", "zero2", "zero3 persistent"), FP32)
 
 
 @pytest.mark.support("checkpoints", "HSDP, column and tensor parallelism, columns cut within a unit")
