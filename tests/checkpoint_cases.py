@@ -194,6 +194,8 @@ def load_case(
     for kind in kinds:
         trained = Trained(kind, dtype)
         for by, saved_dtype, world in saved:
+            if kind == "zero3 persistent":
+                trained.train(steps()[:1])  # gathers these weights, so that there are copies to refresh
             trained.spoil()
             trained.load(place(folder, by, saved_dtype, world))
             stale = stale_of(trained)  # before a step refreshes what the engine computes with
