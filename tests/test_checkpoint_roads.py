@@ -88,7 +88,10 @@ def test_all_roads(ranks, tmp_path) -> None:
         saved_and_resumed(ranks, tmp_path, world, IN_FP64, FP64)
     for world in worlds:
         for dtype, kinds in ((FP32, ENGINES), (FP64, IN_FP64)):
-            loaded(ranks, tmp_path, world, [(k, dtype, w) for k, w in product(kinds, worlds)], kinds, dtype)
+            for i, kind in enumerate(kinds):
+                # Half of them, like the squares of a board: every pair of engines, of ranks, of engine and ranks.
+                saved = [(by, dtype, w) for (j, by), w in product(enumerate(kinds), worlds) if (i + j + w + world) % 2]
+                loaded(ranks, tmp_path, world, saved, (kind,), dtype)
 
 
 @pytest.mark.matrix
