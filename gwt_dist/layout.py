@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 
 
@@ -70,6 +70,70 @@ class Fragment:
         if self.start == self.stop:
             return []
         return [(self.start + i * self.columns, self.stop + i * self.columns) for i in range(self.rows)]
+
+    def intersect(self, other: Fragment) -> tuple[Overlap, ...]:
+        """The elements of the same tensor that both hold: `source` is in this one's buffer, `destination` in `other`'s.
+
+        Raises `LayoutError` if they are not of one shape.
+        """
+        if self.shape != other.shape:
+            raise LayoutError(f"fragments of {self.fqn!r} have the shapes {self.shape} and {other.shape}")
+        if self.rows == other.rows == 1:
+            start, stop = max(self.start, other.start), min(self.stop, other.stop)
+            width = stop - start
+            source, destination = self.offset + start - self.start, other.offset + start - other.start
+            return (Overlap(1, width, source, width, destination, width),) if width > 0 else ()
+        overlaps = []
+        for a, b in product(self._rectangles(), other._rectangles()):
+            row, end = max(a.row, b.row), min(a.row + a.rows, b.row + b.rows)
+            column, edge = max(a.column, b.column), min(a.column + a.columns, b.column + b.columns)
+            if row < end and column < edge:
+                places = (a.place(row, column), a.stride, b.place(row, column), b.stride)
+                overlaps.append(Overlap(end - row, edge - column, *places))
+        return tuple(overlaps)
+
+    def _rectangles(self) -> list[_Rectangle]:
+        """At most three: a partial first row, whole rows, a partial last row."""
+        if self.numel == 0:
+            return []
+        row, column = divmod(self.start, self.columns)
+        if self.rows > 1:
+            return [_Rectangle(row, self.rows, column, self.stop - self.start, self.offset, self.stop - self.start)]
+        first, last = -(-self.start // self.columns), self.stop // self.columns
+        cuts = (self.start, first * self.columns, last * self.columns, self.stop)
+        rectangles = []
+        for start, stop in pairwise(cuts) if first <= last else [(self.start, self.stop)]:
+            if start < stop:
+                row, column = divmod(start, self.columns)
+                rows = max(1, (stop - start) // self.columns)
+                offset = self.offset + start - self.start
+                rectangles.append(_Rectangle(row, rows, column, (stop - start) // rows, offset, self.columns))
+        return rectangles
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """`rows` runs of `columns` elements that two fragments share, and where they stand in the buffers of both."""
+
+    rows: int
+    columns: int
+    source: int
+    source_stride: int
+    destination: int
+    destination_stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Rectangle:
+    row: int
+    rows: int
+    column: int
+    columns: int
+    offset: int
+    stride: int
+
+    def place(self, row: int, column: int) -> int:
+        return self.offset + (row - self.row) * self.stride + column - self.column
 
 
 def columns_of(shape: Sequence[int]) -> int:

@@ -310,7 +310,9 @@ class GWTAdamW(torch.optim.Optimizer):
         """
         plan: Plan | None = self._plans.get(parameter)
         group = self.param_groups[number]
-        where = f"parameter {next(j for j, p in enumerate(group['params']) if p is parameter)} of group {number}"
+        # What an engine took out of its group (ZeRO-3 keeps one buffer at a time there) has no number.
+        place = next((f" {j}" for j, p in enumerate(group["params"]) if p is parameter), "")
+        where = f"parameter{place} of group {number}"
         if plan is None:
             shard = self._shard(parameter, where)
             if shard is None:

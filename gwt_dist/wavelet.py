@@ -2,7 +2,7 @@
 
 Every transform answers the same four questions about a matrix of units ``x_NU``, so that the update never asks
 which wavelet it runs: how a row is cut into units, the approximation coefficients of a unit, the energy that
-shares one denominator, and the update direction in weight space.
+shares one denominator, and the change of the weights.
 
 ``HaarTransform`` is the closed form. Haar is orthonormal and all details of a unit are divided by the same number, so
 analysis, division and synthesis collapse to "unit mean and residual" and no detail is ever computed.

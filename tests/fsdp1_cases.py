@@ -27,9 +27,9 @@ def unit_options(strategy: str, use_orig_params: bool) -> dict[str, Any]:
     return options
 
 
-def wrapped(strategy: str, use_orig_params: bool) -> nn.Module:
+def wrapped(strategy: str, use_orig_params: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model with known weights, most of it in one unit, so that rank boundaries fall within its tensors."""
-    model = Net().double()
+    model = Net().to(dtype)
     load(model, initial(shapes_of(model)))
     common = unit_options(strategy, use_orig_params)
     # A unit of its own for what is frozen: a flat parameter is trained as a whole or not at all.

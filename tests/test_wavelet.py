@@ -41,12 +41,12 @@ def test_the_closed_form_is_the_filter_bank_of_haar(level: int, columns: int) ->
     x_NU = torch.nn.functional.pad(rows, (0, per_row * unit - columns)).view(3 * per_row, unit)
     last = columns - (per_row - 1) * unit
     counts = torch.tensor(([unit] * (per_row - 1) + [last]) * 3, dtype=torch.float64)
-    m, d = torch.randn(3 * per_row).double(), torch.rand(3 * per_row).double() + 0.1
+    m, size = torch.randn(3 * per_row).double(), torch.rand(3 * per_row).double() + 0.1
     near = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(haar.approximation(x_NU), general.approximation(rows), **near)
     torch.testing.assert_close(haar.energy(x_NU, counts), general.energy(rows, counts), **near)
-    mine = haar.direction(x_NU, m, d, 0.3).view(3, -1)[:, :columns]
-    torch.testing.assert_close(mine, general.direction(rows, m, d, 0.3), **near)
+    mine = haar.synthesis(x_NU, m, size, 0.3).view(3, -1)[:, :columns]
+    torch.testing.assert_close(mine, general.synthesis(rows, m, size, 0.3), **near)
 
 
 def test_unit_sum_does_not_depend_on_padding_or_on_its_neighbours() -> None:

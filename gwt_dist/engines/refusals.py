@@ -14,7 +14,8 @@ _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (
         ("zero_optimization", "elastic_checkpoint"),
         lambda value: value,
-        "it cuts the end off every state tensor of a padded rank; remove it, checkpoints of the same world size work",
+        "it cuts the end off every state tensor of a padded rank; remove it. Checkpoints of the same world size work, "
+        "and gwt_dist.save and gwt_dist.load move between world sizes",
     ),
     (
         ("zero_optimization", "compute_grad_norm"),
@@ -83,7 +84,8 @@ _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (
         ("checkpoint", "load_universal"),
         lambda value: value,
-        "universal checkpoints assume moments as large as the weights; remove it",
+        "universal checkpoints assume moments as large as the weights; remove it. gwt_dist.save and gwt_dist.load move "
+        "between world sizes and engines",
     ),
 )
 

@@ -1,0 +1,11 @@
+"""State that survives: checkpoints that any engine on any number of ranks can load, and that notice damage.
+
+See docs/checkpoints.md for the format.
+"""
+
+from gwt_dist.checkpoint.folder import checkpoints, find, read_index
+from gwt_dist.checkpoint.format import CheckpointError, Index
+from gwt_dist.checkpoint.read import Loaded, load
+from gwt_dist.checkpoint.write import save
+
+__all__ = ["CheckpointError", "Index", "Loaded", "checkpoints", "find", "load", "read_index", "save"]

@@ -1,0 +1,180 @@
+"""The bytes: one safetensors file of a rank, written as a stream, and pieces of it read back.
+
+Pieces are at most `PIECE_BYTES` long, and no more than one of them is in memory at a time, on the way in and on the way
+out. Reading goes by offset and without a memory map: a file that shrinks while it is read is an error and no SIGBUS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gwt_dist.checkpoint.folder import open_file
+from gwt_dist.checkpoint.format import ITEM_BYTES, CheckpointError, File, Piece, Stored
+from gwt_dist.engines.weights import torch_dtype
+from gwt_dist.layout import Fragment, Overlap
+
+PIECE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece to be written: `fragment`, dense, of stored tensor `name`, out of a local buffer that holds `held`."""
+
+    name: str
+    kind: str
+    dtype: str
+    fragment: Fragment
+    held: Fragment
+    buffer: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Its length in the file."""
+        return self.fragment.numel * ITEM_BYTES[self.dtype]
+
+    def dense(self) -> Tensor:
+        """Its elements, 1-D on the CPU; a view of the buffer where that is dense."""
+        overlaps = self.held.intersect(self.fragment)
+        if len(overlaps) == 1 and (overlaps[0].rows == 1 or overlaps[0].columns == overlaps[0].source_stride):
+            return self.buffer.narrow(0, overlaps[0].source, self.fragment.numel).cpu()
+        scratch = torch.empty(self.fragment.numel, dtype=self.buffer.dtype, device=self.buffer.device)
+        for overlap in overlaps:
+            copy(scratch, self.buffer, overlap)
+        return scratch.cpu()
+
+
+def copy(destination: Tensor, source: Tensor, overlap: Overlap) -> None:
+    """Copy what `overlap` says from one 1-D buffer to another, cast to the dtype of the destination."""
+    size = (overlap.rows, overlap.columns)
+    to = destination.as_strided(
+        size, (overlap.destination_stride, 1), destination.storage_offset() + overlap.destination
+    )
+    to.copy_(source.as_strided(size, (overlap.source_stride, 1), source.storage_offset() + overlap.source))
+
+
+def split(fragment: Fragment, item_bytes: int) -> Iterator[Fragment]:
+    """Fragments of at most `PIECE_BYTES` that make up one, at offset 0."""
+    most = max(1, PIECE_BYTES // item_bytes)
+    name, shape, start, stop = fragment.fqn, fragment.shape, fragment.start, fragment.stop
+    if fragment.rows == 1:
+        for low in range(start, stop, most):
+            yield Fragment(name, shape, low, min(low + most, stop))
+        return
+    step = max(1, most // (stop - start)) if stop > start else fragment.rows
+    for row in range(0, fragment.rows, step):
+        shift = row * fragment.columns
+        yield Fragment(name, shape, start + shift, stop + shift, 0, min(step, fragment.rows - row))
+
+
+def write_file(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]) -> tuple[File, list[Piece]]:
+    """Write a safetensors file and flush it to the disk; its checksums, and a piece for each part in order."""
+    # Widest first, so that every tensor is aligned.
+    order = sorted(range(len(parts)), key=lambda i: -ITEM_BYTES[parts[i].dtype])
+    content: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset, offsets = 0, {}
+    for i in order:
+        part = parts[i]
+        rows, width = part.fragment.rows, part.fragment.stop - part.fragment.start
+        content[f"{part.name}:{part.kind}:{part.fragment.start}"] = {
+            "dtype": part.dtype,
+            "shape": [rows, width] if rows > 1 else [width],
+            "data_offsets": [offset, offset + part.bytes],
+        }
+        offsets[i] = offset
+        offset += part.bytes
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    checksums = {}
+    with open(path, "xb") as file:
+        file.write(header)
+        for i in order:
+            raw = parts[i].dense().view(torch.uint8).numpy().data
+            checksums[i] = hashlib.sha256(raw).hexdigest()
+            file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    pieces = [Piece(path.name, len(header) + offsets[i], checksums[i], part.fragment) for i, part in enumerate(parts)]
+    return File(len(header) + offset, len(header), hashlib.sha256(header).hexdigest()), pieces
+
+
+class Reader:
+    """Reads pieces of the files of one checkpoint; every file's header is checked when it is opened.
+
+    Raises `CheckpointError` naming the file for whatever is not what was written.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, File]) -> None:
+        self.folder, self.files = folder, files
+        self._open: tuple[str, int] | None = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+    def verify(self, stored: Stored, piece: Piece, what: str) -> None:
+        """Compare a piece with its checksum."""
+        content = self._bytes(piece.file, piece.offset, stored.bytes_of(piece))
+        if hashlib.sha256(content.numpy().data).hexdigest() != piece.sha256:
+            raise CheckpointError(
+                f"{self.folder / piece.file} is damaged: bytes {piece.offset}..{piece.offset + len(content)}, {what} "
+                f"{piece.fragment.start}..{piece.fragment.stop}, are not those that were written"
+            )
+
+    def read(self, stored: Stored, piece: Piece, overlaps: Sequence[tuple[Tensor, Overlap]]) -> None:
+        """Copy parts of a piece into local buffers; as few bytes as lie around them are read."""
+        low = min(o.source for _, o in overlaps)
+        high = max(o.source + (o.rows - 1) * o.source_stride + o.columns for _, o in overlaps)
+        size = ITEM_BYTES[stored.dtype]
+        raw = self._bytes(piece.file, piece.offset + low * size, (high - low) * size)
+        content = raw.view(torch_dtype(stored.dtype))
+        for buffer, o in overlaps:
+            places = (o.rows, o.columns, o.source - low, o.source_stride, o.destination, o.destination_stride)
+            copy(buffer, content, Overlap(*places))
+
+    def _bytes(self, name: str, offset: int, length: int) -> Tensor:
+        content = torch.empty(length, dtype=torch.uint8)
+        view = content.numpy().data
+        done = 0
+        while done < length:
+            try:
+                count = os.preadv(self._descriptor(name), [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / name} cannot be read: {error.strerror}") from None
+            if not count:
+                raise CheckpointError(f"{self.folder / name} ends at byte {offset + done}; it was cut short")
+            done += count
+        return content
+
+    def _descriptor(self, name: str) -> int:
+        if self._open is not None and self._open[0] == name:
+            return self._open[1]
+        self.__exit__()
+        try:
+            descriptor = open_file(self.folder / name)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder / name} is missing") from None
+        self._open = (name, descriptor)
+        file = self.files[name]
+        if os.fstat(descriptor).st_size != file.bytes:
+            raise CheckpointError(
+                f"{self.folder / name} has {os.fstat(descriptor).st_size} bytes and should have {file.bytes}"
+            )
+        if hashlib.sha256(os.pread(descriptor, file.header_bytes, 0)).hexdigest() != file.header_sha256:
+            raise CheckpointError(
+                f"{self.folder / name} is damaged, or of another rank or another checkpoint: its header is not the one "
+                f"that was written"
+            )
+        return descriptor

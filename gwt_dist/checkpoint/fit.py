@@ -1,0 +1,137 @@
+"""Does a checkpoint fit this model and optimizer? All of it is answered before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gwt_dist.checkpoint.format import FLOATS, CheckpointError, Index
+from gwt_dist.checkpoint.holdings import Run, Stepped
+from gwt_dist.engines.weights import safetensors_dtype
+from gwt_dist.recipes import RECIPES, check_group
+
+# What the moments mean; these stay as the optimizer was built, and must be what they were.
+_MEANING = ("level", "wavelet", "recipe", "second_moment", "detail_gain", "limiter")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What is to be put in place besides the elements of the weights."""
+
+    states: list[tuple[Stepped, dict[str, Tensor] | None]]  # buffers to fill; None: no step was taken yet
+    options: list[dict[str, Any]]  # of each parameter group
+
+
+def check(index: Index, run: Run, scheduler: Any, where: str) -> Fit:
+    """Compare a checkpoint with what is here.
+
+    Raises:
+        CheckpointError: For tensors that one of both does not have, other shapes, levels, wavelets or recipes, and
+            states that this engine cannot hold apart.
+    """
+    if scheduler is not None and index.scheduler is None:
+        raise CheckpointError(f"{where} has no state of a scheduler, and one was given to load")
+    _check_names(index, run, where)
+    traits = run.traits()
+    for name, entry in index.tensors.items():
+        about = traits.get(name)
+        if about is None:
+            if entry.step is not None:
+                raise CheckpointError(
+                    f"{where} has moments of {name!r}, which this optimizer does not step, so they would be lost. Give "
+                    f"the optimizer the parameters that it had"
+                )
+        elif entry.group is not None:
+            found, here = (entry.level, entry.wavelet), (about.level, about.wavelet)
+            if found != here and (entry.level or about.level):
+                raise CheckpointError(
+                    f"{name!r} has level={found[0]}, wavelet={found[1]!r} in {where} and level={here[0]}, "
+                    f"wavelet={here[1]!r} in this optimizer; its moments would mean something else. Build "
+                    f"the optimizer as it was"
+                )
+            if entry.level:
+                _check_recipe(name, index.groups[entry.group], run.optimizer.param_groups[about.group], where)
+    return Fit([(one, _state(index, run, one, where)) for one in run.stepped], list(_options(index, run, where)))
+
+
+def _check_names(index: Index, run: Run, where: str) -> None:
+    here: dict[str, tuple[int, ...]] = {}
+    for local in [*run.weights.model, *run.weights.masters]:
+        for fragment in local.fragments:
+            here[fragment.fqn] = fragment.shape
+            stored = index.tensors[fragment.fqn].parts["weight"].dtype if fragment.fqn in index.tensors else ""
+            dtype = safetensors_dtype(local.buffer.dtype)
+            if stored and stored != dtype and not {stored, dtype} <= FLOATS:
+                raise CheckpointError(f"{fragment.fqn!r} is {stored} in {where} and {dtype} here, which is no rounding")
+    for names, lacks in ((index.tensors.keys() - here, "this model"), (here.keys() - index.tensors, where)):
+        if names:
+            shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise CheckpointError(f"{lacks} does not have {shown}: the checkpoint is of another model")
+    for name, shape in here.items():
+        if index.tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{name!r} has shape {index.tensors[name].shape} in {where} and {shape} in this model: the "
+                f"checkpoint is of another model"
+            )
+
+
+def _check_recipe(name: str, saved: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
+    for key in ("second_moment", "detail_gain", "limiter"):
+        then, now = _resolved(saved, key), _resolved(mine, key)
+        if then != now:
+            raise CheckpointError(
+                f"{name!r} was trained with {key}={then!r} (recipe {saved.get('recipe')!r}) in {where} and this "
+                f"optimizer has {key}={now!r} (recipe {mine['recipe']!r}); its moments would mean something else. "
+                f"Build the optimizer as it was"
+            )
+
+
+def _resolved(group: Mapping[str, Any], key: str) -> Any:
+    recipe = RECIPES.get(str(group.get("recipe")))
+    return getattr(recipe, key, None) if group.get(key) is None else group[key]
+
+
+def _state(index: Index, run: Run, one: Stepped, where: str) -> dict[str, Tensor] | None:
+    """The state to fill: what is there, or fresh and not yet the optimizer's."""
+    steps = {index.tensors[name].step: name for name in one.names}
+    if len(steps) > 1:
+        (a, first), (b, second), *_ = steps.items()
+        raise CheckpointError(
+            f"{first!r} has taken {a or 'no'} steps in {where} and {second!r} {b or 'no'}, and this engine keeps both "
+            f"in one buffer with one count of steps. Load under an engine that keeps tensors apart (one process, DDP, "
+            f"FSDP2), or give them parameter groups of their own"
+        )
+    if steps.keys() <= {None}:
+        return None
+    return run.optimizer.state.get(one.parameter) or one.plan.fresh_state(one.parameter)
+
+
+def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
+    """The saved options of each group that is here, whatever groups the saved run had."""
+    for i, group in enumerate(run.optimizer.param_groups):
+        names = [name for one in run.stepped if one.group == i for name in one.names]
+        chosen: dict[str, Any] | None = None
+        first = ""
+        for name in names:
+            number = index.tensors[name].group
+            if number is None:
+                continue
+            options = {key: value for key, value in index.groups[number].items() if key not in _MEANING}
+            if chosen is not None and options != chosen:
+                differ = sorted(k for k in options.keys() | chosen.keys() if options.get(k) != chosen.get(k))
+                raise CheckpointError(
+                    f"{first!r} and {name!r} had {', '.join(differ)} of their own in {where}, and here they are in one "
+                    f"parameter group ({i}). Build the groups as they were"
+                )
+            chosen, first = options, first or name
+        options = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in (chosen or {}).items()}
+        if "params" in options:
+            raise CheckpointError(f"the options of a parameter group in {where} hold params")
+        try:
+            check_group({**group, **options}, f"a parameter group of {where}")
+        except TypeError as error:
+            raise CheckpointError(f"the options of a parameter group in {where} make no sense: {error}") from None
+        yield options

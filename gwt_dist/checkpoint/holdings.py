@@ -1,0 +1,159 @@
+"""What this rank holds of a run: buffers with fragments of named tensors, of weights, masters and moments alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from gwt_dist import dtensor
+from gwt_dist.checkpoint.format import EXP_AVG, EXP_AVG_SQ, WEIGHT, CheckpointError
+from gwt_dist.engines.attach import _unwrapped, find_optimizer
+from gwt_dist.engines.weights import Local, Weights, clean, read_weights
+from gwt_dist.kernels import level_of
+from gwt_dist.layout import Fragment
+from gwt_dist.optimizer import GWTAdamW
+from gwt_dist.plan import Plan
+
+MASTER = "master"  # a weight in the precision of the optimizer; stored as the weight
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Elements of a stored tensor in a 1-D buffer of this rank."""
+
+    kind: str  # "weight", "master", "exp_avg", "exp_avg_sq"
+    fragment: Fragment  # in the index space of the stored tensor, at its offset in `buffer`
+    owned: Fragment  # the part that this rank may write; the rest another rank writes
+    buffer: Tensor
+    common: bool = False  # rank 0's counts
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """An optimizer parameter: its plan, the number of its group, and the tensors that it stands for, in order."""
+
+    parameter: Tensor
+    group: int
+    plan: Plan
+    names: tuple[str, ...]
+
+    @property
+    def held(self) -> list[tuple[int, str]]:
+        """Place and name of the tensors of which this rank holds any element."""
+        held = {clean(piece.fragment.fqn) for piece in self.plan.pieces if piece.fragment.numel}
+        if self.plan.shard.local_shape is not None:
+            held = set(self.names) if any(piece.fragment.numel for piece in self.plan.pieces) else set()
+        return [(i, name) for i, name in enumerate(self.names) if name in held]
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What is said about a tensor that an optimizer steps, the same on all ranks."""
+
+    shape: tuple[int, ...]
+    group: int
+    level: int
+    wavelet: str
+    recipe: str
+
+
+class Run:
+    """A model or engine and its optimizer on this rank.
+
+    Raises:
+        ValueError: If a layout cannot be read, or the optimizer holds parameters that are not the model's.
+    """
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        wrappers = list(_unwrapped(optimizer))
+        engine_optimizers = _unwrapped(model) if "basic_optimizer" in vars(model) else ()
+        self.model = model
+        self.optimizer: GWTAdamW = find_optimizer(optimizer)
+        self.weights: Weights = read_weights(model, [*wrappers, *engine_optimizers])
+        self.stepped: list[Stepped] = list(self._stepped())
+
+    def _stepped(self) -> Iterator[Stepped]:
+        """The optimizer's parameters, in the order of the groups, and then those that the engine took out of them."""
+        groups = self.optimizer.param_groups
+        numbers = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        parameters = [p for group in groups for p in group["params"]]
+        hidden = [p for p in self.optimizer._shards.keys() if id(p) not in numbers]
+        for parameter in [*parameters, *hidden]:
+            number = numbers.get(id(parameter), self.weights.group_of.get(id(parameter)))
+            if number is None and id(parameter) in self.weights.flat:
+                continue  # a frozen unit of FSDP1
+            if number is None:
+                raise CheckpointError(
+                    "the optimizer has the layout of a flat parameter that is in none of its groups; pass the engine "
+                    "and the optimizer that it was built with"
+                )
+            where = f"parameter of shape {tuple(parameter.shape)} in group {number}"
+            plan = self.optimizer._plan(parameter, number)
+            if plan is None:
+                raise CheckpointError(f"a {where} of the optimizer was never given to it")
+            if parameter in self.optimizer._shards:
+                names = tuple(clean(tensor.fqn) for tensor in plan.shard.tensors)
+            elif id(parameter) in self.weights.names:
+                names = (self.weights.names[id(parameter)],)
+            else:
+                raise CheckpointError(
+                    f"a {where} of the optimizer is none of the model's as it is now: pass the model that this "
+                    f"optimizer was built for, as it is wrapped"
+                )
+            yield Stepped(parameter, number, plan, names)
+
+    def traits(self) -> dict[str, Traits]:
+        """By name, of all tensors that the optimizer steps, those of which this rank has no element included."""
+        found = {}
+        for one in self.stepped:
+            group = self.optimizer.param_groups[one.group]
+            for name, tensor in zip(one.names, one.plan.shard.tensors, strict=True):
+                level = level_of(tensor.shape, one.plan.level)
+                found[name] = Traits(tensor.shape, one.group, level, one.plan.wavelet, group["recipe"])
+        return found
+
+    def weight_holdings(self, locals_: list[Local], kind: str) -> Iterator[Holding]:
+        """Weights of the model, or masters."""
+        for local in locals_:
+            buffer = flat(local.buffer)
+            for fragment in local.fragments:
+                if fragment.offset + fragment.numel > buffer.numel():
+                    raise CheckpointError(
+                        f"the part of {fragment.fqn!r} that this rank holds is not where it was: call this outside of "
+                        f"the forward and backward pass, and of contexts that gather the weights"
+                    )
+                yield Holding(kind, fragment, fragment, buffer, local.common)
+
+    def moment_holdings(self, one: Stepped, state: Mapping[str, Tensor]) -> Iterator[Holding]:
+        """Both moments of an optimizer parameter."""
+        for kind in (EXP_AVG, EXP_AVG_SQ):
+            buffer = flat(dtensor.local(state[kind]))
+            for piece in one.plan.pieces:
+                name = clean(piece.fragment.fqn) if one.plan.shard.local_shape is None else one.names[0]
+                moments = replace(piece.moments, fqn=name)
+                low, high = piece.owned
+                start = moments.start + low
+                owned = Fragment(name, moments.shape, start, moments.start + high, 0, moments.rows)
+                yield Holding(kind, moments, owned if high > low else replace(owned, stop=start), buffer)
+
+    def holdings(self) -> list[Holding]:
+        """Everything that this rank could write."""
+        found = [*self.weight_holdings(self.weights.model, WEIGHT), *self.weight_holdings(self.weights.masters, MASTER)]
+        for one in self.stepped:
+            if self.optimizer.state.get(one.parameter):
+                found += self.moment_holdings(one, self.optimizer.state[one.parameter])
+        return found
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """One dimension, of the same memory; raises `CheckpointError` for a layout of its own."""
+    try:
+        return tensor.detach().view(-1)
+    except RuntimeError:
+        raise CheckpointError(
+            f"a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous in memory; "
+            f"make it so before the engine and the optimizer are built"
+        ) from None

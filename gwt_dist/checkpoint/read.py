@@ -1,0 +1,177 @@
+"""`load`: find what this rank needs, check all of it on all ranks, and only then change anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_dist.checkpoint import folder, random_states, together
+from gwt_dist.checkpoint.files import Reader
+from gwt_dist.checkpoint.fit import Fit, check
+from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Index, Piece, Stored
+from gwt_dist.checkpoint.holdings import Holding, Run
+from gwt_dist.engines.weights import set_counters
+from gwt_dist.layout import Fragment, Overlap
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What `load` found beside the state that it put back."""
+
+    step: int  # optimizer steps done
+    extra: Any  # what `save` was given
+    folder: Path
+    random_restored: bool  # whether this rank's number had random states in the checkpoint
+
+
+@dataclass(slots=True)
+class _Task:
+    """A piece that this rank needs, and where it goes."""
+
+    what: str
+    stored: Stored
+    piece: Piece
+    places: list[tuple[Tensor, Overlap]]
+
+
+def load(
+    path: str | Path,
+    model: Any,
+    optimizer: Any,
+    *,
+    which: str | int = "latest",
+    scheduler: Any = None,
+    restore_random: bool = True,
+) -> Loaded:
+    """Put a checkpoint into a model and its optimizer, under any engine and number of ranks. A collective.
+
+    Each rank reads what it needs and no more, in pieces of at most 16 MiB. First all ranks check that everything fits
+    and that the checksum of every piece is right; if that fails on any rank, all raise and nothing was changed.
+
+    Weights are stored in the precision of the engine that saved them: fp32 masters where it had some. They are cast to
+    what is here: masters become bf16 weights by rounding, bf16 weights become masters as they are. Options of the
+    parameter groups (``lr`` and the like) become the saved ones, as with torch's ``load_state_dict``; ``level``,
+    ``wavelet`` and the recipe must be the same already. A rank takes the random states of its own number; one whose
+    number the saved run did not have keeps those that it has.
+
+    Args:
+        path: Folder of the run's checkpoints, as given to `save`.
+        model: The model as it is wrapped, or the DeepSpeed engine; attached, where the engine needs it.
+        optimizer: Its `GWTAdamW`, or any wrapper that holds it.
+        which: ``"latest"``, a step, or the name of a folder in `path`.
+        scheduler: What was given to `save` as such; its ``load_state_dict`` is called.
+        restore_random: Whether to take the random states.
+
+    Raises:
+        CheckpointError: On all ranks, if anything is missing, damaged, from a newer version, or does not fit this model
+            and optimizer; the message names the file or the tensor.
+    """
+    place, sha256 = together.from_rank_0(lambda: _found(Path(path), which))
+    where = Path(place)
+    index = together.each(lambda: folder.read_index(where, sha256))
+    run = together.each(lambda: Run(model, optimizer))
+    fit = together.each(lambda: check(index, run, scheduler, str(where)))
+    tasks = together.each(lambda: _tasks(index, run, fit))
+    states = index.random.get(together.rank(), {}) if restore_random else {}
+    random_tasks = together.each(lambda: dict(_random_tasks(states)))
+    together.each(lambda: _verify(where, index, [*tasks, *(task for task, _ in random_tasks.values())]))
+    try:
+        together.each(lambda: _commit(where, index, run, fit, tasks))
+        together.each(lambda: _rest(where, index, model, scheduler, random_tasks))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. It had been checked, so something changed meanwhile; model and optimizer now hold parts of two "
+            f"states: load again before going on"
+        ) from error
+    return Loaded(index.step, index.extra, where, bool(states))
+
+
+def _found(path: Path, which: str | int) -> tuple[str, str]:
+    place, sha256 = folder.find(path, which)
+    return str(place), sha256
+
+
+def _tasks(index: Index, run: Run, fit: Fit) -> list[_Task]:
+    """Every piece of which this rank needs anything, in the order of the files."""
+    tasks: dict[Piece, _Task] = {}
+    for holding in _holdings(run, fit):
+        name = holding.fragment.fqn
+        stored = index.tensors[name].parts[holding.kind]
+        if stored.shape != holding.fragment.shape:
+            raise CheckpointError(
+                f"{holding.kind} of {name!r} has shape {stored.shape} in the checkpoint and "
+                f"{holding.fragment.shape} here"
+            )
+        for piece in stored.pieces:
+            overlaps = piece.fragment.intersect(holding.fragment)
+            if overlaps:
+                task = tasks.setdefault(piece, _Task(f"{holding.kind} of {name!r},", stored, piece, []))
+                task.places += [(holding.buffer, overlap) for overlap in overlaps]
+    return sorted(tasks.values(), key=lambda task: (task.piece.file, task.piece.offset))
+
+
+def _holdings(run: Run, fit: Fit) -> Iterator[Holding]:
+    """All that is to be filled: weights, masters and other copies of weights, moments."""
+    weights = run.weights
+    yield from run.weight_holdings([*weights.model, *weights.copies, *weights.masters], WEIGHT)
+    for one, state in fit.states:
+        if state is not None:
+            yield from run.moment_holdings(one, state)
+
+
+def _random_tasks(states: Mapping[str, Stored]) -> Iterator[tuple[str, tuple[_Task, Tensor]]]:
+    for kind, stored in states.items():
+        buffer = torch.empty(stored.shape, dtype=torch.uint8)
+        if stored.dtype != "U8" or len(stored.pieces) != 1:
+            raise CheckpointError(f"the {kind} random state is {stored.dtype} in {len(stored.pieces)} pieces")
+        piece = stored.pieces[0]
+        whole = Fragment(kind, stored.shape, 0, buffer.numel())
+        places = [(buffer, overlap) for overlap in piece.fragment.intersect(whole)]
+        yield kind, (_Task(f"the {kind} random state,", stored, piece, places), buffer)
+
+
+def _verify(where: Path, index: Index, tasks: list[_Task]) -> None:
+    with Reader(where, index.files) as reader:
+        for task in tasks:
+            reader.verify(task.stored, task.piece, task.what)
+
+
+def _commit(where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task]) -> None:
+    with Reader(where, index.files) as reader:
+        for task in tasks:
+            reader.read(task.stored, task.piece, task.places)
+    for one, state in fit.states:
+        if state is None:
+            run.optimizer.state.pop(one.parameter, None)
+            continue
+        entries = [index.tensors[name] for name in one.names]
+        assert entries[0].step is not None
+        state["step"].fill_(float(entries[0].step))
+        norms = torch.tensor([entry.limited_norm or 0.0 for entry in entries], dtype=torch.float64)
+        state["limited_norm"].view(-1).copy_(norms)
+        run.optimizer.state[one.parameter].update(state)
+    for group, options in zip(run.optimizer.param_groups, fit.options, strict=True):
+        for key, value in options.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
+def _rest(
+    where: Path, index: Index, model: Any, scheduler: Any, random_tasks: Mapping[str, tuple[_Task, Tensor]]
+) -> None:
+    if scheduler is not None:
+        scheduler.load_state_dict(index.scheduler)
+    if index.engine is not None:
+        set_counters(model, index.engine)
+    if random_tasks:
+        with Reader(where, index.files) as reader:
+            for task, _ in random_tasks.values():
+                reader.read(task.stored, task.piece, task.places)
+        random_states.restore({kind: buffer for kind, (_, buffer) in random_tasks.items()})
