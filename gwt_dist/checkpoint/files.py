@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gwt_dist.checkpoint.dtypes import torch_dtype
 from gwt_dist.checkpoint.folder import open_file
 from gwt_dist.checkpoint.format import ITEM_BYTES, CheckpointError, File, Piece, Stored
-from gwt_dist.engines.weights import torch_dtype
 from gwt_dist.layout import Fragment, Overlap
 
 PIECE_BYTES = 16 << 20

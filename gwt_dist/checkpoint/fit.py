@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gwt_dist.checkpoint.dtypes import safetensors_dtype
 from gwt_dist.checkpoint.format import FLOATS, CheckpointError, Index
 from gwt_dist.checkpoint.holdings import Run, Stepped
-from gwt_dist.engines.weights import safetensors_dtype
 from gwt_dist.recipes import RECIPES, check_group
 
 # What the moments mean; these stay as the optimizer was built, and must be what they were.

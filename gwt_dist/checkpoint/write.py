@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.checkpoint import folder, together
+from gwt_dist.checkpoint.dtypes import safetensors_dtype
 from gwt_dist.checkpoint.files import Part, split, write_file
 from gwt_dist.checkpoint.format import (
     EXP_AVG,
@@ -28,7 +29,7 @@ from gwt_dist.checkpoint.format import (
 )
 from gwt_dist.checkpoint.holdings import MASTER, Holding, Run, Traits
 from gwt_dist.checkpoint.random_states import capture
-from gwt_dist.engines.weights import counters, safetensors_dtype
+from gwt_dist.engines.weights import counters
 from gwt_dist.layout import Fragment, join
 
 _Interval = tuple[int, int, int]  # start, stop, rows

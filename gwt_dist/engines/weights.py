@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from gwt_dist import dtensor
-from gwt_dist.engines import deepspeed, fairscale, fsdp1
+from gwt_dist.engines import deepspeed, deepspeed_state, fairscale, fsdp1
 from gwt_dist.layout import Fragment
 
 # What wrappers put into the names of the modules that they wrap.
@@ -97,7 +96,7 @@ def read_weights(model: Any, optimizers: Iterable[Any]) -> Weights:
         buffers = deepspeed.read(wrapper)
         if buffers is not None:
             found.masters = [Local(b.parameter.detach(), tuple(map(_cleaned, b.fragments))) for b in buffers]
-            numbers = deepspeed.group_numbers(wrapper)
+            numbers = deepspeed_state.group_numbers(wrapper)
             found.group_of = {id(b.parameter): number for b, number in zip(buffers, numbers, strict=True)}
             break
     return found
@@ -106,7 +105,7 @@ def read_weights(model: Any, optimizers: Iterable[Any]) -> Weights:
 def _read_parameter(name: str, parameter: Tensor, found: Weights) -> None:
     found.names[id(parameter)] = name
     if hasattr(parameter, "ds_tensor"):
-        fragment, partition, whole = deepspeed.partition(parameter, name)
+        fragment, partition, whole = deepspeed_state.partition(parameter, name)
         found.model.append(Local(partition, (fragment,)))
         if whole is not None:
             found.copies.append(_whole(name, whole))
@@ -137,37 +136,10 @@ def _at_start(fragment: Fragment) -> Fragment:
 
 def counters(model: Any) -> dict[str, Any] | None:
     """What a DeepSpeed engine counts, as plain numbers; None for any other model."""
-    return deepspeed.counters(model) if "basic_optimizer" in vars(model) else None
+    return deepspeed_state.counters(model) if "basic_optimizer" in vars(model) else None
 
 
 def set_counters(model: Any, values: dict[str, Any]) -> None:
     """Give a DeepSpeed engine the counters of another; nothing is done to any other model."""
     if "basic_optimizer" in vars(model):
-        deepspeed.set_counters(model, values)
-
-
-def safetensors_dtype(dtype: torch.dtype) -> str:
-    """Its name in safetensors; raises `ValueError` for a dtype that checkpoints do not hold."""
-    names = {torch_dtype(name): name for name in _DTYPES}
-    if dtype not in names:
-        raise ValueError(f"checkpoints hold {', '.join(_DTYPES)}, and a tensor has {dtype}")
-    return names[dtype]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a name of safetensors."""
-    return _DTYPES[name]
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+        deepspeed_state.set_counters(model, values)
