@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -83,16 +84,21 @@ def whole(level: int, recipe: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, start
 
 
+def refusal(call: Callable[[], object]) -> str:
+    """The message of the `ValueError` that `call` raises."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def forgotten_attach_case(use_orig_params: bool) -> str:
     """The message of a step on an FSDP1 model that nobody attached."""
     model = wrapped("FULL_SHARD", use_orig_params)
     optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     backward(model, next(gradients(shapes_of(Net()), 1)), "")
-    try:
-        optimizer.step()
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    return refusal(optimizer.step)
 
 
 def shifted_case(use_orig_params: bool) -> str:
@@ -106,11 +112,7 @@ def shifted_case(use_orig_params: bool) -> str:
     infos[number] = infos[number]._replace(intra_param_start_idx=start + 1)
     if dist.get_rank() == 0:
         flat._shard_param_infos = tuple(infos)
-    try:
-        gwt_dist.attach(optimizer, model)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    return refusal(lambda: gwt_dist.attach(optimizer, model))
 
 
 def unreduced_case(use_orig_params: bool) -> str:
@@ -120,8 +122,4 @@ def unreduced_case(use_orig_params: bool) -> str:
     gwt_dist.attach(optimizer, model)
     with model.no_sync():
         backward(model, next(gradients(shapes_of(Net()), 1)), "")
-    try:
-        optimizer.step()
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    return refusal(optimizer.step)

@@ -190,6 +190,17 @@ def fsdp2(kind: str, layout: str) -> Iterator[Built]:
     )
 
 
+def taking(model: nn.Module, optimizer: GWTAdamW) -> Callable[[Weights], None]:
+    """A step through a backward pass whose gradients are those that it is given."""
+
+    def take(step: Weights) -> None:
+        optimizer.zero_grad()
+        model(nested(step, torch.float64)).backward()
+        optimizer.step()
+
+    return take
+
+
 @contextlib.contextmanager
 def fsdp1(kind: str, strategy: str, use_orig_params: bool) -> Iterator[Built]:
     """A sharding strategy; blocks are units, and within them what is wide or frozen."""
@@ -203,11 +214,6 @@ def fsdp1(kind: str, strategy: str, use_orig_params: bool) -> Iterator[Built]:
     optimizer = GWTAdamW(groups_of(model))
     attach(optimizer, model)
 
-    def take(step: Weights) -> None:
-        optimizer.zero_grad()
-        model(nested(step, torch.float64)).backward()
-        optimizer.step()
-
     def weights() -> Weights:
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             return {
@@ -216,7 +222,7 @@ def fsdp1(kind: str, strategy: str, use_orig_params: bool) -> Iterator[Built]:
                 if p.requires_grad
             }
 
-    yield Built(optimizer, take, weights)
+    yield Built(optimizer, taking(model, optimizer), weights)
 
 
 @contextlib.contextmanager
@@ -238,16 +244,11 @@ def fairscale(kind: str, flattening: str) -> Iterator[Built]:
         optimizer = GWTAdamW(groups_of(model))
         attach(optimizer, model)
 
-        def take(step: Weights) -> None:
-            optimizer.zero_grad()
-            model(nested(step, torch.float64)).backward()
-            optimizer.step()
-
         def weights() -> Weights:
             with model.summon_full_params():
                 return {n: p.detach().clone() for n, p in model.named_parameters()}
 
-        yield Built(optimizer, take, weights)
+        yield Built(optimizer, taking(model, optimizer), weights)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -22,14 +23,15 @@ from gwt_dist.layout import Fragment
 from ranks import RankPool
 from triton_cases import ENERGY, PAPER, rule
 
-needs_triton = pytest.mark.skipif(not triton.installed(), reason="triton is not installed")
+INSTALLED = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 @pytest.fixture(scope="module")
 def interpreted(nothing_left_over: None) -> Iterator[Callable[..., Any]]:
     """Runs a case in a process of its own, where Triton interprets kernels; other tests keep their compiler."""
-    if not triton.installed():
+    if not INSTALLED:
         pytest.skip("triton is not installed")
     pool = RankPool(1)
 

@@ -18,6 +18,7 @@ from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.wavelet import HaarTransform
 
 VARIABLE = "GWT_DIST_KERNEL"
+MAX_LEVEL = 8  # of the compiled kernels: 256 elements a unit, one instance of the code for each level
 
 
 class Kernel(Protocol):
@@ -68,8 +69,8 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, pieces: Sequen
     for piece in pieces:
         if not isinstance(piece.transform, HaarTransform):
             return f"wavelets other than Haar ({piece.fragment.fqn})"
-        if piece.level > cpu.MAX_LEVEL:
-            return f"levels above {cpu.MAX_LEVEL} ({piece.fragment.fqn})"
+        if piece.level > MAX_LEVEL:
+            return f"levels above {MAX_LEVEL} ({piece.fragment.fqn})"
     return ""
 
 

@@ -12,7 +12,6 @@ from gwt_dist.kernels.build import load
 from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.update import Rule
 
-MAX_LEVEL = 8
 CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
 _MOMENTS, _WRITE, _STEP = 1, 2, 3
 

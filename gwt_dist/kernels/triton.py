@@ -7,7 +7,6 @@ steps, are read on the device.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.work import Item, Tensors, Work
 from gwt_dist.update import Rule
 
-MAX_LEVEL = 8
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _MOMENTS, _WRITE, _STEP = (True, False), (False, True), (True, True)
@@ -62,11 +60,6 @@ def prepare() -> None:
         triton.runtime.driver.active.get_current_target()
     except RuntimeError as error:
         raise BuildError(f"the Triton kernels of gwt_dist need a GPU, and triton finds none: {error}") from error
-
-
-def installed() -> bool:
-    """Whether there is a package triton."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def takes(device: torch.device) -> bool:
