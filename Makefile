@@ -58,5 +58,5 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) setuptools wheel ninja
-	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,dev]'
+	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,cli,dev]'
 	@touch $@

@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"engines", "integrations", ""},
-    "__main__": MATH | RUNTIME | STATE | {"engines", "integrations", "train", ""},
+    "cli": MATH | RUNTIME | STATE | {"engines", "integrations", "train", ""},
+    "__main__": {"cli"},
 }
 
 # Packages beside the standard library that a part may import at all; torch alone if not listed.
@@ -55,12 +56,12 @@ THIRD_PARTY: dict[str, set[str]] = {
     "config": {"yaml"},
     "integrations": EVERYTHING,
     "train": EVERYTHING,
-    "__main__": EVERYTHING,
+    "cli": EVERYTHING,
 }
 # ... and of these, what any part may import at module level. The rest is imported inside functions,
 # so that `import gwt_dist` needs torch and PyWavelets alone.
 LIGHT = {"torch", "pywt"}
-ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "__main__"}  # `import gwt_dist` never loads them
+ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "cli", "__main__"}  # `import gwt_dist` never loads them
 LAZY = {"kernels/triton_kernels.py"}  # nor these: functions import them
 
 
