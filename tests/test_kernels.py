@@ -117,6 +117,24 @@ def test_tensors_held_whole_in_batches_of_any_size(cache: int, monkeypatch: pyte
     same(*found)
 
 
+def test_norms_of_zero_and_of_infinity_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for kernel in ("cpu", "eager"):
+        monkeypatch.setenv(choice.VARIABLE, kernel)
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+        optimizer = GWTAdamW(parameters, betas=(0.0, 0.999))
+        norms = []
+        for size in (1.0, 0.0, 3.0, torch.inf):
+            for parameter in parameters:
+                parameter.grad = size * torch.ones(8, 8)
+            optimizer.step()
+            norms.append([optimizer.state[p]["limited_norm"].item() for p in parameters])
+        assert norms[1] == norms[0] != norms[2] == norms[3] and min(norms[0]) > 0
+        found.append(norms)
+    assert found[0] == found[1]
+
+
 def test_no_norm_is_in_two_batches() -> None:
     pieces = [Piece.of(Fragment(n, (40, 50), 0, 2000), Fragment(n, (40, 13), 0, 520), 2, "haar") for n in "abcde"]
     work = Work(tuple(Part(i, p, (), norm) for i, (p, norm) in enumerate(zip(pieces, (2, 0, 2, 3, 1), strict=True))))
