@@ -132,6 +132,9 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
             raise CheckpointError(f"the options of a parameter group in {where} hold params")
         try:
             check_group({**group, **options}, f"a parameter group of {where}")
-        except TypeError as error:
+            for key, value in options.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].detach().clone().fill_(value)
+        except (TypeError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"the options of a parameter group in {where} make no sense: {error}") from None
         yield options
