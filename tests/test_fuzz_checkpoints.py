@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,7 +159,7 @@ def load(here: Saved) -> str | None:
         assert ours, f"{found!r} is none of ours"
         assert same(before, here.content()), f"half of it was loaded: {error}"
         assert "something changed meanwhile" not in str(error)
-        assert len(str(error)) < 2000
+        assert len(str(error)) < 2100
         return str(error)
     return None
 
@@ -339,6 +340,62 @@ def test_files_with_an_index_that_was_made_to_fit(content: bytes, header: int) -
     assert inspected(here)[0] == (0 if refused is None else 1)
     if refused is None:
         here.build()
+
+
+# --- what the fuzzing has found, or would take long to find
+
+
+def random_states(index: dict[str, Any]) -> dict[str, Any]:
+    return index["random"]["0"]
+
+
+def set_in(index: dict[str, Any], value: Any, *path: Any) -> None:
+    at(index, path[:-1])[path[-1]] = value
+
+
+BIAS = ("tensors", "attn.bias")
+FOUND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "betas": (lambda i: set_in(i, 0, "groups", 0, "betas"), "betas=0 in a parameter group"),
+    "huge rate": (lambda i: set_in(i, 10**400, "groups", 0, "lr"), "options of a parameter group in .* make no sense"),
+    "infinite rate": (lambda i: set_in(i, "@1e999", "groups", 0, "lr"), "holds '1e999', which is too large"),
+    "long rate": (lambda i: set_in(i, "1" * 5000, "groups", 0, "lr"), r"lr='1+\.\.\."),
+    "tensor option": (lambda i: set_in(i, [], "groups", 0, "mine"), "options of a parameter group in .* make no sense"),
+    "huge norm": (lambda i: set_in(i, 10**400, *BIAS, "limited_norm"), "limited_norm is a int"),
+    "empty shape": (lambda i: set_in(i, [0, 1 << 62, 1 << 62], *BIAS, "shape"), "shape is no shape of a tensor"),
+    "no Python state": (lambda i: random_states(i).pop("python"), "random states are not those of this version"),
+    "another state": (
+        lambda i: set_in(random_states(i), random_states(i)["torch"], "python"),
+        "random states are not those of this version|do not lie in its data",
+    ),
+    "text for a scheduler": (lambda i: set_in(i, "text", "scheduler"), "schedule does not take the state"),
+    "list of counters": (lambda i: set_in(i, {"counters": []}, "engine"), "engine should have the keys"),
+    "text as a counter": (
+        lambda i: set_in(i, {"counters": {"global_steps": "1"}, "loss_scale": {}, "lr_scheduler": None}, "engine"),
+        "engine.global_steps is '1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_found_before(case) -> None:
+    here = saved()
+    here.restore()
+    change, message = FOUND[case]
+    index = json.loads(json.dumps(here.index))
+    change(index)
+    here.forge(json.dumps(index).replace('"@1e999"', "1e999").encode())
+    assert re.search(message, str(load(here)))
+
+
+def test_a_key_twice() -> None:
+    """The last one would count, and whoever looks at the first sees something else."""
+    here = saved()
+    here.restore()
+    here.forge(json.dumps(here.index).replace('"step": 1,', '"step": 1, "step": 1,', 1).encode())
+    assert "has the key 'step' twice in one object" in str(load(here))
+    code, shown = inspected(here)
+    assert code == 1
+    assert "twice" in shown.replace("\n", " ")
 
 
 # --- paths
