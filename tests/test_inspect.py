@@ -195,3 +195,9 @@ def test_names_cannot_speak_to_the_terminal(tmp_path, capsys, monkeypatch) -> No
     flip(tmp_path / "step-00000000" / "rank-00000.safetensors", -1)
     assert main(["inspect", str(tmp_path)]) == 1
     assert "\x1b" not in capsys.readouterr().out
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 4, "num_attention_heads": 1}')
+    assert main(["export", str(tmp_path), str(tmp_path / "out"), "--config", str(config)]) == 2
+    shown = capsys.readouterr().err
+    assert "the config is of another model" in shown
+    assert "\x1b" not in shown

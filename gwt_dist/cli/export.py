@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from gwt_dist.checkpoint import locate, read_index
+from gwt_dist.checkpoint import CheckpointError, locate, read_index
 from gwt_dist.checkpoint.export import DTYPES, export_model
 from gwt_dist.checkpoint.folder import read
 from gwt_dist.checkpoint.format import WEIGHT
+from gwt_dist.cli.inspect import printable
 
 Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
 _LARGEST_CONFIG = 1 << 24
@@ -34,19 +35,22 @@ def export(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     console = Console(highlight=False, markup=False, emoji=False)
-    folder, sha256 = locate(checkpoint)
-    tensors = read_index(folder, sha256).tensors.values()
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("exporting", total=sum(entry.parts[WEIGHT].bytes for entry in tensors))
-        written = export_model(
-            folder,
-            out,
-            config=None if config is None else _config(config),
-            dtype=None if dtype is None else DTYPES[dtype.value],
-            max_shard_size=max_shard_size,
-            progress=lambda count: bar.advance(task, count),
-        )
+    try:
+        folder, sha256 = locate(checkpoint)
+        tensors = read_index(folder, sha256).tensors.values()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("exporting", total=sum(entry.parts[WEIGHT].bytes for entry in tensors))
+            written = export_model(
+                folder,
+                out,
+                config=None if config is None else _config(config),
+                dtype=None if dtype is None else DTYPES[dtype.value],
+                max_shard_size=max_shard_size,
+                progress=lambda count: bar.advance(task, count),
+            )
+    except CheckpointError as error:
+        raise CheckpointError(printable(error)) from error
     size = sum(path.stat().st_size for path in written.iterdir())
     console.print(f"{written}: {len(tensors)} tensors, {size:,} bytes", soft_wrap=True)
 
