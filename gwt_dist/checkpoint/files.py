@@ -22,6 +22,7 @@ from gwt_dist.checkpoint.format import ITEM_BYTES, CheckpointError, File, Piece,
 from gwt_dist.layout import Fragment, Overlap
 
 PIECE_BYTES = 16 << 20
+_HASH_BYTES = 1 << 20  # read at a time to be hashed: what was read is still in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ class Reader:
     def verify(self, stored: Stored, piece: Piece, what: str) -> None:
         """Compare a piece with its checksum."""
         digest, length = hashlib.sha256(), stored.bytes_of(piece)
-        for low in range(0, length, PIECE_BYTES):
-            digest.update(self._bytes(piece.file, piece.offset + low, min(PIECE_BYTES, length - low)).numpy().data)
+        for low in range(0, length, _HASH_BYTES):
+            digest.update(self._bytes(piece.file, piece.offset + low, min(_HASH_BYTES, length - low)).numpy().data)
         self._compare(digest.hexdigest(), stored, piece, what)
 
     def whole(self, stored: Stored, what: str) -> Tensor:
@@ -159,22 +160,29 @@ class Reader:
         """Copy parts of a piece into local buffers; as few bytes as lie around them are read."""
         low = min(o.source for _, o in overlaps)
         high = max(o.source + (o.rows - 1) * o.source_stride + o.columns for _, o in overlaps)
-        size = ITEM_BYTES[stored.dtype]
-        raw = self._bytes(piece.file, piece.offset + low * size, (high - low) * size)
-        content = raw.view(torch_dtype(stored.dtype))
+        size, dtype = ITEM_BYTES[stored.dtype], torch_dtype(stored.dtype)
+        buffer, whole = overlaps[0]
+        dense = whole.rows == 1 or whole.columns == whole.source_stride == whole.destination_stride
+        if len(overlaps) == 1 and dense and buffer.dtype == dtype and buffer.device.type == "cpu":
+            place = buffer.narrow(0, whole.destination, high - low).view(torch.uint8)  # nothing in between
+            self._fill(piece.file, piece.offset + low * size, place)
+            return
+        content = self._bytes(piece.file, piece.offset + low * size, (high - low) * size).view(dtype)
         for buffer, o in overlaps:
             places = (o.rows, o.columns, o.source - low, o.source_stride, o.destination, o.destination_stride)
             copy(buffer, content, Overlap(*places))
 
     def _bytes(self, name: str, offset: int, length: int) -> Tensor:
         """Bytes of a file; they are good until the next are read."""
-        descriptor = self._descriptor(name)
         if length > len(self._buffer):
-            self._buffer = torch.empty(max(length, min(PIECE_BYTES, self.files[name].bytes)), dtype=torch.uint8)
+            self._buffer = torch.empty(length, dtype=torch.uint8)
         content = self._buffer[:length]
-        view = content.numpy().data
-        done = 0
-        while done < length:
+        self._fill(name, offset, content)
+        return content
+
+    def _fill(self, name: str, offset: int, content: Tensor) -> None:
+        descriptor, view, done = self._descriptor(name), content.numpy().data, 0
+        while done < len(view):
             try:
                 count = os.preadv(descriptor, [view[done:]], offset + done)
             except OSError as error:
@@ -182,7 +190,6 @@ class Reader:
             if not count:
                 raise CheckpointError(f"{self.folder / name} ends at byte {offset + done}; it was cut short")
             done += count
-        return content
 
     def _descriptor(self, name: str) -> int:
         if self._open is None or self._open[0] != name:
