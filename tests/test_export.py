@@ -37,6 +37,7 @@ def test_logits_are_those_of_the_live_model(ranks, tmp_path, capsys, kind) -> No
     assert main(["export", str(run), str(out), "--max-shard-size", "20KB"]) == 0
     assert str(out) in capsys.readouterr().out.replace("\n", "")
     assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert {t.dtype for t in weights_of(out).values()} == {torch.bfloat16 if kind.endswith("bf16") else torch.float32}
     for rank, (found, dtype) in enumerate(ranks(2, loaded_case, str(out), timeout=120)):
         assert torch.equal(found, live[rank]["logits"])
         assert dtype == ("torch.bfloat16" if kind.endswith("bf16") else "torch.float32")

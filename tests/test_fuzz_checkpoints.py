@@ -353,6 +353,12 @@ def set_in(index: dict[str, Any], value: Any, *path: Any) -> None:
     at(index, path[:-1])[path[-1]] = value
 
 
+def grow(stored: dict[str, Any], shape: list[int], stop: int, rows: int) -> None:
+    """A tensor that fits its only piece, and no file."""
+    stored["shape"] = shape
+    stored["pieces"][0].update(start=0, stop=stop, rows=rows)
+
+
 BIAS = ("tensors", "attn.bias")
 FOUND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "betas": (lambda i: set_in(i, 0, "groups", 0, "betas"), "betas=0 in a parameter group"),
@@ -368,6 +374,15 @@ FOUND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "random states are not those of this version|do not lie in its data",
     ),
     "text for a scheduler": (lambda i: set_in(i, "text", "scheduler"), "schedule does not take the state"),
+    "half a scheduler": (
+        lambda i: set_in(i, [["gamma", 0.25], [1, 2, 3]], "scheduler"),  # the first is taken before the second is seen
+        "schedule does not take the state",
+    ),
+    "huge random state": (lambda i: grow(random_states(i)["python"], [1 << 40], 1 << 40, 1), "do not lie in its data"),
+    "very many rows": (
+        lambda i: grow(at(i, BIAS)["parts"]["weight"], [1 << 40, 2], 1, 1 << 40),
+        "do not lie in its data",
+    ),
     "list of counters": (lambda i: set_in(i, {"counters": []}, "engine"), "engine should have the keys"),
     "text as a counter": (
         lambda i: set_in(i, {"counters": {"global_steps": "1"}, "loss_scale": {}, "lr_scheduler": None}, "engine"),
