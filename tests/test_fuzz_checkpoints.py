@@ -7,6 +7,7 @@ no more than files and index have room for, opens nothing outside of the folder 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -151,10 +152,7 @@ def load(here: Saved) -> str | None:
             gwt_dist.load(here.path, here.model, here.optimizer, scheduler=here.scheduler)
     except CheckpointError as error:
         # `each` makes a CheckpointError of whatever a rank raises; what it was is the cause.
-        cause = error.__cause__ or error
-        found = cause
-        while found.__cause__ is not None and isinstance(found, CheckpointError) and "schedule" not in str(found):
-            found = found.__cause__
+        found = error.__cause__ or error
         ours = isinstance(found, CheckpointError | LayoutError) or type(found) is ValueError
         assert ours, f"{found!r} is none of ours"
         assert same(before, here.content()), f"half of it was loaded: {error}"
@@ -227,9 +225,11 @@ def indexes(draw: st.DrawFn) -> bytes:
         elif how == "add" and isinstance(parent, list):
             parent.append(json.loads(json.dumps(parent[key])))
         elif how == "add":
-            parent[draw(st.sampled_from(["more", "params", "", "lr", "9"]))] = draw(st.sampled_from(HOSTILE))
+            parent[draw(st.sampled_from(["more", "params", "", "lr", "9"]))] = copy.deepcopy(
+                draw(st.sampled_from(HOSTILE))
+            )
         else:
-            parent[key] = draw(st.sampled_from(HOSTILE))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))  # the next change may be one of it
     text = json.dumps(index)
     text = text.replace(f'"{DEEP}"', "[" * 300 + "]" * 300).replace('"@1e999"', "1e999")
     text = text.replace(f'"{DEEPER}"', "[" * 200_000 + "]" * 200_000)
