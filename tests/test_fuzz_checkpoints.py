@@ -225,9 +225,8 @@ def indexes(draw: st.DrawFn) -> bytes:
         elif how == "add" and isinstance(parent, list):
             parent.append(json.loads(json.dumps(parent[key])))
         elif how == "add":
-            parent[draw(st.sampled_from(["more", "params", "", "lr", "9"]))] = copy.deepcopy(
-                draw(st.sampled_from(HOSTILE))
-            )
+            key = draw(st.sampled_from(["more", "params", "", "lr", "9"]))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))
         else:
             parent[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))  # the next change may be one of it
     text = json.dumps(index)
