@@ -4,6 +4,7 @@
 #   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
 #   make support               both, and the support matrix of docs/engines.md from its results
 #   make bench                 time of a step beside other optimizers, into benchmarks/results
+#   make bench-checkpoints     save and load beside DeepSpeed's and PyTorch's own, likewise
 #   make lint | format | clean
 #   PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip call (a mirror, CPU-only wheels of torch).
 
@@ -17,7 +18,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test matrix pretrain support bench lint format clean
+.PHONY: test matrix pretrain support bench bench-checkpoints lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -36,6 +37,9 @@ support: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+bench-checkpoints: $(STAMP)
+	$(BIN)/python benchmarks/checkpoint_time.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

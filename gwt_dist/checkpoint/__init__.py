@@ -3,9 +3,20 @@
 See docs/checkpoints.md for the format.
 """
 
-from gwt_dist.checkpoint.folder import checkpoints, find, read_index
+from gwt_dist.checkpoint.folder import NoCheckpoint, checkpoints, find, locate, read_index
 from gwt_dist.checkpoint.format import CheckpointError, Index
 from gwt_dist.checkpoint.read import Loaded, load
 from gwt_dist.checkpoint.write import save
 
-__all__ = ["CheckpointError", "Index", "Loaded", "checkpoints", "find", "load", "read_index", "save"]
+__all__ = [
+    "CheckpointError",
+    "Index",
+    "Loaded",
+    "NoCheckpoint",
+    "checkpoints",
+    "find",
+    "load",
+    "locate",
+    "read_index",
+    "save",
+]

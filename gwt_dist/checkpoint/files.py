@@ -22,6 +22,7 @@ from gwt_dist.checkpoint.format import ITEM_BYTES, CheckpointError, File, Piece,
 from gwt_dist.layout import Fragment, Overlap
 
 PIECE_BYTES = 16 << 20
+_HASH_BYTES = 1 << 20  # read at a time to be hashed: what was read is still in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class Reader:
     def __init__(self, folder: Path, files: Mapping[str, File]) -> None:
         self.folder, self.files = folder, files
         self._open: tuple[str, int] | None = None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Reader:
         return self
@@ -124,12 +126,33 @@ class Reader:
             os.close(self._open[1])
             self._open = None
 
+    def check(self, name: str) -> None:
+        """Length and header of a file."""
+        self._descriptor(name)
+
     def verify(self, stored: Stored, piece: Piece, what: str) -> None:
         """Compare a piece with its checksum."""
-        content = self._bytes(piece.file, piece.offset, stored.bytes_of(piece))
-        if hashlib.sha256(content.numpy().data).hexdigest() != piece.sha256:
+        digest, length = hashlib.sha256(), stored.bytes_of(piece)
+        for low in range(0, length, _HASH_BYTES):
+            digest.update(self._bytes(piece.file, piece.offset + low, min(_HASH_BYTES, length - low)).numpy().data)
+        self._compare(digest.hexdigest(), stored, piece, what)
+
+    def whole(self, stored: Stored, what: str) -> Tensor:
+        """A whole tensor in its own shape, every piece of it compared with its checksum."""
+        result = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+        for piece in stored.pieces:
+            raw = self._bytes(piece.file, piece.offset, stored.bytes_of(piece))
+            self._compare(hashlib.sha256(raw.numpy().data).hexdigest(), stored, piece, what)
+            held = Fragment(piece.fragment.fqn, stored.shape, 0, result.numel())
+            for overlap in piece.fragment.intersect(held):
+                copy(result, raw.view(result.dtype), overlap)
+        return result
+
+    def _compare(self, sha256: str, stored: Stored, piece: Piece, what: str) -> None:
+        if sha256 != piece.sha256:
+            end = piece.offset + stored.bytes_of(piece)
             raise CheckpointError(
-                f"{self.folder / piece.file} is damaged: bytes {piece.offset}..{piece.offset + len(content)}, {what} "
+                f"{self.folder / piece.file} is damaged: bytes {piece.offset}..{end}, {what} "
                 f"{piece.fragment.start}..{piece.fragment.stop}, are not those that were written"
             )
 
@@ -137,44 +160,58 @@ class Reader:
         """Copy parts of a piece into local buffers; as few bytes as lie around them are read."""
         low = min(o.source for _, o in overlaps)
         high = max(o.source + (o.rows - 1) * o.source_stride + o.columns for _, o in overlaps)
-        size = ITEM_BYTES[stored.dtype]
-        raw = self._bytes(piece.file, piece.offset + low * size, (high - low) * size)
-        content = raw.view(torch_dtype(stored.dtype))
+        size, dtype = ITEM_BYTES[stored.dtype], torch_dtype(stored.dtype)
+        buffer, whole = overlaps[0]
+        dense = whole.rows == 1 or whole.columns == whole.source_stride == whole.destination_stride
+        if len(overlaps) == 1 and dense and buffer.dtype == dtype and buffer.device.type == "cpu":
+            place = buffer.narrow(0, whole.destination, high - low).view(torch.uint8)  # nothing in between
+            self._fill(piece.file, piece.offset + low * size, place)
+            return
+        content = self._bytes(piece.file, piece.offset + low * size, (high - low) * size).view(dtype)
         for buffer, o in overlaps:
             places = (o.rows, o.columns, o.source - low, o.source_stride, o.destination, o.destination_stride)
             copy(buffer, content, Overlap(*places))
 
     def _bytes(self, name: str, offset: int, length: int) -> Tensor:
-        content = torch.empty(length, dtype=torch.uint8)
-        view = content.numpy().data
-        done = 0
-        while done < length:
+        """Bytes of a file; they are good until the next are read."""
+        if length > len(self._buffer):
+            self._buffer = torch.empty(length, dtype=torch.uint8)
+        content = self._buffer[:length]
+        self._fill(name, offset, content)
+        return content
+
+    def _fill(self, name: str, offset: int, content: Tensor) -> None:
+        descriptor, view, done = self._descriptor(name), content.numpy().data, 0
+        while done < len(view):
             try:
-                count = os.preadv(self._descriptor(name), [view[done:]], offset + done)
+                count = os.preadv(descriptor, [view[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(f"{self.folder / name} cannot be read: {error.strerror}") from None
             if not count:
                 raise CheckpointError(f"{self.folder / name} ends at byte {offset + done}; it was cut short")
             done += count
-        return content
 
     def _descriptor(self, name: str) -> int:
-        if self._open is not None and self._open[0] == name:
-            return self._open[1]
-        self.__exit__()
-        try:
-            descriptor = open_file(self.folder / name)
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.folder / name} is missing") from None
-        self._open = (name, descriptor)
-        file = self.files[name]
-        if os.fstat(descriptor).st_size != file.bytes:
-            raise CheckpointError(
-                f"{self.folder / name} has {os.fstat(descriptor).st_size} bytes and should have {file.bytes}"
-            )
+        if self._open is None or self._open[0] != name:
+            self.__exit__()
+            try:
+                descriptor = open_file(self.folder / name)
+            except FileNotFoundError:
+                raise CheckpointError(f"{self.folder / name} is missing") from None
+            try:
+                self._check_header(name, descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._open = (name, descriptor)
+        return self._open[1]
+
+    def _check_header(self, name: str, descriptor: int) -> None:
+        file, found = self.files[name], os.fstat(descriptor).st_size
+        if found != file.bytes:
+            raise CheckpointError(f"{self.folder / name} has {found} bytes and should have {file.bytes}")
         if hashlib.sha256(os.pread(descriptor, file.header_bytes, 0)).hexdigest() != file.header_sha256:
             raise CheckpointError(
                 f"{self.folder / name} is damaged, or of another rank or another checkpoint: its header is not the one "
                 f"that was written"
             )
-        return descriptor

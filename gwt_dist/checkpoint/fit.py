@@ -127,11 +127,17 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
                     f"parameter group ({i}). Build the groups as they were"
                 )
             chosen, first = options, first or name
-        options = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in (chosen or {}).items()}
+        options = {
+            k: tuple(v) if isinstance(v, list) and isinstance(group.get(k), tuple) else v
+            for k, v in (chosen or {}).items()
+        }
         if "params" in options:
             raise CheckpointError(f"the options of a parameter group in {where} hold params")
         try:
             check_group({**group, **options}, f"a parameter group of {where}")
-        except TypeError as error:
+            for key, value in options.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].detach().clone().fill_(value)
+        except (TypeError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"the options of a parameter group in {where} make no sense: {error}") from None
         yield options

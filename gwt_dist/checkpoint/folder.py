@@ -21,12 +21,18 @@ import shutil
 import stat
 from pathlib import Path
 
-from gwt_dist.checkpoint.format import INDEX, CheckpointError, Index, parse
+from gwt_dist.checkpoint.format import INDEX, CheckpointError, Index
+from gwt_dist.checkpoint.parse import parse
 
 LATEST = "latest"
 _FOLDER = re.compile(r"step-([0-9]{8,12})")
 _LATEST = re.compile(rf"([0-9a-f]{{64}})  (step-[0-9]{{8,12}})/{re.escape(INDEX)}\n")
+_BESIDE = re.compile(rf"([0-9a-f]{{64}})  {re.escape(INDEX)}\n")
 _LARGEST_INDEX = 1 << 31
+
+
+class NoCheckpoint(CheckpointError):
+    """There is none where one was looked for."""
 
 
 def name_of(step: int) -> str:
@@ -68,12 +74,38 @@ def find(path: Path, which: str | int) -> tuple[Path, str]:
     name = name_of(which) if isinstance(which, int) else which
     if not _FOLDER.fullmatch(name):
         raise CheckpointError(f"which={which!r} is neither 'latest', a step, nor the name of a checkpoint")
-    folder = path / name
-    line = _text(folder / f"{INDEX}.sha256", _others(path))
-    match = _LATEST.fullmatch(line.replace("  ", f"  {folder.name}/", 1))
+    return path / name, _beside(path / name, _others(path))
+
+
+def locate(path: Path) -> tuple[Path, str]:
+    """As `find`, for what a user points at: a checkpoint's folder whatever its name, a run's folder, or its `latest`.
+
+    Raises:
+        NoCheckpoint: If nothing there looks like one.
+        CheckpointError: If it is damaged, or was not saved to the end.
+    """
+    path = path.absolute()
+    for run in (path.parent if path.name == LATEST else path, path / "checkpoints"):
+        if os.path.lexists(run / LATEST):
+            return find(run, LATEST)
+    if any(os.path.lexists(path / name) for name in (INDEX, f"{INDEX}.sha256")):
+        return path, _beside(path, "it was not saved to the end, or is damaged")
+    if path.name.endswith(".saving") or _FOLDER.fullmatch(path.name) or any(path.glob("rank-*.safetensors")):
+        raise CheckpointError(f"{path / INDEX} is missing: what is in {path} was not saved to the end")
+    if checkpoints(path):
+        raise CheckpointError(f"{path / LATEST} is missing; name one of the {_others(path)}")
+    raise NoCheckpoint(
+        f"{path} {'holds no checkpoint' if path.exists() else 'does not exist'}: name a folder with an {INDEX}, or one "
+        f"with `{LATEST}` in it"
+    )
+
+
+def _beside(folder: Path, otherwise: str) -> str:
+    line = _text(folder / f"{INDEX}.sha256", otherwise)
+    match = _BESIDE.fullmatch(line)
     if match is None:
         raise CheckpointError(f"{folder / INDEX}.sha256 is damaged: it holds {line[:99]!r}")
-    return folder, match[1]
+    return match[1]
 
 
 def _others(path: Path) -> str:
@@ -112,17 +144,18 @@ def open_file(path: Path) -> int:
     return descriptor
 
 
-def read_index(folder: Path, sha256: str | None = None) -> Index:
+def read_index(folder: Path, sha256: str | None = None, *, lengths: bool = True) -> Index:
     """The index of a checkpoint, checked against its checksum and the lengths of all files.
 
     Args:
         folder: A folder that `find` returned.
         sha256: The checksum that the index must have; None takes the one beside it.
+        lengths: False believes what the index says of the files; who reads them must look.
 
     Raises:
         CheckpointError: If anything is missing, damaged, or of another version.
     """
-    expected = sha256 if sha256 is not None else find(folder.parent, folder.name)[1]
+    expected = sha256 if sha256 is not None else _beside(folder, "it was not saved to the end, or is damaged")
 
     def size(name: str) -> int:
         try:
@@ -144,7 +177,7 @@ def read_index(folder: Path, sha256: str | None = None) -> Index:
         raise CheckpointError(f"{damaged} is missing or damaged: it has not the checksum of {folder / INDEX}")
     if found != expected:
         raise CheckpointError(f"{folder / INDEX} is damaged: its SHA-256 is not the one that was written")
-    return parse(text, str(folder / INDEX), size)
+    return parse(text, str(folder / INDEX), size if lengths else None)
 
 
 def checksum_line(sha256: str, folder: str = "") -> str:
@@ -205,6 +238,15 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk that something else wrote."""
+    descriptor = open_file(path)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

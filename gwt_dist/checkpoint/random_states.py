@@ -20,13 +20,22 @@ def capture() -> dict[str, Tensor]:
     return states
 
 
-def restore(states: Mapping[str, Tensor]) -> None:
-    """Put back what `capture` returned; raises `ValueError` for what it did not return."""
-    version, numbers, gauss = json.loads(bytes(states["python"].numpy()))
+def check(states: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` for states that `restore` could not put back; changes nothing."""
     try:
-        random.setstate((version, tuple(numbers), gauss))
-        torch.set_rng_state(states["torch"])
+        version, numbers, gauss = json.loads(bytes(states["python"].numpy()))
+        random.Random().setstate((version, tuple(numbers), gauss))
+        torch.Generator().set_state(states["torch"])
         if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"the random states are not those of this version of Python or torch: {error}") from None
+            torch.Generator("cuda").set_state(states["cuda"])
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, RuntimeError) as error:
+        raise ValueError(f"the random states are not those of this version of Python or torch: {error!r}") from None
+
+
+def restore(states: Mapping[str, Tensor]) -> None:
+    """Put back what `capture` returned and `check` has seen."""
+    version, numbers, gauss = json.loads(bytes(states["python"].numpy()))
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

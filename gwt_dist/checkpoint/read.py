@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from gwt_dist.checkpoint.files import Reader
 from gwt_dist.checkpoint.fit import Fit, check
 from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Index, Piece, Stored
 from gwt_dist.checkpoint.holdings import Holding, Run
-from gwt_dist.engines.weights import set_counters
-from gwt_dist.layout import Fragment, Overlap
+from gwt_dist.engines.weights import counters, set_counters
+from gwt_dist.layout import Overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,13 @@ def load(
     fit = together.each(lambda: check(index, run, scheduler, str(where)))
     tasks = together.each(lambda: _tasks(index, run, fit))
     states = index.random.get(together.rank(), {}) if restore_random else {}
-    random_tasks = together.each(lambda: dict(_random_tasks(states)))
-    together.each(lambda: _verify(where, index, [*tasks, *(task for task, _ in random_tasks.values())]))
+    random = together.each(lambda: _random(where, index, states))
+    together.each(lambda: _verify(where, index, tasks))
+    together.each(lambda: _schedules(index, model, scheduler))
     try:
         together.each(lambda: _commit(where, index, run, fit, tasks))
-        together.each(lambda: _rest(where, index, model, scheduler, random_tasks))
+        if random:
+            random_states.restore(random)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. It had been checked, so something changed meanwhile; model and optimizer now hold parts of two "
@@ -124,15 +128,13 @@ def _holdings(run: Run, fit: Fit) -> Iterator[Holding]:
             yield from run.moment_holdings(one, state)
 
 
-def _random_tasks(states: Mapping[str, Stored]) -> Iterator[tuple[str, tuple[_Task, Tensor]]]:
-    for kind, stored in states.items():
-        buffer = torch.empty(stored.shape, dtype=torch.uint8)
-        if stored.dtype != "U8" or len(stored.pieces) != 1:
-            raise CheckpointError(f"the {kind} random state is {stored.dtype} in {len(stored.pieces)} pieces")
-        piece = stored.pieces[0]
-        whole = Fragment(kind, stored.shape, 0, buffer.numel())
-        places = [(buffer, overlap) for overlap in piece.fragment.intersect(whole)]
-        yield kind, (_Task(f"the {kind} random state,", stored, piece, places), buffer)
+def _random(where: Path, index: Index, states: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """The random states of this rank, which are small, in memory and checked."""
+    with Reader(where, index.files) as reader:
+        found = {kind: reader.whole(stored, f"the {kind} random state,") for kind, stored in states.items()}
+    if found:
+        random_states.check(found)
+    return found
 
 
 def _verify(where: Path, index: Index, tasks: list[_Task]) -> None:
@@ -163,15 +165,18 @@ def _commit(where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task]) -
                 group[key] = value
 
 
-def _rest(
-    where: Path, index: Index, model: Any, scheduler: Any, random_tasks: Mapping[str, tuple[_Task, Tensor]]
-) -> None:
+def _schedules(index: Index, model: Any, scheduler: Any) -> None:
+    """The states of schedules and the counters of an engine, or nothing of them: only they know what they take."""
+    restores: list[tuple[Callable[[Any], None], Any, Any]] = []  # how, what, and what was there before
     if scheduler is not None:
-        scheduler.load_state_dict(index.scheduler)
-    if index.engine is not None:
-        set_counters(model, index.engine)
-    if random_tasks:
-        with Reader(where, index.files) as reader:
-            for task, _ in random_tasks.values():
-                reader.read(task.stored, task.piece, task.places)
-        random_states.restore({kind: buffer for kind, (_, buffer) in random_tasks.items()})
+        restores.append((scheduler.load_state_dict, index.scheduler, copy.deepcopy(scheduler.state_dict())))
+    before = counters(model)
+    if index.engine is not None and before is not None:
+        restores.append((partial(set_counters, model), index.engine, copy.deepcopy(before)))
+    for i, (restore, value, _) in enumerate(restores):
+        try:
+            restore(copy.deepcopy(value))
+        except Exception as error:
+            for undo, _, old in restores[: i + 1]:
+                undo(old)
+            raise CheckpointError(f"the schedule does not take the state in the checkpoint: {error!r}") from error

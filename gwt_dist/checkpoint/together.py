@@ -43,6 +43,7 @@ def each(what: Callable[[], T]) -> T:
     except Exception as error:
         # Errors of ours say what was found; of others the type is the half of what they say.
         failure, message = error, str(error) if isinstance(error, ValueError) else repr(error)
+        message = message if len(message) <= 2000 else f"{message[:2000]}..."  # what is read may be as long as it likes
     failed = [(number, text) for number, text in enumerate(gather(message)) if text]
     if failed:
         where = f"rank {failed[0][0]}: " if world_size() > 1 else ""

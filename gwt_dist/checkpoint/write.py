@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,7 @@ def save(
             scheduler=None if scheduler is None else scheduler.state_dict(),
             engine=counters(model),
             random={rank: one.random for rank, one in enumerate(written) if one.random},
-            versions={"torch": str(torch.__version__)},
+            versions=_versions(),
         )
         return str(folder.finish(saving, dump(index), keep))
 
@@ -127,6 +128,14 @@ def save(
         if together.rank() == 0:
             shutil.rmtree(saving, ignore_errors=True)  # a full disk is none for whoever comes next
         raise
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": str(torch.__version__)}
+    for package in ("gwt_dist", "deepspeed"):
+        if package in sys.modules:
+            found[package] = str(getattr(sys.modules[package], "__version__", "unknown"))
+    return found
 
 
 def _report(run: Run, holdings: Sequence[Holding], step: int, keep: int | None) -> _Report:

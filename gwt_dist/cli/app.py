@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from gwt_dist.cli.export import export
+from gwt_dist.cli.inspect import inspect
+
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
 app = typer.Typer(
@@ -36,6 +39,10 @@ def train(context: typer.Context) -> None:
     from gwt_dist.train import main as pretrain
 
     raise typer.Exit(pretrain(context.args))
+
+
+app.command()(export)
+app.command()(inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

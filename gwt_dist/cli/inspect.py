@@ -1,0 +1,194 @@
+"""``gwt-dist inspect``: what is in a checkpoint, who wrote it, and whether it is what was written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gwt_dist.checkpoint import CheckpointError, Index, NoCheckpoint, locate, read_index
+from gwt_dist.checkpoint.format import EXP_AVG, EXP_AVG_SQ, ITEM_BYTES, WEIGHT, Entry
+from gwt_dist.checkpoint.verify import Damage, damages
+
+GOOD, DAMAGED = 0, 1
+_RANK = re.compile(r"rank-0*([0-9]+)\.safetensors")
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, a run's folder, or its `latest`.")],
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare every byte with its checksum.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Show what a checkpoint holds and who wrote it, and verify every checksum.
+
+    Leaves with 0 if it is as it was written, 1 if it is damaged or was not saved to the end, 2 if there is none.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    try:
+        folder, sha256 = locate(checkpoint)
+        index = read_index(folder, sha256, lengths=False)
+    except NoCheckpoint:
+        raise
+    except CheckpointError as error:
+        found = _files(checkpoint)
+        if as_json:
+            console.out(json.dumps({"folder": str(checkpoint), "damaged": [_plain(error)], "files": found}))
+        else:
+            console.print(f"damaged: {printable(error)}", style="bold red", soft_wrap=True)
+            for name, size in found.items():
+                console.print(f"  {printable(name)}: {size:,} bytes", soft_wrap=True)
+        raise typer.Exit(DAMAGED) from None
+    told = describe(folder, index)
+    if not as_json:
+        _show(console, told)
+    bad = _verified(folder, index, console if not as_json else None) if verify else []
+    if as_json:
+        told |= {"verified": verify, "damaged": [asdict(one) for one in bad]}
+        console.out(json.dumps(told))
+    else:
+        _show_damage(console, index, bad, verify)
+    raise typer.Exit(DAMAGED if bad else GOOD)
+
+
+def printable(text: object) -> str:
+    """What a terminal can be given: names in an index may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _plain(error: CheckpointError) -> dict[str, Any]:
+    return {"file": None, "tensors": [], "message": str(error)}
+
+
+def _files(path: Path) -> dict[str, int]:
+    """Regular files in a folder that has no index that could be read."""
+    if not path.is_dir():
+        return {}
+    return {p.name: p.lstat().st_size for p in sorted(path.iterdir()) if p.is_file() and not p.is_symlink()}
+
+
+def describe(folder: Path, index: Index) -> dict[str, Any]:
+    """All that is shown, as plain data."""
+    tensors = [_tensor(entry) for entry in index.tensors.values()]
+    keys = ("weight_bytes", "master_bytes", "moment_bytes", "adamw_moment_bytes")
+    return {
+        "folder": str(folder),
+        "step": index.step,
+        "world_size": index.world_size,
+        "engine": index.engine,
+        "versions": index.versions,
+        "tensors": tensors,
+        "totals": {key: sum(tensor[key] for tensor in tensors) for key in keys},
+        "files": _written(index),
+        "scheduler": index.scheduler is not None,
+        "random_states_of_ranks": sorted(index.random),
+        "extra": index.extra,
+    }
+
+
+def _tensor(entry: Entry) -> dict[str, Any]:
+    moments = [entry.parts[kind] for kind in (EXP_AVG, EXP_AVG_SQ) if kind in entry.parts]
+    weight = entry.parts[WEIGHT]
+    numel = weight.bytes // ITEM_BYTES[weight.dtype]
+    return {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "dtype": entry.dtype,
+        "stored_dtype": weight.dtype,
+        "level": entry.level if entry.group is not None else None,
+        "wavelet": entry.wavelet if entry.level else None,
+        "recipe": entry.recipe if entry.level else None,
+        "step": entry.step,
+        "weight_bytes": 0 if entry.has_master else weight.bytes,
+        "master_bytes": weight.bytes if entry.has_master else 0,
+        "moment_bytes": sum(part.bytes for part in moments),
+        # Two for each element, in the dtype that these are in.
+        "adamw_moment_bytes": sum(numel * ITEM_BYTES[part.dtype] for part in moments),
+    }
+
+
+def _written(index: Index) -> list[dict[str, Any]]:
+    held: dict[str, Counter[str]] = {name: Counter() for name in index.files}
+    stored = [(kind, part) for entry in index.tensors.values() for kind, part in entry.parts.items()]
+    stored += [("random", part) for states in index.random.values() for part in states.values()]
+    for kind, part in stored:
+        for piece in part.pieces:
+            held[piece.file][kind] += part.bytes_of(piece)
+    return [
+        {
+            "name": name,
+            "rank": int(match[1]) if (match := _RANK.fullmatch(name)) else None,
+            "bytes": file.bytes,
+            "weight_bytes": held[name][WEIGHT],
+            "moment_bytes": held[name][EXP_AVG] + held[name][EXP_AVG_SQ],
+            "random_bytes": held[name]["random"],
+        }
+        for name, file in sorted(index.files.items())
+    ]
+
+
+def _show(console: Any, told: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    engine = "DeepSpeed" if told["engine"] is not None else "none with counters (FSDP, DDP or one process)"
+    console.print(printable(told["folder"]), style="bold", soft_wrap=True)
+    console.print(
+        f"step {told['step']:,}, {told['world_size']} ranks, engine: {engine}; {printable(versions)}", soft_wrap=True
+    )
+    table = Table("tensor", "shape", "dtype", "level", "wavelet", "recipe", "step", title="tensors", title_style="bold")
+    for column in ("weight", "master", "moments", "AdamW's"):
+        table.add_column(f"{column}, bytes", justify="right")
+    for one in told["tensors"]:
+        cells = [one["name"], "x".join(map(str, one["shape"])) or "scalar", one["dtype"]]
+        cells += ["-" if one[key] is None else str(one[key]) for key in ("level", "wavelet", "recipe", "step")]
+        table.add_row(*map(printable, cells), *_bytes(one))
+    table.add_section()
+    table.add_row("total", *[""] * 6, *_bytes(told["totals"]), style="bold")
+    console.print(table)
+    files = Table("file", "rank", title="who wrote what", title_style="bold")
+    for column in ("weights and masters", "moments", "random states", "in all"):
+        files.add_column(f"{column}, bytes", justify="right")
+    for one in told["files"]:
+        sizes = (one[key] for key in ("weight_bytes", "moment_bytes", "random_bytes", "bytes"))
+        files.add_row(one["name"], "-" if one["rank"] is None else str(one["rank"]), *(f"{size:,}" for size in sizes))
+    console.print(files)
+    totals = told["totals"]
+    if totals["adamw_moment_bytes"]:
+        share = totals["moment_bytes"] / totals["adamw_moment_bytes"]
+        console.print(f"moments: {share:.4f} of AdamW's")
+
+
+def _bytes(one: dict[str, Any]) -> list[str]:
+    keys = ("weight_bytes", "master_bytes", "moment_bytes", "adamw_moment_bytes")
+    return [f"{one[key]:,}" if one[key] else "-" for key in keys]
+
+
+def _verified(folder: Path, index: Index, console: Any) -> list[Damage]:
+    if console is None:
+        return list(damages(folder, index))
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("verifying", total=sum(file.bytes for file in index.files.values()))
+        return list(damages(folder, index, lambda count: bar.advance(task, count)))
+
+
+def _show_damage(console: Any, index: Index, bad: list[Damage], verified: bool) -> None:
+    if not verified:
+        console.print("not verified", style="yellow")
+    elif not bad:
+        size = sum(file.bytes for file in index.files.values())
+        console.print(f"verified: {len(index.files)} files, {size:,} bytes, every checksum is right", style="green")
+    for one in bad:
+        console.print(f"damaged: {printable(one.message)}", style="bold red", soft_wrap=True)
+        if len(one.tensors) != 1:
+            held = ", ".join(map(printable, one.tensors)) or "nothing of the model"
+            console.print(f"  it holds {held}", soft_wrap=True)
