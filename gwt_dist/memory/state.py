@@ -10,6 +10,8 @@ from gwt_dist.layout import Fragment
 from gwt_dist.memory import splits
 from gwt_dist.units import level_of, units_of
 
+# Whether the limiter of a recipe is on where a group does not say: `recipes.RECIPES`, which needs torch.
+LIMITED = {"paper": True, "energy": False}
 FP32 = 4  # bytes; moments are fp32 whatever the weights are, except for fp64 weights
 
 
@@ -54,6 +56,7 @@ def specs(named_parameters: Iterable[tuple[str, Any]], groups: Sequence[Mapping[
             group["level"],
             group.get("wavelet", "haar"),
             tuple((names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group["params"]),
+            LIMITED[group.get("recipe", "paper")] if group.get("limiter") is None else group["limiter"] > 0,
         )
         for group in groups
     ]
