@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gwt_dist.cli.plan import plan_command
+
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
 app = typer.Typer(
@@ -36,6 +38,9 @@ def train(context: typer.Context) -> None:
     from gwt_dist.train import main as pretrain
 
     raise typer.Exit(pretrain(context.args))
+
+
+app.command("plan")(plan_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ with each tensor in whole rows. What an engine really made is read in `engines`;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from math import ceil, prod
@@ -103,9 +103,16 @@ def rows(shape: Shape, shards: int) -> Concatenation:
     return Concatenation((shape,), (0,), max(1, ceil(count / shards) * columns))
 
 
-def fsdp1(shapes: Sequence[Shape], shards: int, itemsize: int, use_orig_params: bool) -> Concatenation:
-    """The tensors of a unit of FSDP1; with ``use_orig_params`` each begins at a multiple of 16 bytes."""
-    return flat(shapes, shards, starts=max(1, 16 // itemsize) if use_orig_params else 1)
+def fsdp1(shapes: Sequence[Shape], shards: int, ranks: int, itemsize: int, use_orig_params: bool) -> Concatenation:
+    """The tensors of a unit of FSDP1 in a process group of `ranks`, which is 1 shard with NO_SHARD.
+
+    With ``use_orig_params`` each begins at a multiple of 16 bytes, and the end is a multiple of `ranks` in any case.
+    """
+    if not use_orig_params:
+        return flat(shapes, shards)
+    laid = flat(shapes, shards, starts=max(1, 16 // itemsize))
+    end = laid.begins[-1] + prod(shapes[-1])
+    return Concatenation(laid.shapes, laid.begins, _up(end, ranks) // shards)
 
 
 def largest_first(groups: Sequence[Sequence[Shape]], shards: int) -> list[list[int]]:
@@ -114,12 +121,13 @@ def largest_first(groups: Sequence[Sequence[Shape]], shards: int) -> list[list[i
 
 
 def in_order(groups: Sequence[Sequence[Shape]], shards: int) -> list[list[int]]:
-    """fairscale's OSS: the same, in the order of the groups."""
+    """OSS of fairscale: the same, in the order of the groups."""
     return _owners(groups, shards, lambda shapes: list(range(len(shapes))))
 
 
-def _owners(groups: Sequence[Sequence[Shape]], shards: int, order: object) -> list[list[int]]:
-    assert callable(order)
+def _owners(
+    groups: Sequence[Sequence[Shape]], shards: int, order: Callable[[Sequence[Shape]], list[int]]
+) -> list[list[int]]:
     least = [(0, rank) for rank in range(shards)]
     heapify(least)
     owners = []
@@ -135,5 +143,3 @@ def _owners(groups: Sequence[Sequence[Shape]], shards: int, order: object) -> li
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
