@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gwt_dist.cli.plan import plan_command
+from gwt_dist.cli.plan import plan
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -40,7 +40,7 @@ def train(context: typer.Context) -> None:
     raise typer.Exit(pretrain(context.args))
 
 
-app.command("plan")(plan_command)
+app.command()(plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

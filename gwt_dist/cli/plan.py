@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from gwt_dist.cli.models import read_model
+from gwt_dist.memory import fill
 from gwt_dist.memory.deepspeed import setup_of
-from gwt_dist.memory.fill import plan
 from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
 from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import Plan
@@ -26,7 +26,7 @@ OPTION = {"targets": "target"}  # keys of the JSON with another name on the comm
 WITH_FILE = ("engine", "weights", "gradients", "offload")
 
 
-def plan_command(
+def plan(
     context: typer.Context,
     model: Annotated[
         str,
@@ -109,7 +109,7 @@ def plan_command(
 
     def make(lv: int, ranks: int) -> Plan:
         groups = groups_of(spec, lv, options["targets"], options["wavelet"], limited)
-        return plan(spec, groups, replace(base, world_size=ranks))
+        return fill.plan(spec, groups, replace(base, world_size=ranks))
 
     tried: list[Tried] = []
     limit = 0

@@ -1,7 +1,9 @@
 """State of other optimizers by formula, for the same weights, on the matrices that have a level here.
 
 Elements m x n with m <= n, rank r, moments in fp32 (4 bytes), as here; ``galore-torch`` and ``apollo-torch`` keep
-theirs in the dtype of the gradient. COMPARED
+theirs in the dtype of the gradient. Compared with what they
+allocate for fp32 matrices, both ways round: torch 2.13 (AdamW, beside a step of 4 bytes a tensor), galore-torch 1.0 and
+apollo-torch 1.0.3 (beside its seed of 4 bytes). bitsandbytes 0.50 was read and not run: its 8-bit step needs a GPU.
 """
 
 from __future__ import annotations
@@ -56,8 +58,7 @@ def apollo(shape: Sequence[int], rank: int) -> int:
 
     apollo-torch 1.0.3 keeps the projection between its refreshes all the same, which makes it GaLore's number.
     """
-    _, long, rank = _sides(shape, rank)
-    return 2 * FP32 * rank * long
+    return 2 * FP32 * rank * _sides(shape, rank)[1]  # a projection that is random may be wider than the matrix
 
 
 def _sides(shape: Sequence[int], rank: int) -> tuple[int, int, int]:
