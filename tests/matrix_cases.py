@@ -137,7 +137,7 @@ class Built:
     weights: Callable[[], Weights]
     part: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
     stale: Callable[[Weights], float] = lambda _: 0.0  # what the model computes with, against `weights`
-    model: Any = None  # as the engine wraps it, or the module in a DeepSpeed engine
+    model: Any = None  # as it is wrapped, or the DeepSpeed engine
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def deepspeed(kind: str, config: dict[str, Any], zero_init: bool = False) -> Ite
         return zero_engine_cases.masters(engine, model)
 
     yield Built(
-        engine.basic_optimizer, take, weights, stale=lambda found: zero_engine_cases.stale(model, found), model=model
+        engine.basic_optimizer, take, weights, stale=lambda found: zero_engine_cases.stale(model, found), model=engine
     )
     engine.destroy()
 

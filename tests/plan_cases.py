@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fsdp2_cases import Counter, local
+from gwt_dist import param_groups, save
+from gwt_dist.cli.models import meta_model
 from gwt_dist.optimizer import GWTAdamW
 from matrix_cases import FAMILIES, Model
 from zero_cases import gradients, shapes_of
@@ -75,3 +83,52 @@ def allocated_case(family: str, arguments: tuple[Any, ...], kind: str) -> dict[s
             "given": max(given),
             "collectives": sum(length for _, length in counter.calls),
         }
+
+
+def checkpoint_case(family: str, arguments: tuple[Any, ...], folder: str) -> list[int]:
+    """Bytes of tensors in the file of each rank of a checkpoint."""
+    with FAMILIES[family]("shapes", *arguments) as built:
+        built.take(next(gradients(shapes_of(Model("shapes")), 1)))
+        saved = save(folder, built.model, built.optimizer, step=1, random_states=False)
+    found = []
+    for rank in range(dist.get_world_size()):
+        content = Path(saved, f"rank-{rank:05}.safetensors").read_bytes()
+        found.append(len(content) - 8 - struct.unpack("<Q", content[:8])[0])
+    return found
+
+
+def faked(rank: int, models: list[str], meshes: list[list[int]], level: int) -> None:
+    """Prints, as JSON, bytes of a rank of a world of torch's process group that sends nothing, by model and mesh.
+
+    `fully_shard` and the optimizer's own layout, all of it on the meta device. A process is one rank for good: torch
+    keeps a rank's place in a mesh.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=prod(meshes[0]))
+    found = []
+    for name in models:
+        for mesh in meshes:
+            names = ("replicate", "shard")[-len(mesh) :]
+            where = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=names)
+            found.append(_on_meta(meta_model(name), where, level))
+    dist.destroy_process_group()
+    print(json.dumps(found))
+
+
+def _on_meta(model: Any, mesh: DeviceMesh, level: int) -> dict[str, int]:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = GWTAdamW(param_groups(model, level=level))
+    found = {"moments": 0, "scalars": 0, "weights": 0, "norms": 0}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            plan = optimizer._plan(parameter, number)
+            assert plan is not None
+            for name, tensor in plan.fresh_state(parameter).items():
+                found["moments" if name in MOMENTS else "scalars"] += size(tensor)
+            found["weights"] += parameter._local_tensor.untyped_storage().nbytes()
+            found["norms"] += len(plan.places) if plan.has_levels else 0
+    return found

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from gwt_dist import memory
+from gwt_dist import kernels, memory, param_groups, units
+from gwt_dist.cli.app import main
+from gwt_dist.cli.models import read_model
+from gwt_dist.memory import compare, fill
 from gwt_dist.memory.deepspeed import setup_of
-from gwt_dist.memory.fill import plan
-from gwt_dist.memory.model import ModelSpec, of_module
+from gwt_dist.memory.fit import size
+from gwt_dist.memory.model import ModelSpec, of_config, of_module
+from gwt_dist.memory.model import groups_of as groups_by_name
 from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.setup import ENGINES as NAMES
 from gwt_dist.memory.setup import Setup
+from gwt_dist.memory.state import LIMITED
+from gwt_dist.memory.traffic import traffic
+from gwt_dist.recipes import RECIPES
 from matrix_cases import Model, groups_of
-from plan_cases import allocated_case
+from plan_cases import allocated_case, checkpoint_case
 from test_matrix import ENGINES
 
-pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
-
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
 SUITE = {"deepspeed 1", "deepspeed 2 bf16", "deepspeed 3 bf16 init", "fsdp2 rows", "fsdp2 hsdp", "fsdp1 FULL_SHARD"} | {
     "fsdp1 HYBRID_SHARD, flat",
     "fairscale modules",
@@ -71,7 +90,7 @@ def model_for(name: str, kind: str) -> tuple[ModelSpec, list[memory.GroupSpec]]:
 
 
 def planned(name: str, world_size: int, kind: str) -> Plan:
-    return plan(*model_for(name, kind), setup_for(name, world_size))
+    return fill.plan(*model_for(name, kind), setup_for(name, world_size))
 
 
 def cases() -> list[Any]:
@@ -83,6 +102,7 @@ def cases() -> list[Any]:
     return found
 
 
+@pytest.mark.usefixtures("torch_extensions_dir")
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_planned_is_allocated(ranks, name, world_size) -> None:
     engine = ENGINES[name]
@@ -106,3 +126,349 @@ def test_planned_is_allocated(ranks, name, world_size) -> None:
                 assert result["given"] == expected.step_gradients[shard]
             elif expected.setup.engine in ("ddp", "fsdp2", "zero0"):
                 assert result["given"] == expected.gradients[shard]
+
+
+@pytest.mark.usefixtures("torch_extensions_dir")
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        ("deepspeed 2 bf16", 3),
+        ("fsdp2 rows", 3),
+        *(
+            pytest.param(name, world, marks=pytest.mark.matrix)
+            for name, world in (
+                ("deepspeed 0 bf16", 2),
+                ("deepspeed 3 bf16", 3),
+                ("fsdp2 hsdp", 4),
+                ("fsdp1 FULL_SHARD", 3),
+                ("fsdp1 HYBRID_SHARD, flat", 4),
+                ("ddp", 3),
+                ("zro", 3),
+                ("oss", 2),
+                ("fairscale modules", 3),
+            )
+        ),
+    ],
+)
+def test_a_checkpoint_has_the_planned_bytes(ranks, tmp_path, name, world_size) -> None:
+    engine = ENGINES[name]
+    written = ranks(world_size, checkpoint_case, engine.family, engine.arguments, str(tmp_path))[0]
+    expected = planned(name, world_size, "shapes")
+    assert sum(written) == expected.whole_checkpoint
+    # What ranks hold alike is spread by whole pieces, so not by a plain division.
+    common = expected.checkpoint_common or expected.setup.ranks_a_shard > 1
+    if not common:
+        assert written == expected.checkpoint
+
+
+MESHES = [[64], [8, 8]]
+
+
+@pytest.mark.parametrize("rank_ids", [(0, 63), pytest.param((7, 8, 37, 62), marks=pytest.mark.matrix)])
+def test_llamas_on_64_ranks_that_are_faked(rank_ids: tuple[int, ...]) -> None:
+    """FSDP2 and HSDP 8x8, by `fully_shard` itself; 5461 rows of the 1B model go into 64 parts unevenly."""
+    calls = [f"import plan_cases; plan_cases.faked({rank}, ['7b', '1b'], {MESHES}, 2)" for rank in rank_ids]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True, env=environment)
+        for call in calls
+    ]
+    found = [json.loads(process.communicate(timeout=100)[0]) for process in processes]
+    spread = set()
+    for i, (name, mesh) in enumerate((name, mesh) for name in ("7b", "1b") for mesh in MESHES):
+        model, replicas = read_model(name), mesh[0] if len(mesh) > 1 else 1
+        groups = groups_by_name(model, 2, ("attn", "mlp"))
+        expected = fill.plan(model, groups, Setup("fsdp2", 64, replicas, "fp32"))
+        for rank, results in zip(rank_ids, found, strict=True):
+            shard = expected.of_rank(rank)
+            assert results[i] == {
+                "moments": expected.wavelet[shard] + expected.rest[shard],
+                "scalars": expected.scalars[shard],
+                "weights": expected.weights[shard],
+                "norms": expected.norms,
+            }
+            spread.add((name, replicas, results[i]["moments"]))
+        if name == "7b":  # 4 bytes, 2 moments; what is no Linear weight of attention or MLP is AdamW
+            rest = 2 * 32000 * 4096 + 65 * 4096
+            assert expected.wavelet[0] + expected.rest[0] == 8 * ((model.numel - rest) // 4 + rest) * replicas // 64
+    assert len(spread) > 4  # ranks of the 1B model differ
+
+
+CONFIGS = {
+    "llama": {"model_type": "llama"},
+    "no type": {},
+    "grouped heads, tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "head_dim": {"model_type": "llama", "head_dim": 24},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+SHAPES = {
+    "hidden_size": 64,
+    "intermediate_size": 171,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+}
+
+
+@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS.keys())
+def test_shapes_by_arithmetic_are_those_of_transformers(change: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {**SHAPES, **change}
+    found = of_config(config, "it")
+    kind = config.pop("model_type", "llama")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    assert found is not None
+    assert {t.name: t for t in found.tensors} == {t.name: t for t in of_module(model, "it").tensors}
+    # ... in the same order, which decides where ZeRO's boundaries fall, and in the groups that a run makes.
+    assert [t.name for t in found.tensors] == [name for name, _ in model.named_parameters()]
+    targets = {"self_attn": 1, r".*mlp\.(up|gate)_proj": 3}
+    assert groups_by_name(found, 2, targets) == memory.specs(model.named_parameters(), param_groups(model, 2, targets))
+
+
+def test_another_type_is_built_by_transformers(tmp_path: Path) -> None:
+    config = {"model_type": "gpt_neox", **SHAPES, "max_position_embeddings": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_model(str(tmp_path))
+    assert ("gpt_neox.layers.1.attention.dense.weight", (64, 64)) in [(t.name, t.shape) for t in found.tensors]
+    assert {t.unit for t in found.tensors} == {"", "gpt_neox.layers.0", "gpt_neox.layers.1"}
+
+
+def build() -> nn.Module:
+    """A model of the user's own."""
+    model = nn.ModuleDict({"attn": nn.Linear(30, 20), "head": nn.Linear(20, 10, bias=False)})
+    model["head"].weight.requires_grad_(False)
+    return model
+
+
+def test_a_function_of_the_users_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    content = told([f"{__name__}:build", "--target", "attn", "--engine", "single", "--level", "3"], capsys)
+    assert content["model"] == {"name": f"{__name__}:build", "weights": 820, "tensors": 3, "frozen": 200}
+    # 20 rows of 4 coefficients and a bias of 20; a step and a norm for each of the two.
+    assert content["state"]["max"] == 8 * (80 + 20) + 2 * 8
+
+
+def test_what_is_known_without_torch_is_what_the_optimizer_knows() -> None:
+    for shape in [(), (7,), (1, 1), (5, 3), (66, 97), (4, 3, 5), (2, 300), (0, 4)]:
+        for level in (0, 1, 3, 9):
+            for wavelet in ("haar", "db1", "bior1.1", "db2", "sym4"):
+                assert units.units_of(shape, level, wavelet) == kernels.units_of(shape, level, wavelet)
+                whole = prod(kernels.moments_shape(shape, level, wavelet))
+                assert units.coefficients(shape, level, wavelet) == whole
+    assert {name: recipe.limiter > 0 for name, recipe in RECIPES.items()} == LIMITED
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_plan_of_all_ranks_is_that_of_each(stage: int) -> None:
+    """`memory.plan_zero`, which a run is told, and the plan have the same bytes on every rank."""
+    model = Model("shapes")
+    groups = memory.specs(model.named_parameters(), groups_of(model))
+    for world_size in (1, 5, 16):
+        found = fill.plan(of_module(model, ""), groups, Setup(f"zero{stage}", world_size, sub_group_size=700))
+        for rank in range(world_size):
+            one = memory.plan_zero(groups, stage=stage, world_size=world_size, rank=rank, sub_group_size=700)
+            shard = found.of_rank(rank)
+            assert (one.wavelet, one.wavelet_cut, one.rest, one.scalars) == (
+                found.wavelet[shard],
+                found.cut[shard],
+                found.rest[shard],
+                found.scalars[shard],
+            )
+
+
+def test_other_optimizers_by_formula() -> None:
+    """GaLore and APOLLO: tensors of the state that galore-torch 1.0 and apollo-torch 1.0.3 make, seen once."""
+    parameter = nn.Parameter(torch.zeros(64, 96))
+    parameter.grad = torch.zeros(64, 96)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    state = optimizer.state[parameter]
+    assert compare.adamw((64, 96)) == sum(state[k].nbytes for k in ("exp_avg", "exp_avg_sq"))
+    for shape in ((64, 96), (96, 64)):
+        assert [compare.galore(shape, rank) for rank in (8, 16)] == [8192, 16384]
+        assert [compare.apollo(shape, rank) for rank in (8, 16)] == [6144, 12288]
+    assert (compare.galore((5, 200), 8), compare.apollo((5, 200), 8)) == (8100, 12800)
+    assert compare.adam_8bit((64, 96)) == 2 * 6144 + 2 * 4 * 24
+    assert compare.adam_8bit((63, 65)) == 8 * 4095
+
+
+def test_what_is_sent_in_a_step() -> None:
+    model = of_config({**SHAPES, "tie_word_embeddings": True}, "")
+    assert model is not None
+    groups, numel = groups_by_name(model, 2, ("attn", "mlp")), model.numel
+
+    def sent(setup: Setup, accumulation: int = 1) -> list[tuple[str, int]]:
+        found = fill.plan(model, groups, setup)
+        return [(t.name, t.bytes) for t in traffic(found, accumulation) if not t.ours]
+
+    assert sent(Setup("single")) == []
+    assert sent(Setup("ddp", 4, weights="fp32")) == [("gradients", 2 * (4 * numel * 3 // 4))]
+    assert sent(Setup("zero1", 4), 5) == [("gradients", 2 * numel * 3 // 4), ("weights", 2 * numel * 3 // 4)]
+    assert sent(Setup("zero2", 4), 5) == [("gradients", 5 * (2 * numel * 3 // 4)), ("weights", 2 * numel * 3 // 4)]
+    assert sent(Setup("zero3", 4)) == [("gradients", 2 * numel * 3 // 4), ("weights", 2 * (2 * numel * 3 // 4))]
+    assert sent(Setup("fsdp2", 8, 2))[-1] == ("gradients", 2 * (2 * numel // 4 // 2))
+    found = fill.plan(model, groups, Setup("zero1", 7))
+    ours = {t.name: t.bytes for t in traffic(found) if t.ours}
+    assert ours == {"limiter norms": 2 * (found.norms * 8 * 6 // 7), "cut units": 2 * (found.exchange * 4 * 6 // 7)}
+    assert found.norms == 14 and 0 < found.exchange <= 6 * 4
+
+
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, Any]:
+    """What the command prints as JSON."""
+    assert main(["plan", *arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp1"])
+def test_70b_on_4096_ranks_takes_less_than_two_seconds(tmp_path: Path, engine: str) -> None:
+    """The whole process, and without torch, whose import alone takes most of that."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    command = [str(BIN / "gwt-dist"), "plan", str(tmp_path), "--engine", engine, "--world", "4096"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert "68,976,648,192 weights" in done.stdout
+    assert min(seconds) < 2
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    imported = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment).stderr
+    assert re.search(r"\| +gwt_dist.memory.fill$", imported, re.M)
+    assert not re.search(r"\| +(torch|deepspeed|transformers|numpy)$", imported, re.M)
+
+
+def test_the_smallest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["60m", "--engine", "zero1", "--fit", "380MiB"]
+    content = told([*base, "--world", "4"], capsys)
+    levels = [(t["level"], t["fits"]) for t in content["fit"]["tried"]]
+    assert levels[-1][1] and not any(fits for _, fits in levels[:-1])
+    assert content["levels"][0]["level"] == levels[-1][0] > 0
+    assert content["device"]["max"] == content["fit"]["tried"][-1]["device"] <= 380 * 2**20
+    content = told([*base, "--level", "1"], capsys)
+    tried = [(t["world_size"], t["fits"]) for t in content["fit"]["tried"]]
+    assert tried == [(1, False), (2, False), (4, False), (8, True)]
+    assert content["setup"]["world_size"] == 8
+    content = told(base, capsys)
+    assert {t["level"] for t in content["fit"]["tried"]} == set(range(9))
+    reserved = told([*base, "--world", "4", "--reserve", "5MiB"], capsys)
+    assert reserved["fit"]["limit"] == 375 * 2**20
+    content = told(["60m", "--engine", "ddp", "--fit", "1MB"], capsys, code=1)
+    assert content["fits"] is False and len(content["fit"]["tried"]) == 9
+
+
+def test_sizes() -> None:
+    assert [size(x) for x in ("24GB", "24GiB", "1.5 kib", "7", "2tb")] == [24 * 10**9, 24 * 2**30, 1536, 7, 2 * 10**12]
+    for wrong in ("", "24 potatoes", "-1GB", "GB"):
+        with pytest.raises(ValueError, match="is no size"):
+            size(wrong)
+
+
+def test_a_deepspeed_json_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "zero.json"
+    settings = {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 5,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "GWTAdamW", "params": {"level": 4, "targets": ["mlp"], "recipe": "energy"}},
+    }
+    file.write_text(json.dumps(settings))
+    content = told(["tiny", "--deepspeed-config", str(file), "--world", "3"], capsys)
+    setup = content["setup"]
+    assert [setup[key] for key in ("engine", "weights", "masters", "offload")] == ["zero2", "bf16", "fp32", "optimizer"]
+    assert (setup["micro_batch"], setup["accumulation"], setup["tokens"]) == (3, 5, 3 * 5 * 3 * 2048)
+    assert (content["levels"][0]["level"], content["norms"], setup["recipe"]) == (4, 0, "energy")
+    hosted = sum(row["max"] for row in content["rows"] if row["host"])
+    assert hosted == content["host"]["max"] > content["device"]["max"]
+    assert told(["tiny", "--deepspeed-config", str(file), "--level", "1"], capsys)["levels"][0]["level"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "no model 'nothing'"),
+        (["no.such.module:f"], "cannot be imported|can be imported"),
+        (["tiny", "--engine", "zero9"], "engine 'zero9' must be one of"),
+        (["tiny", "--target", "mpl"], "target 'mpl' matches no Linear weight"),
+        (["tiny", "--level", "17"], "level=17"),
+        (["tiny", "--wavelet", "haarr"], "wavelet='haarr'"),
+        (["tiny", "--recipe", "pepper"], "recipe 'pepper'"),
+        (["tiny", "--engine", "hsdp"], "hsdp needs --mesh"),
+        (["tiny", "--engine", "fsdp2", "--mesh", "8"], "must be REPLICASxSHARDS"),
+        (["tiny", "--engine", "fsdp2", "--mesh", "2x2", "--world", "3"], "leave one out"),
+        (["tiny", "--engine", "zero1", "--mesh", "2x2"], "zero1 has no mesh"),
+        (["tiny", "--engine", "single", "--world", "2"], "single is one process"),
+        (["tiny", "--engine", "ddp", "--offload", "optimizer"], "ddp cannot offload"),
+        (["tiny", "--weights", "int4"], "dtype 'int4'"),
+        (["tiny", "--engine", "fsdp1", "--no-use-orig-params"], "one flat parameter has one"),
+        (["tiny", "--deepspeed-config", "configs/zero2.json", "--engine", "zero1"], "the file says it already"),
+        (["tiny", "--deepspeed-config", "no.json"], "no.json"),
+        (["tiny", "--fit", "much"], "is no size"),
+        (["tiny", "--fit", "1GB", "--reserve", "2GB"], "leaves nothing"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert re.search(message, told) and told.count("\n") == 1
+
+
+class Page(html.parser.HTMLParser):
+    """What a page draws and where it would reach out."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.outside: list[str] = []
+        self.cells: list[str] = []
+        self._cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.outside += [value or "" for name, value in attrs if name in ("src", "href", "data", "action")]
+        self._cell = tag == "td"
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.cells.append(data)
+            self._cell = False
+
+
+def test_the_page_needs_nothing_beside_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "<script>alert(1)").mkdir()
+    config = tmp_path / "<script>alert(1)" / "config.json"
+    config.write_text(json.dumps(SHAPES))
+    file = tmp_path / "plan.html"
+    assert main(["plan", str(config), "--engine", "zero2", "--world", "3", "--html", str(file)]) == 0
+    shown, text = capsys.readouterr().out, file.read_text()
+    page = Page(text)
+    assert page.outside == [] and "script" not in page.tags and "http" not in text and "url(" not in text
+    assert page.tags.count("svg") == 2 and page.tags.count("rect") > 10
+    for cell in ("weights, bf16", "masters, fp32", "exp_avg, fp32", "activations", "not counted", "checkpoint"):
+        assert cell in page.cells and cell in shown
+    assert f"written: {file}" in shown.replace("\n", "")
+
+
+def test_every_engine_has_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    for engine in NAMES:
+        world = ["--world", "3"] if engine != "single" else []
+        flags = ["--target", ".*"] if engine == "fairscale" else []
+        code = main(["plan", "tiny", "--engine", engine, *world, *flags])
+        output = capsys.readouterr()
+        assert (code, "activations" in output.out) == ((2, False) if engine == "fairscale" else (0, True)), output.err

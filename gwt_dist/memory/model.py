@@ -110,7 +110,9 @@ def _decoder(kind: str, config: Mapping[str, Any], numbers: Mapping[str, int]) -
         ("mlp.up_proj", (inner, width), mlp_bias),
         ("mlp.down_proj", (width, inner), mlp_bias),
     )
-    yield TensorSpec("model.embed_tokens.weight", (numbers["vocab_size"], width))
+    tied = bool(config.get("tie_word_embeddings", False))
+    # A weight that a Linear module shares is that module's to `param_groups` too.
+    yield TensorSpec("model.embed_tokens.weight", (numbers["vocab_size"], width), "lm_head" if tied else None)
     for layer in range(numbers["num_hidden_layers"]):
         unit = f"model.layers.{layer}"
         for name, shape, has_bias in linears:
@@ -120,7 +122,7 @@ def _decoder(kind: str, config: Mapping[str, Any], numbers: Mapping[str, int]) -
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield TensorSpec(f"{unit}.{name}.weight", (width,), None, unit)
     yield TensorSpec("model.norm.weight", (width,))
-    if not config.get("tie_word_embeddings", False):
+    if not tied:
         yield TensorSpec("lm_head.weight", (numbers["vocab_size"], width), "lm_head")
 
 
