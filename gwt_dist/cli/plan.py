@@ -115,6 +115,7 @@ def plan(
     limit = 0
     if fit:
         found, limit, tried = _fit(make, fit, reserve, given, options["level"], base)
+        options["level"] = tried[-1].level
     else:
         found = make(options["level"], base.world_size)
     if found is not None:

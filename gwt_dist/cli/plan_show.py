@@ -159,7 +159,7 @@ _PAGE = """<!doctype html>
 </svg>
 <p>The worst rank's part if each were divided evenly. GaLore and APOLLO need whole matrices, so engines that shard do
 not divide them in this way.</p>
-<h2>And else</h2>
+<h2>Further</h2>
 <table>{% for name, text in details %}<tr><td>{{ name }}</td><td class="text">{{ text }}</td></tr>
 {% endfor %}</table>
 </body></html>
