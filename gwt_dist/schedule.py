@@ -1,27 +1,26 @@
 """One step of many parameters: what is fixed about it (`Schedule`), and the collectives and kernels that it runs.
 
-Parameters without a limiter are updated in one pass. Those with one need the norm of the whole tensor between the
-moments and the write: one batch for all that share ranks, so that one collective serves them, and batches that fit in a
-processor's cache for those that this process holds whole, so that the second pass finds their gradients there.
+A kernel updates in one call what needs nothing of other ranks: tensors without a limiter, and those that this process
+holds whole. Tensors with a limiter that ranks share need the norm of the whole tensor between the moments and the
+write: one sum over ranks serves them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gwt_dist import dtensor, update
+from gwt_dist import dtensor
 from gwt_dist.comm import sum_over_ranks
-from gwt_dist.kernels import Cut, Kernel, Part, Tensors, Work, choose
+from gwt_dist.kernels import Cut, Kernel, Part, Piece, Tensors, Work, choose, limit_growth
 from gwt_dist.plan import Plan
 from gwt_dist.update import Rule
-
-CACHE = 1 << 21  # elements of a batch of whole tensors on a CPU: 8 MiB of fp32 gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,19 @@ class Member:
         """Places in the vector of squared norms; static, so that all ranks agree on its length."""
         return len(self.plan.places) if self.limited and self.plan.has_levels else 0
 
+    @property
+    def shares_norms(self) -> bool:
+        """Whether other ranks hold parts of the tensors whose norms its limiter needs."""
+        return self.norms > 0 and bool(self.plan.shard.groups)
+
+
+class _Stage(Enum):
+    """What the update of a piece waits for."""
+
+    FREE = 1  # nothing
+    ALONE = 2  # the norm of a tensor that this process holds whole
+    SHARED = 3  # the norm of a tensor that ranks share
+
 
 @dataclass(frozen=True, slots=True)
 class _Run:
@@ -47,15 +59,6 @@ class _Run:
     kernel: Kernel
     members: tuple[int, ...]
     work: Work
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Members with a limiter between one sum of norms and the next."""
-
-    members: tuple[int, ...]
-    runs: tuple[_Run, ...]
-    norms: tuple[int, ...]  # places of each member
 
 
 class Schedule:
@@ -74,8 +77,15 @@ class Schedule:
             for i, member in enumerate(members)
             if member.moves and member.plan.exchange.sends
         ]
-        self._free = self._runs([i for i, m in enumerate(members) if m.moves and not m.norms])
-        self._batches = [self._batch(numbers) for numbers in _batches(members, device)]
+        self._alone = self._runs(_Stage.FREE) + self._runs(_Stage.ALONE)
+
+        self._sharing = [i for i, member in enumerate(members) if member.shares_norms]
+        self._norms = [members[i].norms for i in self._sharing]
+        self._groups = [members[i].plan.shard.groups for i in self._sharing]
+        first_norm = dict(zip(self._sharing, accumulate(self._norms, initial=0), strict=False))
+        self._shared = self._runs(_Stage.SHARED, first_norm)
+        # A member without a gradient has places among the norms, but nothing to limit or to remember.
+        self._nothing = {i: torch.zeros(members[i].norms, device=device) for i in self._sharing if not members[i].moves}
 
     def run(
         self,
@@ -96,19 +106,23 @@ class Schedule:
                 [states[i]["step"] for i in members],
                 [rules[self.members[i].group] for i in members],
                 exchange,
+                [states[i]["limited_norm"] for i in members],
             )
 
-        for run in self._free:
+        for run in self._alone:
             run.kernel.step(run.work, tensors(run.members))
-        for batch in self._batches:
-            squared_norms = torch.zeros(sum(batch.norms), dtype=torch.float64, device=self._device)
-            given = [(run, tensors(run.members)) for run in batch.runs]
-            for run, its in given:
-                run.kernel.moments(run.work, its, squared_norms)
-            sum_over_ranks(squared_norms, batch.norms, [self.members[i].plan.shard.groups for i in batch.members])
-            rho = self._limit_growth(batch, squared_norms, rules, states)
-            for run, its in given:
-                run.kernel.write(run.work, its, rho)
+        if not self._sharing:
+            return
+        squared_norms = torch.zeros(sum(self._norms), dtype=torch.float64, device=self._device)
+        given = [(run, tensors(run.members)) for run in self._shared]
+        for run, its in given:
+            run.kernel.moments(run.work, its, squared_norms)
+        sum_over_ranks(squared_norms, self._norms, self._groups)
+        limited = [self._nothing[i] if i in self._nothing else states[i]["limited_norm"] for i in self._sharing]
+        its_rules = [rules[self.members[i].group] for i in self._sharing]
+        rho = limit_growth(squared_norms, self._norms, limited, its_rules)
+        for run, its in given:
+            run.kernel.write(run.work, its, rho)
 
     def _completed(self, gradients: Sequence[Tensor]) -> Tensor:
         """The elements of all cut units, completed by one sum for each process group; none if nothing is cut."""
@@ -119,45 +133,22 @@ class Schedule:
         sum_over_ranks(buffer, lengths, [member.plan.shard.row_groups for member in self.members])
         return buffer
 
-    def _limit_growth(
-        self, batch: _Batch, squared_norms: Tensor, rules: Sequence[Rule], states: Sequence[Mapping[str, Any]]
-    ) -> Tensor:
-        """The limiters rho of all tensors with a norm, fp64, shaped as `squared_norms`; stores the limited norms."""
-        # A member without a gradient has a place among the norms, but nothing to limit or to remember.
-        stored = [
-            states[i]["limited_norm"].view(-1) if self.members[i].moves else squared_norms.new_zeros(length)
-            for i, length in zip(batch.members, batch.norms, strict=True)
-        ]
-        limiters = [rules[self.members[i].group].limiter for i in batch.members]
-        limiter: float | Tensor = limiters[0]
-        if len(set(limiters)) > 1:  # fills: a copy to a GPU would wait for it
-            filled = [squared_norms.new_full((n,), x) for n, x in zip(batch.norms, limiters, strict=True)]
-            limiter = torch.cat(filled)
-        rho, new = update.limit_growth(squared_norms, torch.cat(stored).double(), limiter)
-        torch._foreach_copy_(stored, list(new.split(batch.norms)))
-        return rho
-
-    def _batch(self, numbers: Sequence[int]) -> _Batch:
-        norms = tuple(self.members[i].norms for i in numbers)
-        first = dict(zip(numbers, [0, *accumulate(norms)], strict=False))
-        return _Batch(tuple(numbers), self._runs([i for i in numbers if self.members[i].moves], first), norms)
-
-    def _runs(self, numbers: Sequence[int], first_norm: Mapping[int, int] | None = None) -> tuple[_Run, ...]:
+    def _runs(self, stage: _Stage, first_norm: Mapping[int, int] | None = None) -> tuple[_Run, ...]:
+        """The work of one stage by kernel; the norms of each run are counted by themselves without `first_norm`."""
         by_kernel: dict[int, tuple[Kernel, list[int]]] = {}
-        for i in numbers:
-            member = self.members[i]
-            kernel = choose(self._device, member.dtype, member.plan.pieces)
-            by_kernel.setdefault(id(kernel), (kernel, []))[1].append(i)
-        return tuple(
-            _Run(
-                kernel,
-                tuple(chosen),
-                Work(tuple(p for n, i in enumerate(chosen) for p in self._parts(n, i, first_norm))),
-            )
-            for kernel, chosen in by_kernel.values()
-        )
+        for i, member in enumerate(self.members):
+            if member.moves and any(_stage(member, piece) is stage for piece in member.plan.pieces):
+                kernel = choose(self._device, member.dtype, member.plan.pieces)
+                by_kernel.setdefault(id(kernel), (kernel, []))[1].append(i)
+        runs = []
+        for kernel, chosen in by_kernel.values():
+            norms = [0 if stage is _Stage.FREE else self.members[i].norms for i in chosen]
+            first = first_norm or dict(zip(chosen, accumulate(norms, initial=0), strict=False))
+            parts = [part for n, i in enumerate(chosen) for part in self._parts(n, i, stage, first[i])]
+            runs.append(_Run(kernel, tuple(chosen), Work(tuple(parts), tuple(norms) if any(norms) else ())))
+        return tuple(runs)
 
-    def _parts(self, parameter: int, i: int, first_norm: Mapping[int, int] | None) -> list[Part]:
+    def _parts(self, parameter: int, i: int, stage: _Stage, first_norm: int) -> list[Part]:
         plan = self.members[i].plan
         cuts: dict[int, list[Cut]] = {}
         for receive in plan.exchange.receives:
@@ -168,28 +159,17 @@ class Schedule:
                 parameter,
                 piece,
                 tuple(cuts.get(number, ())),
-                first_norm[i] + plan.places[piece.fragment.fqn] if first_norm is not None and piece.level else -1,
+                -1 if stage is _Stage.FREE else first_norm + plan.places[piece.fragment.fqn],
             )
             for number, piece in enumerate(plan.pieces)
-            if piece.touched
+            if piece.touched and _stage(self.members[i], piece) is stage
         ]
 
 
-def _batches(members: Sequence[Member], device: torch.device) -> list[list[int]]:
-    """Numbers of the limited members, in batches: those of shared tensors together, the others by size."""
-    shared = [i for i, m in enumerate(members) if m.norms and m.plan.shard.groups]
-    batches = [shared] if shared else []
-    room = 0
-    for i, member in enumerate(members):
-        if not member.norms or not member.moves or member.plan.shard.groups:
-            continue
-        numel = sum(fragment.numel for fragment in member.plan.shard.fragments)
-        if not room or (device.type == "cpu" and room < numel):
-            batches.append([])
-            room = CACHE
-        batches[-1].append(i)
-        room = max(1, room - numel)
-    return batches
+def _stage(member: Member, piece: Piece) -> _Stage:
+    if not (member.norms and piece.level):
+        return _Stage.FREE
+    return _Stage.SHARED if member.shares_norms else _Stage.ALONE
 
 
 def _indices(plan: Plan, first_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:

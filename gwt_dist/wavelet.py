@@ -86,10 +86,12 @@ class HaarTransform:
 
     def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, detail_gain: float) -> Tensor:
         """See `Transform.synthesis`."""
-        # u = (g * (x - s*a) + s*m) / d, design: the closed form of one Haar-GWT Adam step.
+        # u = (g * (x - s*a) + s*m) / d, design: the closed form of one Haar-GWT Adam step, as x * (g / d) and what is
+        # one number a unit. Units of level 0 have no details.
         mean_N = self.approximation(x_NU) * self._gain()
-        change_NU = (x_NU - mean_N[:, None]).mul_((size_N * detail_gain)[:, None])
-        return change_NU.add_((m_N * self._gain() * size_N)[:, None])
+        detail_size_N = size_N * (detail_gain if self.level else 0.0)
+        rest_N = m_N * self._gain() * size_N - mean_N * detail_size_N
+        return (x_NU * detail_size_N[:, None]).add_(rest_N[:, None])
 
     def _gain(self) -> float:
         return float(2.0 ** (-self.level / 2))

@@ -215,16 +215,15 @@ def norms() -> dict[str, list[float]]:
         for name in ("eager", "triton", "again"):
             module = eager if name == "eager" else triton
             start = Whole("eager", weights, 2, [rule(PAPER)])
-            (batch,) = start.schedule._batches
-            (run,) = batch.runs
+            (run,) = start.schedule._alone
             for state in start.states:
                 state["step"] += 1
-            columns = [[state[key] for state in start.states] for key in ("exp_avg", "exp_avg_sq", "step")]
-            exchange = torch.zeros(0)
+            columns = {key: [state[key] for state in start.states] for key in start.states[0]}
+            m, v, steps, limited = (columns[key] for key in ("exp_avg", "exp_avg_sq", "step", "limited_norm"))
             # Two fragments of one tensor, not next to each other, and an order of norms that is not that of items.
             parts = [replace(part, norm=norm) for part, norm in zip(run.work.parts, (3, 0, 3, 1), strict=True)]
             work = Work(tuple(parts))
-            tensors = Tensors(start.weights, gradients, *columns, start.rules * 4, exchange)
+            tensors = Tensors(start.weights, gradients, m, v, steps, start.rules * 4, torch.zeros(0), limited)
             squared_norms = torch.tensor([0.5, 0.0, 3.0, 0.0], dtype=torch.float64)
             with patch.object(triton, "CHUNK", 64):
                 module.moments(work, tensors, squared_norms)
@@ -272,7 +271,7 @@ def uploads() -> dict[str, Any]:
         optimizer.param_groups[0]["weight_decay"] = 0.5
         count("another rule")
     ((schedule, _),) = next(iter(optimizer._schedules.values()))[1]
-    (run,) = schedule._free
+    (run,) = schedule._alone
     seen["launches"] = len(triton._kept[run.work].made["programs"][1].groups)
     assert before is not None
     return seen

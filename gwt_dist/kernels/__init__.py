@@ -6,7 +6,20 @@ which of them a parameter gets; ``GWT_DIST_KERNEL`` forces one.
 """
 
 from gwt_dist.kernels.choice import Kernel, choose
+from gwt_dist.kernels.limiter import limit_growth
 from gwt_dist.kernels.piece import Piece, level_of, moments_shape, units_of
 from gwt_dist.kernels.work import Cut, Part, Tensors, Work
 
-__all__ = ["Cut", "Kernel", "Part", "Piece", "Tensors", "Work", "choose", "level_of", "moments_shape", "units_of"]
+__all__ = [
+    "Cut",
+    "Kernel",
+    "Part",
+    "Piece",
+    "Tensors",
+    "Work",
+    "choose",
+    "level_of",
+    "limit_growth",
+    "moments_shape",
+    "units_of",
+]

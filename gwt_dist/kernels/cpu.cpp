@@ -26,6 +26,7 @@ namespace {
 using at::BFloat16;
 using Vec = at::vec::Vectorized<float>;
 constexpr int V = Vec::size();
+#define INLINE C10_ALWAYS_INLINE  // a call in the inner loop costs a third of it
 constexpr int MAX_LEVEL = 8;
 
 enum Phase : int64_t { MOMENTS = 1, WRITE = 2, STEP = 3 };
@@ -37,9 +38,15 @@ constexpr int64_t FIELDS = sizeof(Item) / sizeof(int64_t);
 
 struct Rule {
   float beta1, rest1, beta2, rest2, eps, gain, decay;
-  double size, scale;
+  double size, scale, limiter;
   bool energy;
 };
+
+// Items first..last of the table, and their norms; none (-1) without a limiter.
+struct Batch {
+  int64_t first, last, first_norm, last_norm;
+};
+constexpr int64_t BATCH_FIELDS = sizeof(Batch) / sizeof(int64_t);
 
 struct Parameter {
   void *weight, *gradient;
@@ -48,17 +55,17 @@ struct Parameter {
   Rule rule;
 };
 
-Vec load(const float* p) { return Vec::loadu(p); }
+INLINE Vec load(const float* p) { return Vec::loadu(p); }
 
-Vec load(const BFloat16* p) {
+INLINE Vec load(const BFloat16* p) {
   Vec x;
   at::vec::load_fp32_from_bf16(p, x);
   return x;
 }
 
-void store(float* p, const Vec& x) { x.store(p); }
+INLINE void store(float* p, const Vec& x) { x.store(p); }
 
-void store(BFloat16* p, const Vec& x) {
+INLINE void store(BFloat16* p, const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), at::vec::cvtfp32_bf16(static_cast<__m512>(x)));
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -70,9 +77,70 @@ void store(BFloat16* p, const Vec& x) {
 #endif
 }
 
+// Elements 0, 2, 4 ... and 1, 3, 5 ... of 2 * V.
+struct Pairs {
+  Vec even, odd;
+};
+
+template <typename T>
+INLINE Pairs load_pairs(const T* p) {
+  const auto [even, odd] = at::vec::deinterleave2(load(p), load(p + V));
+  return {even, odd};
+}
+
+template <typename T>
+INLINE void store_pairs(T* p, const Pairs& x) {
+  const auto [low, high] = at::vec::interleave2(x.even, x.odd);
+  store(p, low), store(p + V, high);
+}
+
+// Two bf16 lie in the place of one float, the even one in its low half: no lane has to move.
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+INLINE Pairs load_pairs(const BFloat16* p) {
+  const __m512i both = _mm512_loadu_si512(p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)))};
+}
+
+// The upper half rounded to nearest, ties to even, as torch does; a NaN is all ones.
+INLINE __m512i rounded(const Vec& x) {
+  const __m512i i = _mm512_castps_si512(x);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(0x7fff)), even);
+  return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(-1));
+}
+
+template <>
+INLINE void store_pairs(BFloat16* p, const Pairs& x) {
+  const __m512i low = _mm512_srli_epi32(rounded(x.even), 16);
+  _mm512_storeu_si512(p, _mm512_mask_mov_epi16(low, 0xaaaaaaaa, rounded(x.odd)));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <>
+INLINE Pairs load_pairs(const BFloat16* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)))};
+}
+
+INLINE __m256i rounded(const Vec& x) {
+  const __m256i i = _mm256_castps_si256(x);
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(i, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(0x7fff)), even);
+  return _mm256_or_si256(up, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+
+template <>
+INLINE void store_pairs(BFloat16* p, const Pairs& x) {
+  const __m256i low = _mm256_srli_epi32(rounded(x.even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, rounded(x.odd), 0xaa));
+}
+#endif
+
 // Lanes of `units` for the elements of vector j of a group: lane i belongs to unit (j * V + i) >> L.
 template <int L>
-Vec spread(const Vec& units, int j) {
+INLINE Vec spread(const Vec& units, int j) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(j * V)), L), units);
@@ -93,12 +161,12 @@ struct Sums {
 
 // Sums of V units of 2**L elements, and of their squares, each a tree of neighbours as `wavelet.unit_sum`.
 template <int L, bool SQUARES, typename G>
-Sums unit_sums(const G* x) {
+INLINE Sums unit_sums(const G* x) {
   if constexpr (L == 0) {
     const Vec one = load(x);
     return {one, SQUARES ? one * one : one};
   } else if constexpr (L == 1) {
-    const auto [even, odd] = at::vec::deinterleave2(load(x), load(x + V));
+    const auto [even, odd] = load_pairs(x);
     return {even + odd, SQUARES ? even * even + odd * odd : even};
   } else {
     const Sums low = unit_sums<L - 1, SQUARES>(x), high = unit_sums<L - 1, SQUARES>(x + (V << (L - 1)));
@@ -119,7 +187,8 @@ void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups,
          Lanes* norm) {
   constexpr int64_t U = 1 << L;
   const Vec gain_of_mean(std::pow(2.0, -L / 2.0)), one_of_unit(std::pow(2.0, -L)), size(factor), decay(rule.decay);
-  const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps), gain(rule.gain);
+  const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps), gain(L ? rule.gain : 0.f);
+  const bool decays = rule.decay != 0;
   Lanes lanes{};
   for (int64_t g = 0; g < groups; ++g, x += U * V, w += U * V, m += V, v += V) {
     const Sums sums = unit_sums<L, ENERGY>(x);
@@ -143,13 +212,26 @@ void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups,
     }
     if constexpr (PHASE & WRITE) {
       const Vec size_of_unit = size / d, mean = a * gain_of_mean;
-      const Vec lift = exp_avg * gain_of_mean * size_of_unit, detail_size = size_of_unit * gain;
+      const Vec detail_size = size_of_unit * gain;
+      const Vec rest = exp_avg * gain_of_mean * size_of_unit - mean * detail_size;
+      const auto written = [&](Vec weight, const Vec& gradient, const Vec& details, const Vec& others) __attribute__((always_inline)) {
+        weight = weight - (gradient * details + others);
+        return decays ? weight - weight * decay : weight;
+      };
+      if constexpr (L > 0 && std::is_same_v<W, BFloat16>) {
 #pragma GCC unroll 4
-      for (int j = 0; j < U; ++j) {
-        const Vec detail = (load(x + j * V) - spread<L>(mean, j)) * spread<L>(detail_size, j);
-        Vec weight = load(w + j * V) - (detail + spread<L>(lift, j));
-        if (rule.decay != 0) weight = weight - weight * decay;
-        store(w + j * V, weight);
+        for (int j = 0; j < U / 2; ++j) {  // both elements of a pair belong to one unit
+          const Vec details = spread<L - 1>(detail_size, j), others = spread<L - 1>(rest, j);
+          const Pairs gradient = load_pairs(x + j * 2 * V), weight = load_pairs(w + j * 2 * V);
+          store_pairs(w + j * 2 * V, {written(weight.even, gradient.even, details, others),
+                                      written(weight.odd, gradient.odd, details, others)});
+        }
+      } else {
+#pragma GCC unroll 8
+        for (int j = 0; j < U; ++j) {
+          const Vec details = spread<L>(detail_size, j), others = spread<L>(rest, j);
+          store(w + j * V, written(load(w + j * V), load(x + j * V), details, others));
+        }
       }
     }
   }
@@ -234,7 +316,9 @@ void run_phase(const Item* items, int64_t n, const std::vector<Parameter>& param
   std::atomic<int64_t> next{0};
   // Threads take items as they come: which thread takes which changes nothing in the result.
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < n; i = next++) {
+    for (int64_t taken = next++; taken < n; taken = next++) {
+      // The write goes backwards: what the moments read last is what caches still hold.
+      const int64_t i = PHASE == WRITE ? n - 1 - taken : taken;
       const Item& item = items[i];
       const Parameter& p = parameters[item.parameter];
       double factor = p.rule.size;
@@ -252,6 +336,40 @@ void run_phase(const Item* items, int64_t n, const std::vector<Parameter>& param
   }
 }
 
+// As `update.limit_growth`: the divisor for a tensor whose squared norm is given, and the norm to remember.
+double limit_growth(double squared_norm, double limiter, float* limited_norm) {
+  const double norm = std::sqrt(squared_norm), before = *limited_norm;
+  if (!std::isfinite(norm) || norm <= 0) return 1;
+  const double rho = before > 0 ? std::max(norm / (before + 1e-8), limiter) / limiter : 1;
+  *limited_norm = static_cast<float>(norm / rho);
+  return rho;
+}
+
+// One norm of a tensor: what it remembers, and the limiter of its parameter.
+struct Norm {
+  float* limited;
+  double limiter;
+};
+
+// One batch after the other, each through both phases, with the limiters of its tensors between them.
+void run_batches(const Item* items, const Batch* batches, int64_t n, const std::vector<Parameter>& parameters,
+                 const float* exchange, const std::vector<Norm>& norms) {
+  std::vector<double> sums(norms.size()), rho(norms.size());
+  for (const Batch* batch = batches; batch < batches + n; ++batch) {
+    const Item* its = items + batch->first;
+    const int64_t count = batch->last - batch->first;
+    if (batch->first_norm < 0) {
+      run_phase<STEP>(its, count, parameters, exchange, nullptr, nullptr);
+      continue;
+    }
+    run_phase<MOMENTS>(its, count, parameters, exchange, sums.data(), nullptr);
+    for (int64_t i = batch->first_norm; i < batch->last_norm; ++i) {
+      rho[i] = limit_growth(sums[i], norms[i].limiter, norms[i].limited);
+    }
+    run_phase<WRITE>(its, count, parameters, exchange, nullptr, rho.data());
+  }
+}
+
 void* data(const at::Tensor& t, bool bf16_too) {
   TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "gwt_dist: a CPU kernel was given a tensor of another device or not dense");
   TORCH_CHECK(t.scalar_type() == at::kFloat || (bf16_too && t.scalar_type() == at::kBFloat16),
@@ -259,22 +377,24 @@ void* data(const at::Tensor& t, bool bf16_too) {
   return t.data_ptr();
 }
 
-// rules [n, 8] fp64: lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy.
-Rule rule_of(const double* r, double t) {
+// lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy, limiter.
+using Numbers = std::array<double, 9>;
+
+Rule rule_of(const Numbers& r, double t) {
   const double lr = r[0], beta1 = r[1], beta2 = r[2];
   Rule rule;
   rule.beta1 = beta1, rule.rest1 = 1 - beta1, rule.beta2 = beta2, rule.rest2 = 1 - beta2;
   rule.eps = r[3], rule.decay = lr * r[4], rule.gain = r[6], rule.energy = r[7] != 0;
   rule.size = std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t)) * lr;
-  rule.scale = r[5];
+  rule.scale = r[5], rule.limiter = r[8];
   return rule;
 }
 
-void step(int64_t phase, const at::Tensor& items, const std::vector<at::Tensor>& weights,
+void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, const std::vector<at::Tensor>& weights,
           const std::vector<at::Tensor>& gradients, const std::vector<at::Tensor>& exp_avg,
-          const std::vector<at::Tensor>& exp_avg_sq, const std::vector<at::Tensor>& steps, const at::Tensor& rules,
-          const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange, const at::Tensor& norms,
-          const at::Tensor& rho) {
+          const std::vector<at::Tensor>& exp_avg_sq, const std::vector<at::Tensor>& steps,
+          const std::vector<Numbers>& rules, const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange,
+          const at::Tensor& squared_norms, const at::Tensor& rho, const std::vector<at::Tensor>& limited_norms) {
   std::vector<Parameter> parameters(weights.size());
   Rule rule;
   double t = -1;
@@ -287,19 +407,28 @@ void step(int64_t phase, const at::Tensor& items, const std::vector<at::Tensor>&
     const double now = *steps[i].const_data_ptr<float>();
     if (now != t || rule_numbers[i] != number) {
       t = now, number = rule_numbers[i];
-      rule = rule_of(rules.const_data_ptr<double>() + 8 * number, t);
+      rule = rule_of(rules.at(number), t);
     }
     p.rule = rule;
   }
+  std::vector<Norm> norms;
+  for (size_t i = 0; i < limited_norms.size(); ++i) {
+    float* limited = static_cast<float*>(data(limited_norms[i], false));
+    for (int64_t place = 0; place < limited_norms[i].numel(); ++place) {
+      norms.push_back({limited + place, parameters.at(i).rule.limiter});
+    }
+  }
+  TORCH_CHECK(items.size(1) == FIELDS && batches.size(1) == BATCH_FIELDS, "gwt_dist: items have ", items.size(1),
+              " fields and batches ", batches.size(1), ", the kernel was built for ", FIELDS, " and ", BATCH_FIELDS);
   const Item* table = reinterpret_cast<const Item*>(items.const_data_ptr<int64_t>());
+  const Batch* in_batches = reinterpret_cast<const Batch*>(batches.const_data_ptr<int64_t>());
   const float* completed = exchange.const_data_ptr<float>();
-  double* sums = norms.data_ptr<double>();
+  double* sums = squared_norms.data_ptr<double>();
   const double* limits = rho.const_data_ptr<double>();
-  TORCH_CHECK(items.size(1) == FIELDS, "gwt_dist: items have ", items.size(1), " fields, the kernel was built for ", FIELDS);
   py::gil_scoped_release without_gil;
   if (phase == MOMENTS) run_phase<MOMENTS>(table, items.size(0), parameters, completed, sums, limits);
   if (phase == WRITE) run_phase<WRITE>(table, items.size(0), parameters, completed, sums, limits);
-  if (phase == STEP) run_phase<STEP>(table, items.size(0), parameters, completed, sums, limits);
+  if (phase == STEP) run_batches(table, in_batches, batches.size(0), parameters, completed, norms);
 }
 
 }  // namespace

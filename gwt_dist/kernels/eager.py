@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist import update
+from gwt_dist.kernels.limiter import limit_growth
 from gwt_dist.kernels.piece import Piece
 from gwt_dist.kernels.work import Part, Tensors, Work
 
@@ -48,10 +49,18 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
 
 
 def step(work: Work, tensors: Tensors) -> None:
-    """Both phases at once, for parts without a limiter."""
-    nothing = torch.empty(0, dtype=torch.float64)
-    moments(work, tensors, nothing)
-    write(work, tensors, nothing)
+    """Both phases of tensors that this process holds whole, and their limiters between them.
+
+    Either all parts have a place for their norm or none has.
+    """
+    if not tensors.weights:
+        return
+    squared_norms = torch.zeros(sum(work.norms), dtype=torch.float64, device=tensors.weights[0].device)
+    moments(work, tensors, squared_norms)
+    rho = squared_norms
+    if work.norms:
+        rho = limit_growth(squared_norms, work.norms, tensors.limited_norms, tensors.rules)
+    write(work, tensors, rho)
 
 
 def _moments(part: Part, tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.limiter import limit_growth
 from gwt_dist.kernels.work import Item, Tensors, Work
 from gwt_dist.update import Rule
 
@@ -41,8 +42,13 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
 
 
 def step(work: Work, tensors: Tensors) -> None:
-    """As `eager.step`, the gradient read once."""
-    _run(_STEP, work, tensors, None, None)
+    """As `eager.step`; without a limiter the gradient is read once."""
+    if not work.norms:
+        _run(_STEP, work, tensors, None, None)
+        return
+    squared_norms = torch.zeros(sum(work.norms), dtype=torch.float64, device=tensors.weights[0].device)
+    moments(work, tensors, squared_norms)
+    write(work, tensors, limit_growth(squared_norms, work.norms, tensors.limited_norms, tensors.rules))
 
 
 def prepare() -> None:
@@ -260,7 +266,7 @@ def _check(tensors: Tensors, device: torch.device) -> None:
 
 def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: _Kept) -> _Programs:
     """The items of a work, grouped by what a kernel is compiled for."""
-    table = work.table(CHUNK, torch.device("cpu"))
+    table = work.table(CHUNK)
     column = dict(zip(Item._fields, table.unbind(1), strict=True))
     number, level, norm = column["parameter"], column["level"], column["norm"]
     plain = torch.tensor(aligned)[number] & (column["rows"] == 1) & (column["slot"] < 0)

@@ -121,8 +121,9 @@ def phase(
         d = tl.sqrt_rn(exp_avg_sq) + eps
         if WRITE:
             size_of_unit = tl.div_rn(factor, d)
-            detail, lift = x - (a * GAIN)[:, None], exp_avg * GAIN * size_of_unit
-            change = detail * (size_of_unit * detail_gain)[:, None] + lift[:, None]
+            detail_size = size_of_unit * (detail_gain if LEVEL > 0 else 0.0)
+            rest = exp_avg * GAIN * size_of_unit - a * GAIN * detail_size
+            change = x * detail_size[:, None] + rest[:, None]
             weight = tl.load(w + at, mask=owned, other=0.0).to(tl.float32) - change
             weight = tl.where(weight_decay != 0, weight - weight * decay, weight)
             tl.store(w + at, weight.to(WEIGHT), mask=owned)

@@ -42,6 +42,7 @@ class Tensors:
     steps: list[Tensor]  # 0-d fp32, this step counted
     rules: list[Rule]  # one a parameter
     exchange: Tensor  # elements of cut units, fp32 or fp64
+    limited_norms: list[Tensor]  # dense, as exp_avg; a number for each place of the parameter, read by `step` alone
 
 
 class Item(NamedTuple):
@@ -71,16 +72,39 @@ class Work:
     """Pieces that one call of a kernel works on."""
 
     parts: tuple[Part, ...]
-    _tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, init=False)
+    norms: tuple[int, ...] = ()  # places of each parameter in the vector of squared norms; none without a limiter
+    _tables: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _batches: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
 
-    def table(self, chunk: int, device: torch.device) -> Tensor:
-        """The items of all parts, int64 ``[items, 13]``, of about `chunk` elements each where a part has as many."""
-        key = chunk, device
-        if key not in self._tables:
+    def table(self, chunk: int) -> Tensor:
+        """The items of all parts in order of their norms, int64 ``[items, 13]``.
+
+        They have about `chunk` elements each where a part has as many.
+        """
+        if chunk not in self._tables:
             items = [item for part in self.parts for item in items_of(part, chunk)]
-            table = torch.tensor(items, dtype=torch.int64).view(-1, len(Item._fields))
-            self._tables[key] = table.to(device)
-        return self._tables[key]
+            items.sort(key=lambda item: item.norm)
+            self._tables[chunk] = torch.tensor(items, dtype=torch.int64).view(-1, len(Item._fields))
+        return self._tables[chunk]
+
+    def batches(self, chunk: int, elements: int) -> Tensor:
+        """Runs of items of ``table(chunk)`` whose norms are theirs alone, of at least `elements` elements but the last.
+
+        int64 ``[batches, 4]``: first item and the one after the last, first norm and the one after the last.
+        """
+        key = chunk, elements
+        if key not in self._batches:
+            batches: list[list[int]] = []
+            room = 0
+            for i, row in enumerate(self.table(chunk).tolist()):
+                item = Item(*row)
+                if not batches or (item.norm != batches[-1][3] - 1 and room <= 0):
+                    batches.append([i, i, item.norm, item.norm])
+                    room = elements
+                batches[-1][1], batches[-1][3] = i + 1, item.norm + 1
+                room -= item.rows * item.units << item.level
+            self._batches[key] = torch.tensor(batches, dtype=torch.int64).view(-1, 4)
+        return self._batches[key]
 
 
 def items_of(part: Part, chunk: int) -> Iterator[Item]:
