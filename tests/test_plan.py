@@ -185,7 +185,7 @@ def test_llamas_on_64_ranks_that_are_faked(rank_ids: tuple[int, ...]) -> None:
         if name == "7b":  # 4 bytes, 2 moments; what is no Linear weight of attention or MLP is AdamW
             rest = 2 * 32000 * 4096 + 65 * 4096
             assert expected.wavelet[0] + expected.rest[0] == 8 * ((model.numel - rest) // 4 + rest) * replicas // 64
-    assert len(spread) == (6 if rank_ids == (8, 62) else 4)  # ranks of the 1B model differ
+    assert len(spread) == (5 if 7 in rank_ids else 4)  # the last of 8 shards of 5461 rows has fewer
 
 
 CONFIGS = {

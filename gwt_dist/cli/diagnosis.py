@@ -116,8 +116,7 @@ def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype) 
 
 def _compiles() -> str:
     """How the library for this machine comes to be; what stands in its way after a "!"."""
-    pattern = f"gwt_dist_cpu_{build.capability().lower()}-*.so"
-    if any(build.folder().glob(pattern)):
+    if build.library_of("cpu")[2].exists():
         try:
             cpu.prepare()
         except BuildError as error:
