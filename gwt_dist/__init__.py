@@ -3,13 +3,18 @@
 optimizer = GWTAdamW(param_groups(model, level=2), lr=1e-2)
 """
 
-import torch as _torch
+import os.path as _path
+import sys as _sys
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from gwt_dist.checkpoint import CheckpointError, load, save
-from gwt_dist.engines import attach, fuse_backward, initialize
-from gwt_dist.groups import param_groups
-from gwt_dist.layout import Fragment, LayoutError
-from gwt_dist.optimizer import GWTAdamW
+if _TYPE_CHECKING:
+    from gwt_dist.checkpoint import CheckpointError, load, save
+    from gwt_dist.engines import attach, fuse_backward, initialize
+    from gwt_dist.groups import param_groups
+    from gwt_dist.layout import Fragment, LayoutError
+    from gwt_dist.optimizer import GWTAdamW
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +29,32 @@ __all__ = [
     "param_groups",
     "save",
 ]
+_HOMES = {
+    "CheckpointError": "checkpoint",
+    "Fragment": "layout",
+    "GWTAdamW": "optimizer",
+    "LayoutError": "layout",
+    "attach": "engines",
+    "fuse_backward": "engines",
+    "initialize": "engines",
+    "load": "checkpoint",
+    "param_groups": "groups",
+    "save": "checkpoint",
+}
 
-# DeepSpeed looks for an optimizer type that it does not know in torch.optim.
-_torch.optim.GWTAdamW = GWTAdamW  # type: ignore[attr-defined]
+
+def __getattr__(name: str) -> _Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+# The command gwt-dist loads what each of its commands needs and nothing else: torch alone takes longer than a plan.
+# Everywhere else all is loaded at once, so that DeepSpeed finds the type, which it looks for in torch.optim.
+if _path.basename(_sys.argv[0] if getattr(_sys, "argv", None) else "") != "gwt-dist":
+    import torch as _torch
+
+    for _name in __all__:
+        __getattr__(_name)
+    _torch.optim.GWTAdamW = __getattr__("GWTAdamW")  # type: ignore[attr-defined]

@@ -6,9 +6,10 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ def param_groups(
     Raises:
         ValueError: If a pattern matches no Linear weight to be trained, or a parameter does not belong to `model`.
     """
-    patterns = _patterns(targets, level)
+    from torch import nn
+
+    patterns = levels_by_pattern(targets, level)
     names = {id(p): name for name, p in model.named_parameters()}
     linear = {
         id(module.weight): name
@@ -63,7 +66,7 @@ def param_groups(
                 )
             if not parameter.requires_grad:
                 continue
-            pattern = _first_match(patterns, linear.get(id(parameter)))
+            pattern = first_match(patterns, linear.get(id(parameter)))
             (rest if pattern is None else matched[pattern]).append(parameter)
             by_level.setdefault(0 if pattern is None else patterns[pattern], []).append(parameter)
         groups += [
@@ -71,16 +74,13 @@ def param_groups(
         ]
     for pattern, parameters in matched.items():
         if not parameters:
-            raise ValueError(
-                f"target {pattern!r} matches no Linear weight to be trained, so it would be AdamW in silence. Names "
-                f"that can "
-                f"match: {_examples(linear)}"
-            )
+            raise no_match(pattern, linear.values())
     _log_table(patterns, matched, rest)
     return groups
 
 
-def _patterns(targets: str | Sequence[str] | Mapping[str, int], level: int) -> dict[str, int]:
+def levels_by_pattern(targets: str | Sequence[str] | Mapping[str, int], level: int) -> dict[str, int]:
+    """The patterns of `targets` in order, each with its level; raises `ValueError` for what is no pattern."""
     if isinstance(targets, Mapping):
         patterns = dict(targets)
     else:
@@ -104,7 +104,8 @@ def _given_groups(model: nn.Module, params: Iterable[Tensor] | Iterable[Group] |
     return [{"params": given}]
 
 
-def _first_match(patterns: Iterable[str], name: str | None) -> str | None:
+def first_match(patterns: Iterable[str], name: str | None) -> str | None:
+    """The first pattern that matches the name of a Linear module; None for no match, or for what is no Linear."""
     if name is None:
         return None
     for pattern in patterns:
@@ -118,8 +119,16 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _examples(linear: Mapping[int, str]) -> str:
-    names = sorted(linear.values())
+def no_match(pattern: str, linear: Iterable[str]) -> ValueError:
+    """The error for a target that matches none of the Linear modules of these names."""
+    return ValueError(
+        f"target {pattern!r} matches no Linear weight to be trained, so it would be AdamW in silence. Names that can "
+        f"match: {_examples(linear)}"
+    )
+
+
+def _examples(linear: Iterable[str]) -> str:
+    names = sorted(linear)
     shown = ", ".join(names[:4]) or "none, the model has no nn.Linear"
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 

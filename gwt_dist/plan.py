@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gwt_dist import dtensor, layout
 from gwt_dist.comm import Shard
-from gwt_dist.kernels import Piece, level_of, moments_shape, units_of
+from gwt_dist.kernels import Piece, moments_shape
+from gwt_dist.units import level_of, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Plan:
     def of(cls, shard: Shard, level: int, wavelet: str) -> Plan:
         """The plan of a shard in a group of `level` and `wavelet`."""
 
-        def units(shape: Sequence[int]) -> layout.Units:
+        def units(shape: tuple[int, ...]) -> layout.Units:
             return units_of(shape, level, wavelet)
 
         packed = layout.pack(shard.fragments, units)

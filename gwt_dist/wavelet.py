@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-MAX_LEVEL = 16
+from gwt_dist.units import check_level, haar_unit, row_unit
 
 
 class Transform(Protocol):
@@ -74,8 +74,7 @@ class HaarTransform:
 
     def unit(self, columns: int) -> tuple[int, int]:
         """See `Transform.unit`."""
-        # A unit longer than the row would hold nothing but padding beyond it.
-        return max(1, min(1 << self.level, columns)), 1
+        return haar_unit(self.level, columns)
 
     def approximation(self, x_NU: Tensor) -> Tensor:
         """See `Transform.approximation`."""
@@ -107,7 +106,7 @@ class FilterBankTransform:
 
     def unit(self, columns: int) -> tuple[int, int]:
         """See `Transform.unit`."""
-        return max(1, columns), -(-columns // (1 << self.level))
+        return row_unit(self.level, columns)
 
     def approximation(self, x_NU: Tensor) -> Tensor:
         """See `Transform.approximation`."""
@@ -167,8 +166,7 @@ def transform(wavelet: str, level: int) -> Transform:
 
     Raises `ValueError` for an unknown wavelet or a level out of range.
     """
-    if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= MAX_LEVEL:
-        raise ValueError(f"level={level!r} must be a whole number from 0 (AdamW) to {MAX_LEVEL}")
+    check_level(level)
     bank = filter_bank(wavelet)
     if level == 0 or len(bank.dec_lo) == 2:  # haar has other names: db1, bior1.1, rbio1.1
         return HaarTransform(level)

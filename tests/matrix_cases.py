@@ -137,6 +137,7 @@ class Built:
     weights: Callable[[], Weights]
     part: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
     stale: Callable[[Weights], float] = lambda _: 0.0  # what the model computes with, against `weights`
+    model: Any = None  # as it is wrapped, or the DeepSpeed engine
 
 
 @contextlib.contextmanager
@@ -163,7 +164,9 @@ def deepspeed(kind: str, config: dict[str, Any], zero_init: bool = False) -> Ite
     def weights() -> Weights:
         return zero_engine_cases.masters(engine, model)
 
-    yield Built(engine.basic_optimizer, take, weights, stale=lambda found: zero_engine_cases.stale(model, found))
+    yield Built(
+        engine.basic_optimizer, take, weights, stale=lambda found: zero_engine_cases.stale(model, found), model=engine
+    )
     engine.destroy()
 
 
@@ -187,6 +190,7 @@ def fsdp2(kind: str, layout: str) -> Iterator[Built]:
         take,
         lambda: {n: fsdp2_cases.local(p).detach() for n, p in named.items()},
         lambda name, whole: fsdp2_cases.part_of(whole, named[name]),
+        model=model,
     )
 
 
@@ -222,7 +226,7 @@ def fsdp1(kind: str, strategy: str, use_orig_params: bool) -> Iterator[Built]:
                 if p.requires_grad
             }
 
-    yield Built(optimizer, taking(model, optimizer), weights)
+    yield Built(optimizer, taking(model, optimizer), weights, model=model)
 
 
 @contextlib.contextmanager
@@ -248,7 +252,7 @@ def fairscale(kind: str, flattening: str) -> Iterator[Built]:
             with model.summon_full_params():
                 return {n: p.detach().clone() for n, p in model.named_parameters()}
 
-        yield Built(optimizer, taking(model, optimizer), weights)
+        yield Built(optimizer, taking(model, optimizer), weights, model=model)
 
 
 @contextlib.contextmanager
@@ -263,7 +267,7 @@ def whole(kind: str, engine_kind: str) -> Iterator[Built]:
         engine.model(nested(step, torch.float64)).backward()
         engine.optimizer.step()
 
-    yield Built(engine.inner, take, lambda: whole_tensor_cases.weights_of(model))
+    yield Built(engine.inner, take, lambda: whole_tensor_cases.weights_of(model), model=model)
 
 
 FAMILIES = {"deepspeed": deepspeed, "fsdp2": fsdp2, "fsdp1": fsdp1, "fairscale": fairscale, "whole": whole}

@@ -19,24 +19,25 @@ LINES = 400  # aim at 300; at this length a module does two things
 
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
-MATH = {"wavelet", "update", "recipes"}
+MATH = {"units", "wavelet", "update", "recipes"}
 RUNTIME = {"kernels", "layout", "comm", "dtensor", "groups", "plan", "schedule", "optimizer"}
 STATE = {"checkpoint", "memory", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
-    "wavelet": set(),
+    "units": {"layout"},
+    "wavelet": {"units"},
     "update": {"wavelet"},
     "recipes": {"wavelet", "update"},
-    "kernels": {"wavelet", "update", "layout"},
+    "kernels": {"units", "wavelet", "update", "layout"},
     "comm": {"layout"},
     "groups": set(),
     "dtensor": {"layout", "comm"},
-    "plan": {"kernels", "layout", "comm", "dtensor"},
+    "plan": {"units", "kernels", "layout", "comm", "dtensor"},
     "schedule": {"update", "kernels", "comm", "dtensor", "plan"},
     "optimizer": MATH | {"comm", "dtensor", "plan", "schedule"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
-    "memory": MATH | RUNTIME | {"engines"},
+    "memory": {"layout", "units", "groups"},  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
@@ -49,6 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
     "layout": set(),
+    "units": {"pywt"},
+    "memory": {"torch"},
     "wavelet": {"torch", "pywt"},
     "kernels": {"torch", "triton"},
     "engines": {"torch", "deepspeed", "fairscale"},

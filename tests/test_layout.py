@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gwt_dist import Fragment, GWTAdamW, LayoutError
-from gwt_dist.kernels import units_of
 from gwt_dist.layout import Tensor, Units, join, plan_exchange
+from gwt_dist.units import units_of
 from simulated import Sharded
 
 settings.register_profile("gwt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -12,10 +12,10 @@ from gwt_dist import dtensor
 from gwt_dist.checkpoint.format import EXP_AVG, EXP_AVG_SQ, WEIGHT, CheckpointError
 from gwt_dist.engines.attach import _unwrapped, find_optimizer
 from gwt_dist.engines.weights import Local, Weights, clean, read_weights
-from gwt_dist.kernels import level_of
 from gwt_dist.layout import Fragment
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.plan import Plan
+from gwt_dist.units import level_of
 
 MASTER = "master"  # a weight in the precision of the optimizer; stored as the weight
 

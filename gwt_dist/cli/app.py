@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
-
-from gwt_dist.cli.export import export
-from gwt_dist.cli.inspect import inspect
+from typer.core import TyperGroup
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
+# Functions in modules of their names. A module is imported when its command is asked for: a plan is there before the
+# torch that other commands need would be.
+COMMANDS = ("plan", "inspect", "export", "doctor")
+
+
+class Commands(TyperGroup):
+    """The commands of `COMMANDS`, beside those that are written here."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names, as the help shows them."""
+        return [*super().list_commands(ctx), *COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name; None if there is none."""
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        alone.command(cmd_name)(getattr(import_module(f"gwt_dist.cli.{cmd_name}"), cmd_name))
+        return typer.main.get_command(alone)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Adam moments in wavelet space, sharded: what goes with the optimizer.",
     no_args_is_help=True,
     add_completion=False,
@@ -39,10 +60,6 @@ def train(context: typer.Context) -> None:
     from gwt_dist.train import main as pretrain
 
     raise typer.Exit(pretrain(context.args))
-
-
-app.command()(export)
-app.command()(inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,10 +91,16 @@ _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
 
 
 def refuse(config: Mapping[str, Any] | Any | None) -> None:
-    """Raise `ValueError` for a setting under which the update could not be right.
+    """Raise `ValueError` for the first setting under which the update could not be right.
 
     `config` is the JSON as a mapping, or DeepSpeed's own configuration object.
     """
+    for reason in reasons(config):
+        raise ValueError(reason)
+
+
+def reasons(config: Mapping[str, Any] | Any | None) -> Iterator[str]:
+    """Why each setting is refused that `refuse` would refuse."""
     settings = getattr(config, "_param_dict", config)
     if not isinstance(settings, Mapping):
         return
@@ -103,15 +109,15 @@ def refuse(config: Mapping[str, Any] | Any | None) -> None:
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None and wrong(value):
-            raise ValueError(f"{'.'.join(path)}={value!r} cannot be used with GWTAdamW: {why}")
+            yield f"{'.'.join(path)}={value!r} cannot be used with GWTAdamW: {why}"
     autocast = settings.get("torch_autocast") or {}
     if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half"):
-        raise ValueError(
+        yield (
             "torch_autocast with float16 cannot be used with GWTAdamW: each rank skips overflowing steps by itself, so "
             "ranks would wait for each other; use bfloat16"
         )
     if (settings.get("fp16") or {}).get("enabled") and not _stage(settings):
-        raise ValueError(
+        yield (
             "fp16 without ZeRO cannot be used with GWTAdamW: at stage 0 DeepSpeed divides the gradients by a loss "
             "scale that it never multiplied in; set zero_optimization.stage to 1, 2 or 3, or use bf16"
         )

@@ -7,7 +7,7 @@ which of them a parameter gets; ``GWT_DIST_KERNEL`` forces one.
 
 from gwt_dist.kernels.choice import Kernel, choose
 from gwt_dist.kernels.limiter import limit_growth
-from gwt_dist.kernels.piece import Piece, level_of, moments_shape, units_of
+from gwt_dist.kernels.piece import Piece, moments_shape
 from gwt_dist.kernels.work import Cut, Part, Tensors, Work
 
 __all__ = [
@@ -18,8 +18,6 @@ __all__ = [
     "Tensors",
     "Work",
     "choose",
-    "level_of",
     "limit_growth",
     "moments_shape",
-    "units_of",
 ]

@@ -51,17 +51,22 @@ def load(source: str) -> ModuleType:
 
     Raises `BuildError` if it cannot be compiled.
     """
-    flags = (*_BASE, *_BY_CAPABILITY[capability()], *(f"-DCPU_CAPABILITY{x}{capability()}" for x in ("=", "_")))
-    code = (SOURCES / f"{source}.cpp").read_bytes()
-    made_from = (torch.__version__, importlib.util.MAGIC_NUMBER.hex(), *flags)
-    digest = hashlib.sha256(code + "\n".join(made_from).encode()).hexdigest()[:16]
-    name = f"gwt_dist_{source}_{capability().lower()}"
-    library = folder() / f"{name}-{digest}.so"
+    name, flags, library = library_of(source)
     if not library.exists():
         with _lock(library.with_suffix(".lock")):
             if not library.exists():
                 _compile(name, source, flags, library)
     return _import(name, library)
+
+
+def library_of(source: str) -> tuple[str, tuple[str, ...], Path]:
+    """Name and flags of the module that `load` would import, and its library, which may not be there yet."""
+    flags = (*_BASE, *_BY_CAPABILITY[capability()], *(f"-DCPU_CAPABILITY{x}{capability()}" for x in ("=", "_")))
+    code = (SOURCES / f"{source}.cpp").read_bytes()
+    made_from = (torch.__version__, importlib.util.MAGIC_NUMBER.hex(), *flags)
+    digest = hashlib.sha256(code + "\n".join(made_from).encode()).hexdigest()[:16]
+    name = f"gwt_dist_{source}_{capability().lower()}"
+    return name, flags, folder() / f"{name}-{digest}.so"
 
 
 def _compile(name: str, source: str, flags: tuple[str, ...], library: Path) -> None:

@@ -9,20 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gwt_dist import layout
 from gwt_dist.layout import Block, Fragment, Units
+from gwt_dist.units import level_of, units_of
 from gwt_dist.wavelet import Transform, transform
-
-
-def level_of(shape: Sequence[int], level: int) -> int:
-    """Scalars and 1-D tensors are level 0 whatever their group says."""
-    return level if len(shape) >= 2 else 0
-
-
-def units_of(shape: Sequence[int], level: int, wavelet: str) -> Units:
-    """The units of a tensor of `shape` in a group of `level`."""
-    columns = layout.columns_of(shape)
-    return Units(columns, *transform(wavelet, level_of(shape, level)).unit(columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +29,7 @@ class Piece:
     @classmethod
     def of(cls, fragment: Fragment, moments: Fragment, level: int, wavelet: str) -> Piece:
         """The piece of `fragment` in a group of `level`, with its moments at `moments`."""
-        units = units_of(fragment.shape, level, wavelet)
+        units = units_of(tuple(fragment.shape), level, wavelet)
         level = level_of(fragment.shape, level)
         first = units.touched(fragment)[0]
         low, high = (units.coefficients * (unit - first) for unit in units.owned(fragment))
@@ -70,4 +59,4 @@ def moments_shape(shape: Sequence[int], level: int, wavelet: str) -> tuple[int, 
     if level_of(shape, level) == 0:
         return tuple(shape)
     whole = Fragment("", tuple(shape), 0, prod(shape))
-    return units_of(shape, level, wavelet).moments(whole).shape
+    return units_of(tuple(shape), level, wavelet).moments(whole).shape

@@ -1,20 +1,18 @@
-"""Optimizer-state bytes of a rank, from shapes alone: before anything is allocated, and exactly.
-
-The fragments that ZeRO will make are written down here by arithmetic, without an engine; `layout` turns them into
-moments as it does in a run. What an engine really made is read in `engines`, and tests hold the two against each other.
-"""
+"""Optimizer-state bytes of one rank under ZeRO, from shapes alone: what a run is told before it allocates anything."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
 from typing import Any
 
-from gwt_dist.kernels import level_of, units_of
 from gwt_dist.layout import Fragment
+from gwt_dist.memory import splits
+from gwt_dist.units import level_of, units_of
 
-FP32 = 4  # bytes; moments are fp32 whatever the weights are
+# Whether the limiter of a recipe is on where a group does not say: `recipes.RECIPES`, which needs torch.
+LIMITED = {"paper": True, "energy": False}
+FP32 = 4  # bytes; moments are fp32 whatever the weights are, except for fp64 weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +22,7 @@ class GroupSpec:
     level: int
     wavelet: str
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    limited: bool = True  # a limiter above 0, so that norms are summed over ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,7 @@ def specs(named_parameters: Iterable[tuple[str, Any]], groups: Sequence[Mapping[
             group["level"],
             group.get("wavelet", "haar"),
             tuple((names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group["params"]),
+            LIMITED[group.get("recipe", "paper")] if group.get("limiter") is None else group["limiter"] > 0,
         )
         for group in groups
     ]
@@ -66,8 +66,15 @@ def plan_zero(
     groups: Sequence[GroupSpec], *, stage: int, world_size: int, rank: int, sub_group_size: int = 1_000_000_000
 ) -> StateBytes:
     """State bytes of `rank` under DeepSpeed ZeRO stage 1, 2 or 3 over `world_size` ranks."""
-    split = _stage_3 if stage == 3 else _stage_1_and_2
-    buffers = [(group, fragments) for group in groups for fragments in split(group, world_size, rank, sub_group_size)]
+    buffers = []
+    for group in groups:
+        names, shapes = [name for name, _ in group.tensors], [shape for _, shape in group.tensors]
+        if stage == 3:
+            for numbers in splits.sub_groups(shapes, world_size, sub_group_size):
+                slots = [splits.zero_3(shapes[i], world_size).fragments([names[i]], rank)[0] for i in numbers]
+                buffers.append((group, slots))
+        else:
+            buffers.append((group, splits.zero_1_and_2(shapes, world_size)[0].fragments(names, rank)))
     return measure(buffers)
 
 
@@ -90,31 +97,3 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateByt
             else:
                 rest += 2 * FP32 * kept
     return StateBytes(wavelet, cut, wavelet_adamw, rest, scalars)
-
-
-def _stage_1_and_2(group: GroupSpec, world_size: int, rank: int, _: int) -> list[list[Fragment]]:
-    """One buffer: the concatenated tensors in equal parts of an even number of elements."""
-    numel = sum(prod(shape) for _, shape in group.tensors)
-    part = 2 * ceil(numel / (2 * world_size))
-    fragments, begin = [], 0
-    for fqn, shape in group.tensors:
-        start = min(max(0, rank * part - begin), prod(shape))
-        stop = min(max(0, (rank + 1) * part - begin), prod(shape))
-        fragments.append(Fragment(fqn, shape, start, stop))
-        begin += prod(shape)
-    return [fragments]
-
-
-def _stage_3(group: GroupSpec, world_size: int, rank: int, sub_group_size: int) -> list[list[Fragment]]:
-    """Each tensor in equal slots; a buffer takes tensors until their slots reach `sub_group_size`."""
-    buffers: list[list[Fragment]] = [[]]
-    filled = 0
-    for fqn, shape in group.tensors:
-        if filled >= sub_group_size:
-            buffers.append([])
-            filled = 0
-        slot = ceil(prod(shape) / world_size)
-        start = min(prod(shape), rank * slot)
-        buffers[-1].append(Fragment(fqn, shape, start, min(prod(shape), start + slot)))
-        filled += slot
-    return buffers

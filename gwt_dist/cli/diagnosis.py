@@ -1,0 +1,232 @@
+"""What this machine has, which kernels would run on it, and what of a model and a configuration would be refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gwt_dist.engines import refusals
+from gwt_dist.engines.initialize import TYPE, _checked
+from gwt_dist.groups import param_groups
+from gwt_dist.kernels import Piece, build, choice, cpu, triton
+from gwt_dist.kernels.build import BuildError
+from gwt_dist.layout import Fragment
+from gwt_dist.optimizer import GWTAdamW
+from gwt_dist.units import units_of
+
+REFUSED, WARNING = "refused", "warning"
+# Distributions, and what they are for here.
+PACKAGES = {
+    "torch": "needed",
+    "PyWavelets": "needed",
+    "numpy": "of PyWavelets",
+    "deepspeed": "ZeRO",
+    "fairscale": "OSS, ShardedDataParallel, FullyShardedDataParallel",
+    "transformers": "the recipe, the Trainer",
+    "accelerate": "the Trainer",
+    "lightning": "",
+    "torchtitan": "",
+    "safetensors": "checkpoints",
+    "mpi4py": "ranks under mpirun",
+    "triton": "kernels for GPUs",
+    "ninja": "compiling",
+}
+PROGRAMS = {
+    "mpirun": "MPI",
+    "ssh": "the deepspeed launcher on several hosts",
+    "pdsh": "its default runner",
+    "srun": "SLURM",
+    "ninja": "compiling",
+    "nvidia-smi": "GPUs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is told: `kind` is "refused" or "warning"."""
+
+    kind: str
+    text: str
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of each package; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("gwt_dist", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["torch"] = str(torch.__version__)  # with its build, such as +cpu
+    return found
+
+
+def machine() -> dict[str, str | None]:
+    """Where each program is, the compiler and its cache, GPUs and MPI; None for what is not there."""
+    from torch.utils import cpp_extension
+
+    found = {name: shutil.which(name) for name in PROGRAMS}
+    compiler = cpp_extension.get_cxx_compiler()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "C++ compiler": shutil.which(compiler),
+        "compiled kernels in": str(build.folder()),
+        "CPU": f"{os.cpu_count()} threads, {build.capability()}",
+        "GPU": ", ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus) or None,
+        "torch is built for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone",
+        "MPI backend of torch": "yes" if torch.distributed.is_mpi_available() else None,
+        **found,
+    }
+
+
+def kernels(level: int, wavelet: str, dtype: torch.dtype) -> dict[str, dict[str, str]]:
+    """By kind of device: the kernel that a matrix of `level` would get, and why."""
+    return {kind: _kernel(torch.device(kind), level, wavelet, dtype) for kind in ("cpu", "cuda")}
+
+
+def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype) -> dict[str, str]:
+    fragment = Fragment("the matrix", (64, 4096), 0, 64 * 4096)
+    piece = Piece.of(fragment, units_of(fragment.shape, level, wavelet).moments(fragment), level, wavelet)
+    forced = os.environ.get(choice.VARIABLE, "")
+    if forced not in ("", *choice.NAMES):
+        return {"kernel": "none", "why": f"{choice.VARIABLE}={forced!r} must be one of {choice.NAMES}: a step raises"}
+    name = forced or {"cpu": "cpu", "cuda": "triton"}[device.type]
+    because = f"{choice.VARIABLE} forces it" if forced else "the fastest that takes it"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        because += "; torch finds no GPU here"
+    missing = "" if name == "eager" else choice._missing(name, device, dtype, [piece])
+    if missing and forced:
+        return {"kernel": "none", "why": f"{choice.VARIABLE}={forced} cannot take {missing}: a step raises"}
+    if missing:
+        return {"kernel": "eager", "why": f"{name} cannot take {missing}"}
+    problem = {"cpu": _compiles, "triton": _triton}.get(name, lambda: "")()
+    if problem.startswith("!"):
+        return {"kernel": "none" if forced else "eager", "why": problem[1:]}
+    return {"kernel": name, "why": "; ".join(part for part in (because, problem) if part)}
+
+
+def _compiles() -> str:
+    """How the library for this machine comes to be; what stands in its way after a "!"."""
+    if build.library_of("cpu")[2].exists():
+        try:
+            cpu.prepare()
+        except BuildError as error:
+            return f"!{error}"
+        return "compiled already"
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        return f"!no C++ compiler ({compiler!r} is not on the PATH), so it cannot be compiled"
+    if not cpp_extension.is_ninja_available():
+        return "!ninja is not installed, so it cannot be compiled: pip install ninja"
+    return "compiled at the first step"
+
+
+def _triton() -> str:
+    try:
+        triton.prepare()
+    except BuildError as error:
+        # Without a GPU nothing can be asked of it; whether it is installed can.
+        return f"!{error}" if torch.cuda.is_available() or "package triton" in str(error) else ""
+    return ""
+
+
+def examine(
+    settings: dict[str, Any] | None, model: nn.Module | None, options: Mapping[str, Any] | None
+) -> Iterator[Finding]:
+    """What a run would refuse, by the functions that refuse it, and what is worth a warning.
+
+    Args:
+        settings: A DeepSpeed JSON.
+        model: The model, on the meta device.
+        options: Keywords of `GWTAdamW` and ``targets`` from the command line, before those of the JSON.
+    """
+    chosen = dict(options or {})
+    if settings is not None:
+        yield from (Finding(REFUSED, reason) for reason in refusals.reasons(settings))
+        section = settings.get("optimizer") or {}
+        if section.get("type") == TYPE:
+            try:
+                chosen = {**_checked(section.get("params") or {}), **chosen}
+            except ValueError as error:
+                yield Finding(REFUSED, str(error))
+                return
+        elif section:
+            yield Finding(
+                WARNING,
+                f"optimizer.type is {section.get('type')!r}, so DeepSpeed would step with that, unless you pass a "
+                f"GWTAdamW, which is then refused beside the section. Write {TYPE!r}, or remove the section",
+            )
+        yield from _deepspeed_warnings(settings)
+    try:
+        groups = _groups(model, chosen)
+        optimizer = GWTAdamW(groups)
+        if model is not None:
+            refusals.refuse_experts(model.named_parameters())
+            refusals.refuse_groups(settings or {}, optimizer.param_groups)
+    except ValueError as error:
+        yield Finding(REFUSED, str(error))
+        return
+    yield from _group_warnings(optimizer)
+
+
+def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, Any]]:
+    if model is not None:
+        return param_groups(model, **options)
+    stand_in = nn.Parameter(torch.empty(64, 4096, device="meta"))
+    return [{"params": [stand_in], **{key: value for key, value in options.items() if key != "targets"}}]
+
+
+def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:
+    zero = settings.get("zero_optimization") or {}
+    if "gradient_clipping" not in settings:
+        yield Finding(WARNING, "gradient_clipping is not set, and DeepSpeed clips at 1.0 then; write what you want")
+    if zero.get("offload_optimizer") and settings.get("zero_force_ds_cpu_optimizer") is not False:
+        yield Finding(
+            WARNING,
+            "offload_optimizer without zero_force_ds_cpu_optimizer: gwt_dist.initialize sets it to false, but the "
+            "Trainer and Accelerate would put DeepSpeedCPUAdam in the place of GWTAdamW, which attach then refuses. "
+            'Write "zero_force_ds_cpu_optimizer": false',
+        )
+
+
+def _group_warnings(optimizer: GWTAdamW) -> Iterator[Finding]:
+    for group in optimizer.param_groups:
+        level, shapes = group["level"], [tuple(p.shape) for p in group["params"] if p.dim() >= 2]
+        if not level:
+            continue
+        if level > choice.MAX_LEVEL:
+            yield Finding(WARNING, f"level {level}: the compiled kernels end at {choice.MAX_LEVEL}, so eager steps it")
+        wide = [shape for shape in shapes if prod(shape[1:]) < 1 << level]
+        if wide:
+            yield Finding(
+                WARNING,
+                f"level {level} has units of {1 << level} elements, and {len(wide)} of its {len(shapes)} matrices have "
+                f"shorter rows (the first is {wide[0]}): a row is one unit there, and a higher level saves nothing",
+            )
+        if units_of((2, 64), level, group["wavelet"]).length == 64 != 1 << level:
+            yield Finding(
+                WARNING,
+                f"wavelet {group['wavelet']!r}: its unit is a whole row, so eager steps it, and each row that a rank "
+                f"boundary cuts is exchanged whole",
+            )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON as a run reads it; raises `ValueError` if it is none."""
+    from gwt_dist.engines.initialize import _settings
+
+    settings = _settings(None, path)
+    assert settings is not None
+    return settings

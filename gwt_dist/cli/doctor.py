@@ -1,0 +1,92 @@
+"""``gwt-dist doctor``: what this machine would do, and what would be refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def doctor(
+    context: typer.Context,
+    deepspeed_config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON to examine.")] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="A model to examine, as in `gwt-dist plan`: built on the meta device, nothing is allocated."),
+    ] = "",
+    level: Annotated[int, typer.Option(help="Level of the matrices that match a target. [2, or as the JSON says]")] = 2,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
+    ] = None,
+    wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
+    recipe: Annotated[str, typer.Option(help="paper or energy.")] = "paper",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
+    from gwt_dist.cli import diagnosis
+    from gwt_dist.cli.models import meta_model
+
+    values = {"level": level, "targets": target or ["attn", "mlp"], "wavelet": wavelet, "recipe": recipe}
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    settings = None if deepspeed_config is None else diagnosis.read_settings(deepspeed_config)
+    # Without a JSON what is not given has the defaults of this command, with one those of the JSON.
+    options = {
+        key: value
+        for key, value in values.items()
+        if settings is None or key in given or (key == "targets" and "target" in given)
+    }
+    module = meta_model(model) if model else None
+    params = ((settings or {}).get("optimizer") or {}).get("params") or {}
+    findings = list(diagnosis.examine(settings, module, options))
+    content: dict[str, Any] = {
+        "versions": diagnosis.versions(),
+        "machine": diagnosis.machine(),
+        "kernels": _kernels(
+            options.get("level", params.get("level", 2)), options.get("wavelet", params.get("wavelet"))
+        ),
+        "examined": [str(x) for x in (deepspeed_config, model) if x],
+        "findings": [{"kind": finding.kind, "text": finding.text} for finding in findings],
+    }
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        _show(content)
+    if any(finding.kind == diagnosis.REFUSED for finding in findings):
+        raise typer.Exit(1)
+
+
+def _kernels(level: Any, wavelet: Any) -> dict[str, dict[str, str]]:
+    import torch
+
+    from gwt_dist.cli import diagnosis
+
+    try:
+        return diagnosis.kernels(level, wavelet or "haar", torch.float32)
+    except ValueError as error:  # of a level or wavelet that is refused
+        return {"any": {"kernel": "none", "why": str(error)}}
+
+
+def _show(content: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gwt_dist.cli.diagnosis import PACKAGES, PROGRAMS, REFUSED
+
+    console = Console()
+    for title, key, purposes in (("versions", "versions", PACKAGES), ("this machine", "machine", PROGRAMS)):
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in content[key].items():
+            table.add_row(name, "-" if value is None else value, purposes.get(name, ""))
+        console.print(table)
+    table = Table(title="kernels, for fp32 weights", title_justify="left", show_header=False)
+    for device, found in content["kernels"].items():
+        table.add_row(device, found["kernel"], found["why"])
+    console.print(table)
+    for finding in content["findings"]:
+        style = "bold red" if finding["kind"] == REFUSED else "yellow"
+        console.print(f"{finding['kind']}:", style=style, end=" ")
+        console.print(finding["text"], markup=False, highlight=False)
+    if content["examined"] and not content["findings"]:
+        console.print(f"nothing to say against {' with '.join(content['examined'])}", markup=False, highlight=False)

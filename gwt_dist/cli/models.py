@@ -1,0 +1,128 @@
+"""The model that a command is told of: a configuration, a name, or a function of the user's that builds it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gwt_dist.memory.model import KNOWN, ModelSpec, of_config, of_module
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODELS = Path("configs", "models")
+
+
+def read_model(name: str) -> ModelSpec:
+    """The shapes of a model.
+
+    Args:
+        name: A ``config.json`` of transformers or the folder with one, a name in ``configs/models``, the name of a
+            model on the Hugging Face hub whose configuration is cached already (nothing is downloaded), or
+            ``package.module:function`` that returns an `nn.Module`.
+
+    Raises:
+        ValueError: If there is no such thing, or it does not say the shapes.
+    """
+    if ":" in name and not Path(name).exists():
+        return of_module(build_model(name), name)
+    path = _configuration(name)
+    config = _read(path)
+    found = of_config(config, str(path))
+    return of_module(_by_transformers(path, config), str(path)) if found is None else found
+
+
+def build_model(name: str) -> nn.Module:
+    """The module that ``package.module:function`` returns, built on the meta device; the working directory is searched.
+
+    Raises `ValueError` if it cannot be found or returns something else.
+    """
+    import torch
+    from torch import nn
+
+    where, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(where), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r} is no package.module:function that can be imported: {error}") from error
+    with torch.device("meta"):
+        built = function()
+    if not isinstance(built, nn.Module):
+        raise ValueError(f"{name!r} returned {type(built).__name__}, and must return an nn.Module")
+    return built
+
+
+def meta_model(name: str) -> nn.Module:
+    """The module itself, on the meta device, of anything that `read_model` takes; by transformers, so slower."""
+    if ":" in name and not Path(name).exists():
+        return build_model(name)
+    path = _configuration(name)
+    return _by_transformers(path, _read(path))
+
+
+def _configuration(name: str) -> Path:
+    path = Path(name)
+    for candidate in (path, path / "config.json", MODELS / f"{name}.json", REPOSITORY / MODELS / f"{name}.json"):
+        if candidate.is_file():
+            return candidate
+    if "/" in name or "." not in name:
+        cached = _cached(name)
+        if cached is not None:
+            return cached
+    names = sorted(found.stem for found in (REPOSITORY / MODELS).glob("*.json"))
+    shown = f", one of {', '.join(names)}" if names else ""
+    raise ValueError(
+        f"no model {name!r}: neither a configuration file, nor a folder with a config.json{shown}, nor a model in the "
+        f"cache of the Hugging Face hub (nothing is downloaded). package.module:function builds one of your own"
+    )
+
+
+def _cached(name: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, not an object")
+    return config
+
+
+def _by_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
+    """The module that transformers builds for a configuration, on the meta device."""
+    kind = config.get("model_type", "llama")
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a configuration of model_type {kind!r}; without transformers the shapes are known of "
+            f"{', '.join(KNOWN)} alone: pip install 'gwt_dist[hf]', or give package.module:function"
+        ) from error
+    try:
+        settings = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        with torch.device("meta"):
+            builder: Any = AutoModelForCausalLM
+            model: nn.Module = builder.from_config(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"transformers cannot build {path}: {' '.join(str(error).split())}") from error
+    return model

@@ -1,0 +1,204 @@
+"""``gwt-dist plan``: what a run will hold on each rank, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gwt_dist.cli.models import read_model
+from gwt_dist.memory import fill
+from gwt_dist.memory.deepspeed import setup_of
+from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
+from gwt_dist.memory.model import ModelSpec, groups_of
+from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.report import report
+from gwt_dist.memory.setup import ENGINES, Setup
+from gwt_dist.memory.state import LIMITED
+
+TARGETS = ["attn", "mlp"]
+ENGINE, LEVEL = "zero2", 2
+OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
+WITH_FILE = ("engine", "weights", "gradients", "offload")
+
+
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A config.json or its folder, a name in configs/models, a cached name of the Hugging Face hub, or "
+            "package.module:function that returns an nn.Module."
+        ),
+    ],
+    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}, or hsdp: fsdp2 on a mesh.")] = ENGINE,
+    world: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    mesh: Annotated[str, typer.Option(help="REPLICASxSHARDS for hsdp and HYBRID_SHARD, such as 8x8.")] = "",
+    level: Annotated[int, typer.Option(help="Level of the matrices that match a target.")] = LEVEL,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="paper or energy.")] = "paper",
+    wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
+    weights: Annotated[str, typer.Option(help="fp32, bf16, fp16 or fp64. [bf16 with ZeRO, else fp32]")] = "",
+    gradients: Annotated[str, typer.Option(help="Dtype in which gradients are accumulated. [as the weights]")] = "",
+    offload: Annotated[str, typer.Option(help="none, optimizer, weights or both.")] = "none",
+    deepspeed_config: Annotated[
+        Path | None, typer.Option(help="A DeepSpeed JSON, for engine, dtypes, offload and the optimizer's settings.")
+    ] = None,
+    use_orig_params: Annotated[bool, typer.Option(help="Of FSDP1.")] = True,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass of a rank.")] = 1,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 2048,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of a rank in a step.")] = 1,
+    low_rank: Annotated[int | None, typer.Option(min=1, help="Of GaLore and APOLLO. [a quarter of the width]")] = None,
+    fit: Annotated[
+        str, typer.Option(help="Bytes of a device, such as 24GB: the smallest --level and --world not given that fit.")
+    ] = "",
+    reserve: Annotated[str, typer.Option(help="Bytes that --fit leaves for what is not counted.")] = "0",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with bars to this file.")] = None,
+) -> None:
+    """Bytes of each rank for weights, gradients, masters and moments, and what is sent in a step. Allocates nothing."""
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    spec = read_model(model)
+    options: dict[str, Any] = {
+        "level": level,
+        "targets": target or TARGETS,
+        "wavelet": wavelet,
+        "recipe": recipe,
+        "limiter": None,
+        "accumulation": accumulation,
+        "micro_batch": micro_batch,
+        "sequence": sequence,
+    }
+    replicas = 1
+    if mesh:
+        replicas, shards = _mesh(mesh)
+        if "world" in given and world != replicas * shards:
+            raise ValueError(f"--mesh {mesh} has {replicas * shards} ranks and --world says {world}; leave one out")
+        world = replicas * shards
+        given.add("world")
+    if engine == "hsdp":
+        engine = "fsdp2"
+        if not mesh:
+            raise ValueError("hsdp needs --mesh REPLICASxSHARDS, such as --mesh 8x8")
+    if deepspeed_config is not None:
+        both = sorted(f"--{name}" for name in given & set(WITH_FILE))
+        if both:
+            raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
+        settings = _read(deepspeed_config)
+        base = setup_of(settings, world)
+        options |= {key: value for key, value in _of_file(settings).items() if OPTION.get(key, key) not in given}
+    else:
+        zero = engine.startswith("zero")
+        base = Setup(
+            engine,
+            world,
+            replicas=replicas,
+            weights=weights or ("bf16" if zero else "fp32"),
+            gradients=gradients or None,
+            offload=offload,
+            use_orig_params=use_orig_params,
+        )
+
+    limited = _limited(options["recipe"], options["limiter"])
+
+    def make(lv: int, ranks: int) -> Plan:
+        groups = groups_of(spec, lv, options["targets"], options["wavelet"], limited)
+        return fill.plan(spec, groups, replace(base, world_size=ranks))
+
+    tried: list[Tried] = []
+    limit = 0
+    if fit:
+        found, limit, tried = _fit(make, fit, reserve, given, options["level"], base)
+        options["level"] = tried[-1].level
+    else:
+        found = make(options["level"], base.world_size)
+    if found is not None:
+        content = _content(found, spec, options, low_rank)
+    else:
+        content = {"fits": False}
+    if fit:
+        content["fit"] = {"limit": limit, "tried": [_tried(t) for t in tried]}
+    from gwt_dist.cli import plan_show
+
+    if html is not None and found is not None:
+        html.write_text(plan_show.page(content), encoding="utf-8")
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        plan_show.show(content)
+        if html is not None and found is not None:
+            print(f"written: {html}")
+    if found is None:
+        raise typer.Exit(1)
+
+
+def _content(found: Plan, spec: ModelSpec, options: dict[str, Any], low_rank: int | None) -> dict[str, Any]:
+    high = groups_of(spec, 1, options["targets"])
+    targeted = {name for group in high if group.level for name, _ in group.tensors}
+    content = report(found, targeted, low_rank, options["accumulation"])
+    tokens = options["micro_batch"] * options["sequence"] * options["accumulation"] * found.setup.world_size
+    content["setup"] |= {**options, "tokens": tokens}
+    return content
+
+
+def _fit(
+    make: Callable[[int, int], Plan], fit: str, reserve: str, given: set[str], level: int, base: Setup
+) -> tuple[Plan | None, int, list[Tried]]:
+    limit = size(fit) - size(reserve)
+    if limit <= 0:
+        raise ValueError(f"--reserve {reserve} leaves nothing of --fit {fit}")
+    levels = (level,) if "level" in given else LEVELS
+    # Ranks that all hold the same need no fewer bytes when they are more.
+    fixed = "world" in given or base.engine in ("single", "ddp", "zero0")
+    found, tried = smallest(make, limit, levels, (base.world_size,) if fixed else WORLDS)
+    return found, limit, tried
+
+
+def _tried(one: Tried) -> dict[str, Any]:
+    return {"level": one.level, "world_size": one.world_size, "device": one.device, "fits": one.fits}
+
+
+def _limited(recipe: str, limiter: float | None) -> bool:
+    if recipe not in LIMITED:
+        raise ValueError(f"recipe {recipe!r} must be one of {', '.join(LIMITED)}")
+    return LIMITED[recipe] if limiter is None else limiter > 0
+
+
+def _mesh(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"--mesh {text!r} must be REPLICASxSHARDS, such as 8x8")
+    return int(parts[0]), int(parts[1])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__}, not an object")
+    return settings
+
+
+def _of_file(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed JSON says of the optimizer and the batch."""
+    section = settings.get("optimizer") or {}
+    params = (section.get("params") or {}) if section.get("type") == "GWTAdamW" else {}
+    found = {key: params[key] for key in ("level", "targets", "wavelet", "recipe", "limiter") if key in params}
+    for option, key in (
+        ("accumulation", "gradient_accumulation_steps"),
+        ("micro_batch", "train_micro_batch_size_per_gpu"),
+    ):
+        value = settings.get(key)
+        if isinstance(value, int) and value > 0:
+            found[option] = value
+    return found

@@ -1,0 +1,212 @@
+"""A plan in the terminal and as a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAMES = {
+    "single": "one process",
+    "ddp": "DDP",
+    "zro": "DDP + ZeroRedundancyOptimizer",
+    "oss": "DDP + fairscale OSS",
+    "fsdp1": "FSDP1",
+    "fsdp2": "FSDP2",
+    "fairscale": "fairscale FullyShardedDataParallel",
+    **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},
+}
+COLUMNS = (("worst rank", "worst_rank"), ("least", "min"), ("median", "median"), ("most", "max"))
+
+
+def human(number: int) -> str:
+    """Bytes in powers of 1024, three figures."""
+    value, unit = float(number), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{number} B" if unit == "B" else f"{value:.4g} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
+
+
+def title(content: dict[str, Any]) -> str:
+    """One line: what is planned."""
+    model, setup = content["model"], content["setup"]
+    name = NAMES[setup["engine"]]
+    replicas, shards = setup["mesh"]
+    if replicas > 1 and shards > 1:
+        name = f"{'HSDP' if setup['engine'] == 'fsdp2' else name}, {replicas} replicas of {shards}"
+    ranks = f"{setup['world_size']:,} rank{'s' if setup['world_size'] > 1 else ''}"
+    return f"{model['name']}: {model['weights']:,} weights, {name}, {ranks}"
+
+
+def levels(content: dict[str, Any]) -> str:
+    """Which level has how many elements, and the recipe."""
+    parts = [f"level {x['level']}: {x['tensors']:,} tensors, {x['elements']:,} elements" for x in content["levels"]]
+    frozen = content["model"]["frozen"]
+    setup = content["setup"]
+    return "; ".join([*parts, *([f"frozen: {frozen:,} elements"] if frozen else [])]) + (
+        f'; recipe "{setup["recipe"]}", wavelet {setup["wavelet"]}'
+    )
+
+
+def rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Name and bytes of each row of the table."""
+    found = []
+    for row in content["rows"]:
+        name = f"{row['name']}, {row['dtype']}" + (" (host)" if row["host"] else "")
+        found.append((name, *(human(row[key]) for _, key in COLUMNS)))
+    total = "all of it on the device" if content["host"]["max"] else "all of it"
+    found.append((total, *(human(content["device"][key]) for _, key in COLUMNS)))
+    if content["host"]["max"]:
+        found.append(("all of it on the host", *(human(content["host"][key]) for _, key in COLUMNS)))
+    found.append(("activations", "not counted", "", "", ""))
+    return found
+
+
+def details(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is not bytes that a rank holds."""
+    checkpoint, setup = content["checkpoint"], content["setup"]
+    found = [
+        (
+            "cut units, kept by another rank too",
+            f"{human(content['cut']['max'])} at most on a rank; {content['exchange_elements']:,} elements are "
+            f"exchanged in a step",
+        ),
+        ("checkpoint", f"{human(checkpoint['whole'])} in all, {human(checkpoint['rank']['max'])} at most by one rank"),
+    ]
+    for part in content["communication"]:
+        found.append((f"a rank sends: {part['name']}", f"{human(part['bytes'])} a step, {part['what']}"))
+    found.append(("a step", f"{setup['tokens']:,} tokens"))
+    found.append(("not counted", content["not_counted"]))
+    return found
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if "fit" in content:
+        fit = content["fit"]
+        table = Table(title=f"the worst rank in {human(fit['limit'])}", title_justify="left")
+        for name in ("level", "ranks", "on its device", "fits"):
+            table.add_column(name, justify="right")
+        for one in fit["tried"]:
+            cells = (one["level"], f"{one['world_size']:,}", human(one["device"]), "yes" if one["fits"] else "no")
+            table.add_row(*map(str, cells))
+        console.print(table)
+        if "model" not in content:
+            console.print("nothing that was tried fits: shard more of it, offload, or use more ranks")
+            return
+    console.print(title(content), markup=False, highlight=False)
+    console.print(levels(content), markup=False, highlight=False)
+    table = Table(title=f"bytes of a rank (worst: rank {content['worst_rank']})", title_justify="left")
+    table.add_column("")
+    for name, _ in COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows(content):
+        table.add_row(*row)
+    console.print(table)
+    table = Table(title="optimizer state beside others (by formula, divided evenly)", title_justify="left")
+    for name in ("", "whole model", "worst rank", "formula"):
+        table.add_column(name, justify="left" if name in ("", "formula") else "right")
+    for other in content["beside"]:
+        table.add_row(other["name"], human(other["whole"]), human(other["rank"]), other["formula"])
+    console.print(table)
+    grid = Table.grid(padding=(0, 2))
+    for detail in details(content):
+        grid.add_row(*detail)
+    console.print(grid)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+ :root { color-scheme: light dark; }
+ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+ h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+ table { border-collapse: collapse; width: 100%; } td, th { padding: .2rem .6rem; text-align: right; }
+ td:first-child, th:first-child, td.text { text-align: left; } tr { border-bottom: 1px solid #8884; }
+ svg { width: 100%; height: auto; display: block; } svg text { font-size: 13px; fill: currentColor; }
+ .legend span { display: inline-block; margin-right: 1rem; } .legend i { display: inline-block; width: .8em;
+ height: .8em; margin-right: .3em; }
+</style></head><body>
+<h1>{{ title }}</h1><p>{{ levels }}</p>
+<h2>The worst rank ({{ worst_rank }}), beside AdamW</h2>
+<svg viewBox="0 0 900 {{ 40 * bars|length }}" role="img" aria-label="bytes of the worst rank">
+{%- for bar in bars %}{% set y = 40 * loop.index0 %}
+<text x="0" y="{{ y + 22 }}">{{ bar.name }}</text>
+{%- for part in bar.parts %}
+<rect x="{{ part.x }}" y="{{ y + 4 }}" width="{{ part.width }}" height="28" fill="{{ part.colour }}">
+<title>{{ part.name }}: {{ part.text }}</title></rect>
+{%- endfor %}
+<text x="{{ bar.end + 6 }}" y="{{ y + 22 }}">{{ bar.text }}</text>
+{%- endfor %}
+</svg>
+<p class="legend">{% for name, colour in legend %}<span><i style="background:{{ colour }}"></i>{{ name }}</span>
+{% endfor %}</p>
+<table><tr><th>bytes of a rank</th>{% for name, _ in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<h2>Optimizer state beside others, by formula</h2>
+<svg viewBox="0 0 900 {{ 32 * beside|length }}" role="img" aria-label="optimizer state">
+{%- for other in beside %}{% set y = 32 * loop.index0 %}
+<text x="0" y="{{ y + 19 }}">{{ other.name }}</text>
+<rect x="190" y="{{ y + 4 }}" width="{{ other.width }}" height="20" fill="{{ other.colour }}"/>
+<text x="{{ 196 + other.width }}" y="{{ y + 19 }}">{{ other.text }}</text>
+{%- endfor %}
+</svg>
+<p>The worst rank's part if each were divided evenly. GaLore and APOLLO need whole matrices, so engines that shard do
+not divide them in this way.</p>
+<h2>Further</h2>
+<table>{% for name, text in details %}<tr><td>{{ name }}</td><td class="text">{{ text }}</td></tr>
+{% endfor %}</table>
+</body></html>
+"""
+_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#888888")
+_LEFT, _WIDTH = 110, 640  # of the bars, in units of the drawing, which leaves room for a number to their right
+
+
+def page(content: dict[str, Any]) -> str:
+    """A page that needs nothing beside itself."""
+    from jinja2 import Environment
+
+    parts = [(row["name"], row["worst_rank"]) for row in content["rows"]]
+    states = ("exp_avg", "exp_avg_sq", "steps, limiter norms")
+    adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
+    beside = [(n, adamw // 2 if n in states[:2] else 0 if n == states[2] else value) for n, value in parts]
+    legend = {name: colour for (name, _), colour in zip(parts, _COLOURS, strict=False)}
+    largest = max(sum(v for _, v in parts), sum(v for _, v in beside), 1)
+    most = max(other["rank"] for other in content["beside"]) or 1
+    template = Environment(autoescape=True).from_string(_PAGE)
+    return template.render(
+        title=title(content),
+        levels=levels(content),
+        worst_rank=content["worst_rank"],
+        bars=[_bar("GWTAdamW", parts, legend, largest), _bar("AdamW", beside, legend, largest)],
+        legend=legend.items(),
+        columns=COLUMNS,
+        rows=rows(content),
+        beside=[
+            {
+                "name": other["name"],
+                "width": round(500 * other["rank"] / most, 1),
+                "text": human(other["rank"]),
+                "colour": _COLOURS[0] if other["formula"] == "exact" else _COLOURS[-1],
+            }
+            for other in content["beside"]
+        ],
+        details=details(content),
+    )
+
+
+def _bar(name: str, parts: list[tuple[str, int]], legend: dict[str, str], largest: int) -> dict[str, Any]:
+    found, x = [], float(_LEFT)
+    for part, value in parts:
+        width = _WIDTH * value / largest
+        found.append(
+            {"name": part, "text": human(value), "x": round(x, 1), "width": round(width, 1), "colour": legend[part]}
+        )
+        x += width
+    return {"name": name, "parts": found, "end": round(x, 1), "text": human(sum(value for _, value in parts))}

@@ -1,0 +1,115 @@
+"""A plan as plain data, which the table, the JSON and the page all show."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from math import prod
+from statistics import median_low
+from typing import Any
+
+from gwt_dist.memory.compare import Other, others, quarter
+from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.traffic import traffic
+from gwt_dist.units import level_of
+
+NOT_COUNTED = (
+    "activations, the largest layer's gathered weights, buffers of the engine for communication, the CUDA context and "
+    "what the allocator leaves unused"
+)
+
+
+def spread(by_shard: Sequence[int], worst: int) -> dict[str, int]:
+    """Of the worst rank by the total, and the least, middle and most of any rank."""
+    return {
+        "worst_rank": by_shard[worst],
+        "min": min(by_shard),
+        "median": median_low(by_shard),
+        "max": max(by_shard),
+    }
+
+
+def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumulation: int) -> dict[str, Any]:
+    """Everything that is known of a plan, bytes unless a name says otherwise.
+
+    Args:
+        plan: The plan.
+        targeted: Names of the matrices that a level is for, which GaLore and APOLLO would project.
+        low_rank: Their rank; None for a quarter of the width.
+        accumulation: Micro-batches in a step.
+    """
+    setup, total = plan.setup, plan.total
+    worst = max(range(len(total)), key=total.__getitem__)
+    moment = [(a + b) // 2 for a, b in zip(plan.wavelet, plan.rest, strict=True)]
+    gradients, states = setup.gradients or setup.weights, f"fp{8 * setup.state_bytes}"
+    on_host = setup.offload in ("optimizer", "both")
+    rows = [
+        ("weights", setup.weights, setup.offload in ("weights", "both"), plan.weights),
+        ("gradients", gradients, on_host and setup.engine == "fsdp2", plan.gradients),
+        ("masters", "fp32", on_host, plan.masters),
+        ("gradients of the masters", "fp32", on_host, plan.step_gradients),
+        ("exp_avg", states, on_host, moment),
+        ("exp_avg_sq", states, on_host, moment),
+        ("steps, limiter norms", "fp32" if setup.state_bytes == 4 else "fp32, fp64", on_host, plan.scalars),
+    ]
+    elements = sum(plan.elements)
+    rank = quarter(plan.groups, targeted) if low_rank is None else low_rank
+    ours = Other("GWTAdamW", "exact", sum(plan.state) - sum(plan.cut))
+    return {
+        "model": {
+            "name": plan.model.name,
+            "weights": plan.model.numel,
+            "tensors": len(plan.model.tensors),
+            "frozen": plan.model.numel - elements,
+        },
+        "setup": {
+            "engine": setup.engine,
+            "world_size": setup.world_size,
+            "mesh": [setup.ranks_a_shard, setup.shards],
+            "weights": setup.weights,
+            "gradients": gradients,
+            "masters": "fp32" if setup.masters else None,
+            "states": states,
+            "offload": setup.offload,
+            "accumulation": accumulation,
+        },
+        "levels": _levels(plan),
+        "worst_rank": worst,
+        "rows": [
+            {"name": name, "dtype": dtype, "host": host, **spread(values, worst)}
+            for name, dtype, host, values in rows
+            if any(values)
+        ],
+        "state": spread(plan.state, worst),
+        "cut": spread(plan.cut, worst),
+        "device": spread(plan.device, worst),
+        "host": spread(plan.host, worst),
+        "beside": [
+            {"name": ours.name, "formula": ours.formula, "whole": ours.whole, "rank": plan.state[worst]},
+            *(
+                {"name": o.name, "formula": o.formula, "whole": o.whole, "rank": o.of(plan.elements[worst], elements)}
+                for o in others(plan.groups, targeted, rank)
+            ),
+        ],
+        "checkpoint": {
+            "whole": plan.whole_checkpoint,
+            "rank": spread(
+                [n // setup.ranks_a_shard + plan.checkpoint_common // setup.world_size for n in plan.checkpoint], worst
+            ),
+        },
+        "communication": [asdict(found) for found in traffic(plan, accumulation)],
+        "exchange_elements": plan.exchange,
+        "norms": plan.norms,
+        "not_counted": NOT_COUNTED,
+    }
+
+
+def _levels(plan: Plan) -> list[dict[str, int]]:
+    found: dict[int, list[int]] = {}
+    for group in plan.groups:
+        for _, shape in group.tensors:
+            found.setdefault(level_of(shape, group.level), []).append(prod(shape))
+    return [
+        {"level": level, "tensors": len(numels), "elements": sum(numels)}
+        for level, numels in sorted(found.items(), reverse=True)
+    ]

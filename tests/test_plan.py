@@ -1,0 +1,295 @@
+"""Plans of a run: what they say is what it allocates, under every engine of the matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gwt_dist import kernels, memory, param_groups, units
+from gwt_dist.cli.models import read_model
+from gwt_dist.memory import compare, fill
+from gwt_dist.memory.deepspeed import setup_of
+from gwt_dist.memory.model import ModelSpec, of_config, of_module
+from gwt_dist.memory.model import groups_of as groups_by_name
+from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.setup import Setup
+from gwt_dist.memory.state import LIMITED
+from gwt_dist.memory.traffic import traffic
+from gwt_dist.recipes import RECIPES
+from matrix_cases import Model, groups_of
+from plan_cases import allocated_case, checkpoint_case
+from test_matrix import ENGINES
+
+SUITE = {"deepspeed 1", "deepspeed 2 bf16", "deepspeed 3 bf16 init", "fsdp2 rows", "fsdp2 hsdp", "fsdp1 FULL_SHARD"} | {
+    "fsdp1 HYBRID_SHARD, flat",
+    "fairscale modules",
+    "ddp",
+    "zro",
+    "oss",
+}
+# A tensor whose columns are sharded is cut by the model's own parallelism, which a plan is not told.
+NOT_PLANNED = {"fsdp2 columns", "fsdp2 tensor parallel"}
+
+
+def setup_for(name: str, world_size: int) -> Setup:
+    """What `gwt-dist plan` would be told about an engine of the matrix."""
+    family, arguments = ENGINES[name].family, ENGINES[name].arguments
+    if family == "deepspeed":
+        return setup_of(arguments[0], world_size)
+    common: dict[str, Any] = {"world_size": world_size, "weights": "fp64"}
+    if family == "fsdp2":
+        replicas = 2 if arguments[0] == "hsdp" else 1
+        offload = "both" if arguments[0] == "offload" else "none"
+        return Setup("fsdp2", **common, replicas=replicas, offload=offload)
+    if family == "fsdp1":
+        strategy, use_orig_params = arguments
+        if strategy == "NO_SHARD":
+            return Setup("fsdp1", **common, replicas=world_size, use_orig_params=use_orig_params)
+        replicas = 2 if strategy == "HYBRID_SHARD" else 1
+        return Setup("fsdp1", **common, replicas=replicas, use_orig_params=use_orig_params)
+    if family == "fairscale":
+        return Setup("fairscale", **common, flatten=arguments[0] != "tensors")
+    kind = arguments[0].split("-")[0]
+    return Setup({"sdp": "oss"}.get(kind, kind), **common)
+
+
+def model_for(name: str, kind: str) -> tuple[ModelSpec, list[memory.GroupSpec]]:
+    """The model of the matrix in the units that `matrix_cases` wraps."""
+    family, arguments = ENGINES[name].family, ENGINES[name].arguments
+    module = Model(kind)
+    if family == "fairscale" and kind == "shapes":
+        for block in module.children():
+            del block.frozen
+    inner = {"fsdp1": {"mlp_down", "frozen"}}.get(family, set())
+    tensors = []
+    for tensor in of_module(module, name).tensors:
+        block, layer, _ = tensor.name.split(".")
+        alone = layer in inner or (
+            (family, arguments[0]) == ("fairscale", "modules") and layer not in ("attn_q", "attn_tied", "unused")
+        )
+        tensors.append(replace(tensor, unit=f"{block}.{layer}" if alone else block))
+    return ModelSpec(name, tuple(tensors)), memory.specs(module.named_parameters(), groups_of(module))
+
+
+def planned(name: str, world_size: int, kind: str) -> Plan:
+    return fill.plan(*model_for(name, kind), setup_for(name, world_size))
+
+
+def cases() -> list[Any]:
+    found = []
+    for name, engine in ENGINES.items():
+        for world_size in engine.worlds if name not in NOT_PLANNED else ():
+            marks = [] if name in SUITE and world_size == engine.suite else [pytest.mark.matrix]
+            found.append(pytest.param(name, world_size, marks=marks, id=f"{name}-{world_size}"))
+    return found
+
+
+@pytest.mark.usefixtures("torch_extensions_dir")
+@pytest.mark.parametrize(("name", "world_size"), cases())
+def test_planned_is_allocated(ranks, name, world_size) -> None:
+    engine = ENGINES[name]
+    for kind in ("shapes", "vectors"):
+        results = ranks(world_size, allocated_case, engine.family, engine.arguments, kind)
+        expected = planned(name, world_size, kind)
+        for rank, result in enumerate(results):
+            shard = expected.of_rank(rank)
+            told = {
+                "moments": expected.wavelet[shard] + expected.rest[shard],
+                "scalars": expected.scalars[shard],
+                "weights": expected.weights[shard],
+                "masters": expected.masters[shard],
+            }
+            if expected.setup.shards > 1:  # FSDP2 sums norms over one rank too
+                told["collectives"] = expected.exchange + expected.norms
+            assert {key: result[key] for key in told} == told, f"rank {rank}, {kind}"
+            if expected.setup.bf16_optimizer:
+                assert result["given"] * world_size == expected.gradients[shard]
+            elif expected.setup.masters:
+                assert result["given"] == expected.step_gradients[shard]
+            elif expected.setup.engine in ("ddp", "fsdp2", "zero0"):
+                assert result["given"] == expected.gradients[shard]
+
+
+@pytest.mark.usefixtures("torch_extensions_dir")
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        ("deepspeed 2 bf16", 3),
+        ("fsdp2 rows", 3),
+        *(
+            pytest.param(name, world, marks=pytest.mark.matrix)
+            for name, world in (
+                ("deepspeed 0 bf16", 2),
+                ("deepspeed 3 bf16", 3),
+                ("fsdp2 hsdp", 4),
+                ("fsdp1 FULL_SHARD", 3),
+                ("fsdp1 HYBRID_SHARD, flat", 4),
+                ("ddp", 3),
+                ("zro", 3),
+                ("oss", 2),
+                ("fairscale modules", 3),
+            )
+        ),
+    ],
+)
+def test_a_checkpoint_has_the_planned_bytes(ranks, tmp_path, name, world_size) -> None:
+    engine = ENGINES[name]
+    written = ranks(world_size, checkpoint_case, engine.family, engine.arguments, str(tmp_path))[0]
+    expected = planned(name, world_size, "shapes")
+    assert sum(written) == expected.whole_checkpoint
+    # What ranks hold alike is spread by whole pieces, so not by a plain division.
+    common = expected.checkpoint_common or expected.setup.ranks_a_shard > 1
+    if not common:
+        assert written == expected.checkpoint
+
+
+MESHES = [[64], [8, 8]]
+
+
+@pytest.mark.parametrize(
+    "rank_ids", [(63,), pytest.param((0, 7), marks=pytest.mark.matrix), pytest.param((8, 62), marks=pytest.mark.matrix)]
+)
+def test_llamas_on_64_ranks_that_are_faked(rank_ids: tuple[int, ...]) -> None:
+    """FSDP2 and HSDP 8x8, by `fully_shard` itself; 5461 rows of the 1B model go into 64 parts unevenly."""
+    calls = [f"import plan_cases; plan_cases.faked({rank}, ['7b', '1b'], {MESHES}, 2)" for rank in rank_ids]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True, env=environment)
+        for call in calls
+    ]
+    found = [json.loads(process.communicate(timeout=100)[0]) for process in processes]
+    spread = set()
+    for i, (name, mesh) in enumerate((name, mesh) for name in ("7b", "1b") for mesh in MESHES):
+        model, replicas = read_model(name), mesh[0] if len(mesh) > 1 else 1
+        groups = groups_by_name(model, 2, ("attn", "mlp"))
+        expected = fill.plan(model, groups, Setup("fsdp2", 64, replicas, "fp32"))
+        for rank, results in zip(rank_ids, found, strict=True):
+            shard = expected.of_rank(rank)
+            assert results[i] == {
+                "moments": expected.wavelet[shard] + expected.rest[shard],
+                "scalars": expected.scalars[shard],
+                "weights": expected.weights[shard],
+                "norms": expected.norms,
+            }
+            spread.add((name, replicas, results[i]["moments"]))
+        if name == "7b":  # 4 bytes, 2 moments; what is no Linear weight of attention or MLP is AdamW
+            rest = 2 * 32000 * 4096 + 65 * 4096
+            assert expected.wavelet[0] + expected.rest[0] == 8 * ((model.numel - rest) // 4 + rest) * replicas // 64
+    assert len(spread) == (5 if 7 in rank_ids else 4)  # the last of 8 shards of 5461 rows has fewer
+
+
+CONFIGS = {
+    "llama": {"model_type": "llama"},
+    "no type": {},
+    "grouped heads, tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "head_dim": {"model_type": "llama", "head_dim": 24},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+SHAPES = {
+    "hidden_size": 64,
+    "intermediate_size": 171,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+}
+
+
+@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS.keys())
+def test_shapes_by_arithmetic_are_those_of_transformers(change: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {**SHAPES, **change}
+    found = of_config(config, "it")
+    kind = config.pop("model_type", "llama")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    assert found is not None
+    assert {t.name: t for t in found.tensors} == {t.name: t for t in of_module(model, "it").tensors}
+    # ... in the same order, which decides where ZeRO's boundaries fall, and in the groups that a run makes.
+    assert [t.name for t in found.tensors] == [name for name, _ in model.named_parameters()]
+    targets = {"self_attn": 1, r".*mlp\.(up|gate)_proj": 3}
+    assert groups_by_name(found, 2, targets) == memory.specs(model.named_parameters(), param_groups(model, 2, targets))
+
+
+def test_another_type_is_built_by_transformers(tmp_path: Path) -> None:
+    config = {"model_type": "gpt_neox", **SHAPES, "max_position_embeddings": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_model(str(tmp_path))
+    assert ("gpt_neox.layers.1.attention.dense.weight", (64, 64)) in [(t.name, t.shape) for t in found.tensors]
+    assert {t.unit for t in found.tensors} == {"", "gpt_neox.layers.0", "gpt_neox.layers.1"}
+
+
+def test_what_is_known_without_torch_is_what_the_optimizer_knows() -> None:
+    for shape in [(), (7,), (1, 1), (5, 3), (66, 97), (4, 3, 5), (2, 300), (0, 4)]:
+        for level in (0, 1, 3, 9):
+            for wavelet in ("haar", "db1", "bior1.1", "db2", "sym4"):
+                whole = prod(kernels.moments_shape(shape, level, wavelet))
+                assert units.coefficients(shape, level, wavelet) == whole
+    assert {name: recipe.limiter > 0 for name, recipe in RECIPES.items()} == LIMITED
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_plan_of_all_ranks_is_that_of_each(stage: int) -> None:
+    """`memory.plan_zero`, which a run is told, and the plan have the same bytes on every rank."""
+    model = Model("shapes")
+    groups = memory.specs(model.named_parameters(), groups_of(model))
+    for world_size in (1, 5, 16):
+        found = fill.plan(of_module(model, ""), groups, Setup(f"zero{stage}", world_size, sub_group_size=700))
+        for rank in range(world_size):
+            one = memory.plan_zero(groups, stage=stage, world_size=world_size, rank=rank, sub_group_size=700)
+            shard = found.of_rank(rank)
+            assert (one.wavelet, one.wavelet_cut, one.rest, one.scalars) == (
+                found.wavelet[shard],
+                found.cut[shard],
+                found.rest[shard],
+                found.scalars[shard],
+            )
+
+
+def test_other_optimizers_by_formula() -> None:
+    """GaLore and APOLLO: tensors of the state that galore-torch 1.0 and apollo-torch 1.0.3 make, seen once."""
+    parameter = nn.Parameter(torch.zeros(64, 96))
+    parameter.grad = torch.zeros(64, 96)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    state = optimizer.state[parameter]
+    assert compare.adamw((64, 96)) == sum(state[k].nbytes for k in ("exp_avg", "exp_avg_sq"))
+    for shape in ((64, 96), (96, 64)):
+        assert [compare.galore(shape, rank) for rank in (8, 16)] == [8192, 16384]
+        assert [compare.apollo(shape, rank) for rank in (8, 16)] == [6144, 12288]
+    assert (compare.galore((5, 200), 8), compare.apollo((5, 200), 8)) == (8100, 12800)
+    assert compare.adam_8bit((64, 96)) == 2 * 6144 + 2 * 4 * 24
+    assert compare.adam_8bit((63, 65)) == 8 * 4095
+
+
+def test_what_is_sent_in_a_step() -> None:
+    model = of_config({**SHAPES, "tie_word_embeddings": True}, "")
+    assert model is not None
+    groups, numel = groups_by_name(model, 2, ("attn", "mlp")), model.numel
+
+    def sent(setup: Setup, accumulation: int = 1) -> list[tuple[str, int]]:
+        found = fill.plan(model, groups, setup)
+        return [(t.name, t.bytes) for t in traffic(found, accumulation) if not t.ours]
+
+    assert sent(Setup("single")) == []
+    assert sent(Setup("ddp", 4, weights="fp32")) == [("gradients", 2 * (4 * numel * 3 // 4))]
+    assert sent(Setup("zero1", 4), 5) == [("gradients", 2 * numel * 3 // 4), ("weights", 2 * numel * 3 // 4)]
+    assert sent(Setup("zero2", 4), 5) == [("gradients", 5 * (2 * numel * 3 // 4)), ("weights", 2 * numel * 3 // 4)]
+    assert sent(Setup("zero3", 4)) == [("gradients", 2 * numel * 3 // 4), ("weights", 2 * (2 * numel * 3 // 4))]
+    assert sent(Setup("fsdp2", 8, 2))[-1] == ("gradients", 2 * (2 * numel // 4 // 2))
+    found = fill.plan(model, groups, Setup("zero1", 7))
+    ours = {t.name: t.bytes for t in traffic(found) if t.ours}
+    assert ours == {"limiter norms": 2 * (found.norms * 8 * 6 // 7), "cut units": 2 * (found.exchange * 4 * 6 // 7)}
+    assert found.norms == 14 and 0 < found.exchange <= 6 * 4
