@@ -12,6 +12,7 @@ from typing import Any
 
 # Set by mpirun and its kin. A process that sees one without RANK would run alone, like the rest.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+MAX_RESTARTS = "TORCHELASTIC_MAX_RESTARTS"  # set by torchrun; 0 without --max-restarts
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECOND_SIGNAL_SECONDS = 3.0
 
@@ -58,6 +59,11 @@ def ranks_from_environment(local_rank: int | None) -> Ranks:
             "torchrun, or as one plain process"
         )
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+def may_restart() -> bool:
+    """Whether the launcher starts all ranks again, with the same arguments, when one of them fails."""
+    return int(os.environ.get(MAX_RESTARTS, "0")) > 0
 
 
 class StopRequest:
