@@ -79,8 +79,8 @@ def test_other_ranks_take_the_same_batches(inputs: Path, whole_run: Run, tmp_pat
     assert f"{world_size} ranks go on where 2 saved: micro batch 2, accumulation {6 // world_size}" in output
     keys = ("step", "batch", "tokens", "lr")
     assert rows(run, *keys) == rows(whole, *keys)
-    losses = ("loss", "validation_loss")
-    for found, expected in zip(rows(run, *losses), rows(whole, *losses), strict=True):
+    for key in ("loss", "validation_loss"):
+        found, expected = ([value for (value,) in rows(one, key) if value is not None] for one in (run, whole))
         assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_a_save_that_fails_ends_the_run_in_one_line(inputs: Path, ranks: Ranks, 
     (run / "checkpoints" / ".step-00000004.saving").touch()  # no folder, so it cannot be cleared
     (code, error), _ = ranks(2, fails, arguments(inputs, run, resume="latest"), 1, timeout=120)
     assert code == 4, error
-    assert "error: rank 0: " in error and ".step-00000004.saving" in error
+    assert "error: rank 0: NotADirectoryError" in error
     assert not checkpoints(run / "checkpoints")
 
 
