@@ -35,7 +35,7 @@ Run = tuple[Path, str]
 def test_killed_and_resumed_run_has_the_same_curve(inputs: Path, whole_run: Run) -> None:
     run = inputs / "killed"
     with started([*deepspeed_launcher(), *arguments(inputs, run)]) as process:
-        wait_for(run / "checkpoints" / "step-00000004", process)
+        wait_for(run / "checkpoints" / "latest", process)
         os.killpg(process.pid, signal.SIGKILL)
     assert not (run / "summary.json").exists()
     # What a kill while a line is written leaves behind.
@@ -60,7 +60,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(inputs: Path, whole_r
     with started([*torchrun(restarts=3), *arguments(inputs, run), "--resume"]) as process:
         wait_for(run / "metrics.jsonl", process)
         kill_a_rank(process.pid, 1)
-        wait_for(run / "checkpoints" / "step-00000004", process)
+        wait_for(run / "checkpoints" / "latest", process)
         kill_a_rank(process.pid, 0)
         code, output = finish(process)
     assert code == 0, output
