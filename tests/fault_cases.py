@@ -9,6 +9,7 @@ disturbed.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import select
@@ -155,6 +156,9 @@ def _go_on(diary: Diary, trained: Trained, schedule: Decay, place: str) -> int:
 def nursery() -> None:
     """Forks ranks for each line of JSON on stdin, and tells which have ended; ends with its stdin."""
     torch.set_num_threads(1)
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+    Trained("one").train([gradient(0)])  # loads the kernels; nothing here starts a thread that a fork would lose
     children: set[int] = set()
     ended: dict[int, int] = {}
     while line := sys.stdin.readline():
@@ -193,11 +197,13 @@ def _fork(rank: int, folder: str, *rest: Any) -> int:
 
 
 class Nursery:
-    """The parent's side. `before` is a command that starts it, such as one that mounts a small disk first."""
+    """The parent's side. `before` is a command that starts it, such as one that mounts a small disk first; `modules`
+    are imported before the first fork.
+    """
 
-    def __init__(self, before: list[str] | None = None) -> None:
+    def __init__(self, *modules: str, before: tuple[str, ...] = ()) -> None:
         self._process = subprocess.Popen(
-            [*(before or []), sys.executable, "-c", "import fault_cases; fault_cases.nursery()"],
+            [*before, sys.executable, "-c", "import fault_cases; fault_cases.nursery()", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=_environment(0, WORLD),
@@ -217,9 +223,7 @@ class Nursery:
         """Seconds until all of these have ended; `AssertionError` if it takes longer."""
         start = time.monotonic()
         while not set(pids) <= self.ended().keys():
-            assert time.monotonic() - start < seconds, (
-                f"{set(pids) - self.ended().keys()} still there after {seconds} s"
-            )
+            assert time.monotonic() - start < seconds, f"still there: {set(pids) - self.ended().keys()}"
             time.sleep(0.005)
         return time.monotonic() - start
 
@@ -245,8 +249,8 @@ class Nursery:
 
 
 @contextmanager
-def a_nursery(before: list[str] | None = None) -> Iterator[Nursery]:
-    one = Nursery(before)
+def a_nursery(*modules: str, before: tuple[str, ...] = ()) -> Iterator[Nursery]:
+    one = Nursery(*modules, before=before)
     try:
         yield one
     finally:
@@ -326,26 +330,34 @@ def killed_at_random(ones: Nursery, folder: Path, kind: str, kills: int, seed: i
     ones.wait(ones.start(run, kills, kind, str(place), furthest, LIMIT))
     assert all(done for done in lines(run, "done")), outputs(run)
     tally.steps = furthest
-    judge(tally, run, undisturbed(ones, folder / "undisturbed", kind, furthest))
+    tally.unloadable = [message for rank in lines(run, "unloadable") for _, message in rank]
+    tally.wrong = wrong_loads(run) + wrong_steps(run, undisturbed(ones, folder / "undisturbed", kind, furthest))
     tally.seconds = time.monotonic() - started
     shutil.rmtree(folder)
     return tally
 
 
-def judge(tally: Tally, run: Path, expected: list[dict[int, str]]) -> None:
-    """Was every checkpoint loaded, was it the newest, and did every step lead where it should?"""
-    tally.unloadable = [message for rank in lines(run, "unloadable") for _, message in rank]
+def wrong_loads(run: Path) -> list[str]:
+    """Starts that went on from another checkpoint than the newest."""
+    wrong = []
     saved = [entry for rank in lines(run, "saved") for entry in rank]
     for rank, entries in enumerate(lines(run, "loaded")):
         for attempt, step in entries:
             newest = max((s for a, s in saved if a < attempt), default=0)
             begun = max((s for one in lines(run, "digest") for a, (s, _) in one if a < attempt), default=0)
             if not newest <= step <= begun:
-                tally.wrong.append(f"start {attempt}: rank {rank} loaded step {step}, of {newest} saved, {begun} begun")
+                wrong.append(f"start {attempt}: rank {rank} loaded step {step}, of {newest} saved, {begun} begun")
+    return wrong
+
+
+def wrong_steps(run: Path, expected: list[dict[int, str]]) -> list[str]:
+    """Steps that led elsewhere than those of a run that nobody disturbed, in any bit of what a rank goes on with."""
+    wrong = []
     for rank, digests in enumerate(lines(run, "digest")):
         for attempt, (step, sha) in digests:
             if expected[rank][step] != sha:
-                tally.wrong.append(f"start {attempt}: rank {rank} is elsewhere after step {step}")
+                wrong.append(f"start {attempt}: rank {rank} is elsewhere after step {step}")
+    return wrong
 
 
 # ---- damage, found by ranks of a pool

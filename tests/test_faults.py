@@ -32,12 +32,13 @@ from fault_cases import (
     a_nursery,
     complete,
     damage_case,
-    judge,
     killed_at_random,
     lines,
     outputs,
     phase,
     undisturbed,
+    wrong_loads,
+    wrong_steps,
 )
 from pretrain_cases import arguments, curve, finish, started, torchrun, wait_for
 
@@ -58,17 +59,16 @@ def check_kills(tally: Tally, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_killed_at_random(ones: Nursery, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_kills(killed_at_random(ones, tmp_path / "kills", "fsdp2", 8, seed=int(time.time())), capsys)
+    check_kills(killed_at_random(ones, tmp_path / "kills", "fsdp2", 6, seed=int(time.time())), capsys)
 
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("torch_extensions_dir")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_killed_at_random_a_hundred_times(
-    ones: Nursery, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_at_random_a_hundred_times(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """25 times under each of four engines."""
-    tally = killed_at_random(ones, tmp_path / "kills", kind, 25, seed=int(os.environ.get("SEED", time.time())))
+    with a_nursery(*(["deepspeed"] if kind.startswith("zero") else [])) as ones:
+        tally = killed_at_random(ones, tmp_path / "kills", kind, 25, seed=int(os.environ.get("SEED", time.time())))
     check_kills(tally, capsys)
     assert tally.during["step"] and tally.during["save"]
 
@@ -94,15 +94,14 @@ def test_a_rank_that_hangs_lets_the_others_go(ones: Nursery, tmp_path: Path, doi
     furthest = max(step for rank in lines(run, "digest") for _, (step, _) in rank) + 2
     ones.wait(ones.start(run, 1, "fsdp2", place, furthest, timeout))
     assert all(lines(run, "done")), outputs(run)
-    tally = Tally()
-    judge(tally, run, undisturbed(ones, tmp_path / "undisturbed", "fsdp2", furthest))
-    assert (tally.unloadable, tally.wrong) == ([], [])
+    assert lines(run, "unloadable") == [[], []]
+    assert wrong_loads(run) + wrong_steps(run, undisturbed(ones, tmp_path / "undisturbed", "fsdp2", furthest)) == []
 
 
-def small_disk(folder: Path, kilobytes: int) -> list[str]:
+def small_disk(folder: Path, kilobytes: int) -> tuple[str, ...]:
     """Starts a command with a file system of this size at `folder`, which nobody else sees."""
     mount = f'mount -t tmpfs -o size={kilobytes}k none "$1" && shift && exec "$@"'
-    return ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(folder)]
+    return ("unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(folder))
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(ones: Nursery, tmp_path: Path) -> None:
@@ -112,24 +111,22 @@ def test_a_full_disk_leaves_the_checkpoints_before(ones: Nursery, tmp_path: Path
     disk.mkdir()
     if (
         shutil.which("unshare") is None
-        or subprocess.run([*small_disk(disk, 64), "true"], capture_output=True).returncode
+        or subprocess.run([*small_disk(disk, 64), "true"], stderr=subprocess.DEVNULL).returncode
     ):
         pytest.skip("no small file system can be mounted here: unshare --map-root-user --mount is not allowed")
     ones.wait(ones.start(run, 0, "fsdp2", str(tmp_path / "roomy"), 2, LIMIT))
     size = sum(p.stat().st_size for p in (tmp_path / "roomy" / "step-00000002").iterdir())
     (run / "log-0").unlink()
     (run / "log-1").unlink()
-    with a_nursery(small_disk(disk, int(2.5 * size / 1024))) as starved:
+    with a_nursery(before=small_disk(disk, int(2.5 * size / 1024))) as starved:
         starved.wait(starved.start(run, 1, "fsdp2", str(disk / "checkpoints"), 6, LIMIT))
     for rank in range(WORLD):
         ((_, (step, message, left)),) = lines(run, "not saved")[rank]
         assert step == 3 and "No space left on device" in message
-        assert left == ["latest", "step-00000001", "step-00000002"]
+        assert rank or left == ["latest", "step-00000001", "step-00000002"]  # rank 0 clears what was half written
         assert [what for _, what in lines(run, "loaded")[rank]] == [2]
         assert [what for _, what in lines(run, "done")[rank]] == [6]
-    tally = Tally()
-    judge(tally, run, undisturbed(ones, tmp_path / "undisturbed", "fsdp2", 6))
-    assert (tally.unloadable, tally.wrong) == ([], [])
+    assert wrong_steps(run, undisturbed(ones, tmp_path / "undisturbed", "fsdp2", 6)) == []
 
 
 NAMED = {
