@@ -8,6 +8,7 @@ disturbed.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import importlib
 import json
@@ -39,6 +40,7 @@ from zero_cases import Net, shapes_of
 
 WORLD = 2
 LIMIT = 60.0  # seconds for whatever should take a few
+TIMEOUT = 10.0  # of the process group: for the others of a rank that dies before they have met
 BEGIN, STEP, SAVE = b"b", b"t", b"s"  # what a rank is doing
 
 
@@ -107,6 +109,7 @@ class Diary:
 def rank_of_a_run(rank: int, folder: str, attempt: int, kind: str, place: str, last: int, timeout: float) -> None:
     """Train to step `last`, saving at each step into `place`; to nowhere if that is empty."""
     diary = Diary(Path(folder), rank, attempt)
+    faulthandler.register(signal.SIGUSR1)  # where is it, when it should have ended
     os.environ.update(_environment(rank, WORLD))
     dist.init_process_group(
         "gloo",
@@ -155,6 +158,8 @@ def _go_on(diary: Diary, trained: Trained, schedule: Decay, place: str) -> int:
 
 def nursery() -> None:
     """Forks ranks for each line of JSON on stdin, and tells which have ended; ends with its stdin."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed has its say on stdout
     torch.set_num_threads(1)
     for module in sys.argv[1:]:
         importlib.import_module(module)
@@ -166,14 +171,14 @@ def nursery() -> None:
         if command:
             pids = [_fork(rank, *command) for rank in range(WORLD)]
             children.update(pids)
-            print(json.dumps(pids), flush=True)
+            print(json.dumps(pids), file=answers, flush=True)
         else:
             for pid in list(children):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     children.remove(pid)
                     ended[pid] = os.waitstatus_to_exitcode(status)
-            print(json.dumps(ended), flush=True)
+            print(json.dumps(ended), file=answers, flush=True)
 
 
 def _fork(rank: int, folder: str, *rest: Any) -> int:
@@ -223,7 +228,12 @@ class Nursery:
         """Seconds until all of these have ended; `AssertionError` if it takes longer."""
         start = time.monotonic()
         while not set(pids) <= self.ended().keys():
-            assert time.monotonic() - start < seconds, f"still there: {set(pids) - self.ended().keys()}"
+            if time.monotonic() - start > seconds:
+                left = set(pids) - self.ended().keys()
+                for pid in left:
+                    os.kill(pid, signal.SIGUSR1)
+                time.sleep(0.5)
+                raise AssertionError(f"{left} still there after {seconds} s")
             time.sleep(0.005)
         return time.monotonic() - start
 
@@ -309,7 +319,7 @@ def killed_at_random(ones: Nursery, folder: Path, kind: str, kills: int, seed: i
     run.mkdir(parents=True)
     names = {BEGIN: "begin", STEP: "step", SAVE: "save"}
     for attempt in range(kills):
-        pids = ones.start(run, attempt, kind, str(place), 10**9, LIMIT)
+        pids = ones.start(run, attempt, kind, str(place), 10**9, TIMEOUT)
         victim = random.randrange(WORLD)
         if random.random() > 0.1:  # else while it starts, or loads
             wanted = random.choice([STEP, SAVE])
@@ -323,7 +333,12 @@ def killed_at_random(ones: Nursery, folder: Path, kind: str, kills: int, seed: i
             time.sleep(random.uniform(0, 0.5))
         os.kill(pids[victim], signal.SIGKILL)
         tally.during[names.get(phase(run, victim), "begin")] += 1
-        tally.slowest_to_leave = max(tally.slowest_to_leave, ones.wait(pids))
+        try:
+            tally.slowest_to_leave = max(tally.slowest_to_leave, ones.wait(pids))
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}, when rank {victim} was killed in {phase(run, victim)!r}:\n{outputs(run)}"
+            ) from None
     tally.kills = kills
     # Once more, to see that the last kill did no harm either: two steps further than anybody came.
     furthest = max([step for rank in lines(run, "digest") for _, (step, _) in rank], default=0) + 2
