@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -86,6 +87,14 @@ def init_method() -> str | None:
 
     register_rendezvous_handler("attempt", apart)
     return "attempt://"
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Give all process groups one time limit: those that DeepSpeed makes have torch's default, half an hour."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class StopRequest:

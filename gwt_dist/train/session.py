@@ -27,7 +27,7 @@ from gwt_dist.train.config import TrainConfig, find_file, read_mapping
 from gwt_dist.train.corpus import Corpus, is_dataset_name, load_corpus
 from gwt_dist.train.identity import run_identity
 from gwt_dist.train.metrics import Metrics, read_metrics
-from gwt_dist.train.ranks import Ranks, init_method
+from gwt_dist.train.ranks import Ranks, init_method, limit_waiting
 
 
 @dataclass(slots=True)
@@ -82,7 +82,8 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
     splits = stream.open_stream(config.corpus) if streamed else (None, None)
     corpus = _read_corpus(config, splits)
 
-    deepspeed.init_distributed(timeout=timedelta(seconds=config.timeout), init_method=init_method())
+    timeout = timedelta(seconds=config.timeout)
+    deepspeed.init_distributed(timeout=timeout, init_method=init_method())
     # Every rank has seen the folder as it was before any of them may write into it.
     dist.barrier()
     trained = _trained_tokenizer(config, corpus, splits[0], begun)
@@ -107,6 +108,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         config=engine_config,
         lr_scheduler=lambda optimizer: _schedule(optimizer, config),
     )
+    limit_waiting(timeout)
     start_step = 0
     if begun and begun.checkpoint:
         checkpoints.restore_state(engine, begun, config.seed)
