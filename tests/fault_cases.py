@@ -332,13 +332,16 @@ def killed_at_random(ones: Nursery, folder: Path, kind: str, kills: int, seed: i
         else:
             time.sleep(random.uniform(0, 0.5))
         os.kill(pids[victim], signal.SIGKILL)
-        tally.during[names.get(phase(run, victim), "begin")] += 1
+        at = phase(run, victim)
+        tally.during[names.get(at, "begin")] += 1
+        if at in (BEGIN, b""):  # those that wait to meet it are ended by the launcher
+            for pid in set(pids) - ones.ended().keys():
+                os.kill(pid, signal.SIGKILL)
         try:
-            tally.slowest_to_leave = max(tally.slowest_to_leave, ones.wait(pids))
+            seconds = ones.wait(pids)
         except AssertionError as error:
-            raise AssertionError(
-                f"{error}, when rank {victim} was killed in {phase(run, victim)!r}:\n{outputs(run)}"
-            ) from None
+            raise AssertionError(f"{error}, rank {victim} killed in {at!r}:\n{outputs(run)}") from None
+        tally.slowest_to_leave = max(tally.slowest_to_leave, seconds)
     tally.kills = kills
     # Once more, to see that the last kill did no harm either: two steps further than anybody came.
     furthest = max([step for rank in lines(run, "digest") for _, (step, _) in rank], default=0) + 2
