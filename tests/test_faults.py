@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from checkpoint_cases import Trained, steps
 from fault_cases import (
     DAMAGE,
     LIMIT,
@@ -41,6 +42,8 @@ from fault_cases import (
     wrong_steps,
 )
 from pretrain_cases import arguments, curve, finish, started, torchrun, wait_for
+
+CALLS = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "rmdir"), (os, "unlink")]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,49 @@ def test_killed_at_random_a_hundred_times(tmp_path: Path, kind: str, capsys: pyt
         tally = killed_at_random(ones, tmp_path / "kills", kind, 25, seed=int(os.environ.get("SEED", time.time())))
     check_kills(tally, capsys)
     assert tally.during["step"] and tally.during["save"]
+
+
+class Killed(BaseException):
+    """Nothing in a save may catch it, as nothing catches a SIGKILL."""
+
+
+def test_a_save_that_dies_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each flush, each new name and each removal in turn: there is a checkpoint, and the next save works."""
+    trained = Trained("one")
+    trained.train(steps()[:1])
+    trained.save(str(tmp_path / "whole"), 1)
+    trained.save(str(tmp_path / "whole"), 2)
+    calls, last, dying = 0, 0, True
+    real = {(module, name): getattr(module, name) for module, name in CALLS}
+
+    def patched(module: Any, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Killed
+            return real[module, name](*arguments, **keywords)
+
+        return call
+
+    while dying:
+        last += 1
+        place = tmp_path / str(last)
+        shutil.copytree(tmp_path / "whole", place)
+        with monkeypatch.context() as patch:
+            for module, name in CALLS:
+                patch.setattr(module, name, patched(module, name))
+            calls, dying = 0, False
+            try:
+                trained.save(str(place), 3, keep=1)
+            except Killed:
+                dying = True
+        loaded = trained.load(str(place)).step
+        assert loaded in (2, 3), last
+        trained.save(str(place), loaded + 1, keep=1)
+        assert sorted(p.name for p in place.iterdir() if p.name.startswith(".")) == [], last
+        assert trained.load(str(place)).step == loaded + 1
+    assert last > 10
 
 
 @pytest.mark.parametrize("doing", [STEP, SAVE], ids=["step", "save"])
@@ -178,3 +224,27 @@ def test_the_recipe_is_killed_at_random(inputs: Path, torch_extensions_dir: Path
     assert curve(run) == curve(whole)
     assert len(complete(run / "checkpoints")) == 2
     assert done >= 3
+
+
+@pytest.mark.faults
+def test_a_rank_of_the_recipe_that_hangs_lets_the_others_go(
+    inputs: Path, torch_extensions_dir: Path, tmp_path: Path
+) -> None:
+    """Wherever the others wait for it, in groups that DeepSpeed made as well."""
+    settings = {"steps": 10**6, "save_every": 0, "eval_every": 0, "timeout": 4}
+    for i in range(3):
+        run = tmp_path / str(i)
+        with started([*torchrun(), *arguments(inputs, run, **settings)]) as process:
+            wait_for(run / "metrics.jsonl", process)
+            time.sleep(1)
+            children = psutil.Process(process.pid).children()
+            first, second = sorted((p for p in children if any("pretrain.py" in w for w in p.cmdline())), key=rank_of)
+            second.suspend()
+            try:
+                first.wait(20)
+            finally:
+                second.kill()
+
+
+def rank_of(process: psutil.Process) -> int:
+    return int(process.environ()["RANK"])
