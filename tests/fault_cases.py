@@ -119,12 +119,13 @@ def rank_of_a_run(rank: int, folder: str, attempt: int, kind: str, place: str, l
         timeout=timedelta(seconds=timeout),
     )
     torch.manual_seed(0)
+    parent = os.getppid()
     trained = Trained(kind)
     schedule = Decay(trained.optimizer)
     position = 0
     if place and Path(place, "latest").exists():
         position = _go_on(diary, trained, schedule, place)
-    while position < last:
+    while position < last and os.getppid() == parent:  # a parent that was killed itself leaves nobody behind
         diary.phase(STEP)
         trained.train([gradient(position)])
         schedule.step()

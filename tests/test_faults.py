@@ -67,11 +67,13 @@ def test_killed_at_random(ones: Nursery, tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("torch_extensions_dir")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_killed_at_random_a_hundred_times(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """25 times under each of four engines."""
+@pytest.mark.parametrize(("kind", "kills"), [("ddp", 40), ("fsdp2", 40), ("zero2", 10), ("zero3", 10)])
+def test_killed_at_random_a_hundred_times(
+    tmp_path: Path, kind: str, kills: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start of DeepSpeed takes seconds, hence fewer of these."""
     with a_nursery(*(["deepspeed"] if kind.startswith("zero") else [])) as ones:
-        tally = killed_at_random(ones, tmp_path / "kills", kind, 25, seed=int(os.environ.get("SEED", time.time())))
+        tally = killed_at_random(ones, tmp_path / "kills", kind, kills, seed=int(os.environ.get("SEED", time.time())))
     check_kills(tally, capsys)
     assert tally.during["step"] and tally.during["save"]
 
