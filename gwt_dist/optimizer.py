@@ -137,7 +137,8 @@ class GWTAdamW(torch.optim.Optimizer):
                 "a GradScaler drives an optimizer whose update was fused into the backward pass: the update has taken "
                 "the scaled gradient already. Train in bfloat16 without a scaler, or without fuse_backward"
             )
-        self.update([p for group in self.param_groups for p in group["params"] if p not in self._fused])
+        fused = {id(parameter) for parameter in self._fused}
+        self.update([p for group in self.param_groups for p in group["params"] if id(p) not in fused])
         return loss
 
     @torch.no_grad()
@@ -294,9 +295,6 @@ class GWTAdamW(torch.optim.Optimizer):
                 )
             weights.append(weight)
             gradients.append(gradient)
-        steps = [state["step"] for state in states if state]
-        if steps:
-            torch._foreach_add_(steps, 1)
         dense = [weight.contiguous() for weight in weights]
         schedule.run(dense, [gradient.contiguous() for gradient in gradients], states, rules)
         for weight, copy in zip(weights, dense, strict=True):

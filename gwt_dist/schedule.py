@@ -66,9 +66,10 @@ class Schedule:
 
     def __init__(self, members: Sequence[Member], device: torch.device) -> None:
         self.members, self._device = tuple(members), device
-        self._exchanges = [member.plan.exchange for member in members]
-        lengths = [exchange.length for exchange in self._exchanges]
-        self._first_slot = [0, *accumulate(lengths)]
+        self._first_slot = [0, *accumulate(member.plan.exchange.length for member in members)]
+        exchanging = [member.plan for member in members if member.plan.exchange.length]
+        self._lengths = [plan.exchange.length for plan in exchanging]
+        self._row_groups = [plan.shard.row_groups for plan in exchanging]
         wide = any(member.dtype == torch.float64 for member in members)
         self._exchange_dtype = torch.float64 if wide else torch.float32
         # (member, where its elements of cut units lie, where they go)
@@ -77,6 +78,7 @@ class Schedule:
             for i, member in enumerate(members)
             if member.moves and member.plan.exchange.sends
         ]
+        self._counting = self._by_kernel([i for i, member in enumerate(members) if member.moves])
         self._alone = self._runs(_Stage.FREE) + self._runs(_Stage.ALONE)
 
         self._sharing = [i for i, member in enumerate(members) if member.shares_norms]
@@ -94,7 +96,9 @@ class Schedule:
         states: Sequence[Mapping[str, Any]],
         rules: Sequence[Rule],  # one a group
     ) -> None:
-        """One step; for members without a gradient weights, gradients and states may be anything."""
+        """One step, counted; for members without a gradient weights, gradients and states may be anything."""
+        for kernel, members in self._counting:
+            kernel.count([states[i]["step"] for i in members])
         exchange = self._completed(gradients)
 
         def tensors(members: Sequence[int]) -> Tensors:
@@ -129,24 +133,27 @@ class Schedule:
         buffer = torch.zeros(self._first_slot[-1], dtype=self._exchange_dtype, device=self._device)
         for i, sources, slots in self._sends:
             buffer[slots] = gradients[i].view(-1)[sources].to(buffer.dtype)
-        lengths = [exchange.length for exchange in self._exchanges]
-        sum_over_ranks(buffer, lengths, [member.plan.shard.row_groups for member in self.members])
+        sum_over_ranks(buffer, self._lengths, self._row_groups)
         return buffer
 
     def _runs(self, stage: _Stage, first_norm: Mapping[int, int] | None = None) -> tuple[_Run, ...]:
         """The work of one stage by kernel; the norms of each run are counted by themselves without `first_norm`."""
-        by_kernel: dict[int, tuple[Kernel, list[int]]] = {}
-        for i, member in enumerate(self.members):
-            if member.moves and any(_stage(member, piece) is stage for piece in member.plan.pieces):
-                kernel = choose(self._device, member.dtype, member.plan.pieces)
-                by_kernel.setdefault(id(kernel), (kernel, []))[1].append(i)
+        members = enumerate(self.members)
+        moving = [i for i, m in members if m.moves and any(_stage(m, piece) is stage for piece in m.plan.pieces)]
         runs = []
-        for kernel, chosen in by_kernel.values():
+        for kernel, chosen in self._by_kernel(moving):
             norms = [0 if stage is _Stage.FREE else self.members[i].norms for i in chosen]
             first = first_norm or dict(zip(chosen, accumulate(norms, initial=0), strict=False))
             parts = [part for n, i in enumerate(chosen) for part in self._parts(n, i, stage, first[i])]
             runs.append(_Run(kernel, tuple(chosen), Work(tuple(parts), tuple(norms) if any(norms) else ())))
         return tuple(runs)
+
+    def _by_kernel(self, numbers: Sequence[int]) -> list[tuple[Kernel, list[int]]]:
+        found: dict[int, tuple[Kernel, list[int]]] = {}
+        for i in numbers:
+            kernel = choose(self._device, self.members[i].dtype, self.members[i].plan.pieces)
+            found.setdefault(id(kernel), (kernel, []))[1].append(i)
+        return list(found.values())
 
     def _parts(self, parameter: int, i: int, stage: _Stage, first_norm: int) -> list[Part]:
         plan = self.members[i].plan

@@ -84,8 +84,6 @@ class Whole:
             self.schedule = Schedule(members, torch.device(device))
 
     def step(self, gradients: list[Tensor]) -> None:
-        for state in self.states:
-            state["step"] += 1
         gradients = [g.to(self.weights[0].device) for g in gradients]
         self.schedule.run(self.weights, gradients, self.states, self.rules)
 

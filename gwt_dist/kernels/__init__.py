@@ -1,4 +1,4 @@
-"""One step over many fragments: `moments` (phase A), `write` (phase B), or both at once, `step`.
+"""One step over many fragments: `count` the steps, then `moments` (phase A) and `write` (phase B), or both, `step`.
 
 Three modules have these functions with one signature. `eager` is the reference, in torch operations, and takes
 everything; `cpu` (C++) and `triton` take Haar units on fp32 and bf16 buffers and are held equal to it. `choose` says

@@ -24,6 +24,9 @@ MAX_LEVEL = 8  # of the compiled kernels: 256 elements a unit, one instance of t
 class Kernel(Protocol):
     """The functions of a module of kernels."""
 
+    def count(self, steps: list[Tensor]) -> None:
+        """See `eager.count`."""
+
     def moments(self, work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
         """See `eager.moments`."""
 

@@ -431,9 +431,14 @@ void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, con
   if (phase == STEP) run_batches(table, in_batches, batches.size(0), parameters, completed, norms);
 }
 
+void count(const std::vector<at::Tensor>& steps) {
+  for (const at::Tensor& step : steps) *static_cast<float*>(data(step, false)) += 1;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("step", &step);
+  m.def("count", &count);
   m.attr("lanes") = V;
 }

@@ -17,6 +17,11 @@ CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of f
 _MOMENTS, _WRITE, _STEP = 1, 2, 3
 
 
+def count(steps: list[Tensor]) -> None:
+    """As `eager.count`, without a call of torch for each."""
+    _module().count(steps)
+
+
 def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
     """As `eager.moments`."""
     _run(_MOMENTS, work, tensors, squared_norms, _NONE)

@@ -11,6 +11,11 @@ from gwt_dist.kernels.piece import Piece
 from gwt_dist.kernels.work import Part, Tensors, Work
 
 
+def count(steps: list[Tensor]) -> None:
+    """Add 1 to each of `steps`, 0-d fp32 tensors."""
+    torch._foreach_add_(steps, 1)
+
+
 def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
     """Phase A: update the moments in place.
 

@@ -31,6 +31,11 @@ _SIZES = 32  # ... step sizes that a program takes at once
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
+def count(steps: list[Tensor]) -> None:
+    """As `eager.count`."""
+    torch._foreach_add_(steps, 1)
+
+
 def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
     """As `eager.moments`."""
     _run(_MOMENTS, work, tensors, squared_norms, None)
