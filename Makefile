@@ -1,6 +1,7 @@
 # Each target sets up .venv by itself; nothing is needed but Python >= 3.10 (and a C++ compiler for DeepSpeed on CPU).
 #   make test                  the suite                  make test ARGS="tests/test_layout.py -x"
 #   make matrix                every engine, on more ranks, levels and settings than the suite
+#   make faults                100 kills at random moments, and what else can go wrong with checkpoints
 #   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
 #   make support               both, and the support matrix of docs/engines.md from its results
 #   make bench                 time of a step beside other optimizers, into benchmarks/results
@@ -18,7 +19,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test matrix pretrain support bench bench-checkpoints lint format clean
+.PHONY: test matrix faults pretrain support bench bench-checkpoints lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -32,8 +33,11 @@ pretrain: $(STAMP)
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix $(ARGS)
 
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m "faults or not faults" tests/test_faults.py tests/test_resume.py $(ARGS)
+
 support: $(STAMP)
-	$(BIN)/python -m pytest -m "matrix or not matrix" --write-support $(ARGS)
+	$(BIN)/python -m pytest -m "not faults" --write-support $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(ARGS)

@@ -16,6 +16,7 @@ import pytest
 
 import support
 from gwt_dist.kernels import cpu
+from pretrain_cases import inputs, whole_run  # noqa: F401
 from ranks import RankPool
 
 # Tests never reach out: a model or data set that is not here is an error, not a download.

@@ -1,14 +1,11 @@
-"""The recipe end to end: real launchers and ranks, a tiny model, a little text.
+"""The recipe end to end: real launchers and ranks, a tiny model, a little text. `test_resume.py` is about going on.
 
-Whatever can be asked of ranks that are running already is asked of the pool of `ranks.py`; starts,
-kills and signals go through the real launchers.
+Whatever can be asked of ranks that are running already is asked of the pool of `ranks.py`; starts, kills and signals go
+through the real launchers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
 import json
 import math
 import os
@@ -17,158 +14,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
-SCRIPT = REPOSITORY / "launch" / "pretrain.py"
-BIN = Path(sys.executable).parent
-START_LIMIT = 150.0  # seconds for a start on a busy machine
-STEPS = 12
-# Ragged on purpose: 45 columns of the MLP's down projection leave a last unit of one element.
-MODEL = {
-    "hidden_size": 32,
-    "intermediate_size": 45,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-PARAMS: dict[str, Any] = {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"]}
-OPTIMIZER = {"type": "GWTAdamW", "params": PARAMS}
-ENGINE = {
-    "train_micro_batch_size_per_gpu": 2,
-    "gradient_accumulation_steps": 2,
-    "gradient_clipping": 1.0,
-    "zero_optimization": {"stage": 2},
-    "optimizer": OPTIMIZER,
-}
-
-Ranks = Callable[..., list[Any]]
-
-
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, model and engine settings."""
-    folder = tmp_path_factory.mktemp("pretrain")
-    (folder / "text").mkdir()
-    for i in range(30):
-        text = "".join(f"{i * j} times {j} is {i * j * j}.\n" for j in range(40))
-        (folder / "text" / f"{i:02d}.txt").write_text(text, encoding="utf-8")
-    (folder / "model.json").write_text(json.dumps(MODEL), encoding="utf-8")
-    engine(folder, "zero2")
-    return folder
-
-
-def engine(folder: Path, name: str, **changes: Any) -> str:
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(ENGINE | changes), encoding="utf-8")
-    return str(path)
-
-
-def arguments(folder: Path, output: Path, **changes: Any) -> list[str]:
-    values: dict[str, Any] = {
-        "model": folder / "model.json",
-        "corpus": folder / "text",
-        "deepspeed_config": folder / "zero2.json",
-        "output": output,
-        "sequence_length": 32,
-        "steps": STEPS,
-        "warmup_steps": 2,
-        "eval_every": 6,
-        "eval_tokens": 32 * 7,
-        "log_every": 1,
-        "save_every": 4,
-        "threads": 1,
-    }
-    return [f"--{key}={value}" for key, value in (values | changes).items()]
-
-
-# ---- real starts
-
-
-@contextlib.contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A command in a process group of its own, of which nothing is left afterwards."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK"))}
-    environment |= {
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def deepspeed_launcher() -> list[str]:
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    return [str(BIN / "deepspeed"), "--num_accelerators", "2", *address, str(SCRIPT)]
-
-
-def torchrun() -> list[str]:
-    rendezvous = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    module = [sys.executable, "-m", "torch.distributed.run"]
-    return [*module, *rendezvous, "--master_port", str(free_port()), str(SCRIPT)]
-
-
-def finish(process: subprocess.Popen[str], seconds: float = START_LIMIT) -> tuple[int, str]:
-    """Exit code and output."""
-    output, _ = process.communicate(timeout=seconds)
-    return process.returncode, output
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = START_LIMIT) -> None:
-    limit = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, f"ended before {path} was there:\n{finish(process)[1]}"
-        assert time.monotonic() < limit, f"no {path} after {seconds} s"
-        time.sleep(0.005)
-
-
-def rows(run: Path, *keys: str) -> list[list[Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [[row.get(key) for key in keys] for row in map(json.loads, lines)]
-
-
-def curve(run: Path) -> list[list[Any]]:
-    keys = ("step", "loss", "lr", "gradient_norm", "validation_loss", "bits_per_byte")
-    return rows(run, *keys)
-
-
-@pytest.fixture(scope="session")
-def whole_run(inputs: Path, torch_extensions_dir: Path) -> tuple[Path, str]:
-    """A run from start to end under the deepspeed launcher, and what it printed."""
-    run = inputs / "whole"
-    with started([*deepspeed_launcher(), *arguments(inputs, run)]) as process:
-        code, output = finish(process)
-    assert code == 0, output
-    return run, output
+from gwt_dist.checkpoint import checkpoints, find, read_index
+from pretrain_cases import (
+    MODEL,
+    REPOSITORY,
+    SCRIPT,
+    SEQUENCES,
+    STEPS,
+    Ranks,
+    arguments,
+    curve,
+    deepspeed_launcher,
+    engine,
+    fails,
+    finish,
+    optimizer,
+    rows,
+    run_session,
+    started,
+    wait_for,
+)
 
 
 def test_run_leaves_curve_checkpoints_and_summary(whole_run: tuple[Path, str]) -> None:
@@ -176,13 +46,15 @@ def test_run_leaves_curve_checkpoints_and_summary(whole_run: tuple[Path, str]) -
     training = [row for row in rows(run, "step", "loss", "tokens") if row[1] is not None]
     assert [row[0] for row in training] == list(range(1, STEPS + 1))
     assert training[-1][1] < training[0][1] - 0.5
-    assert training[-1][2] == STEPS * 2 * 2 * 2 * 32
+    assert training[-1][2] == STEPS * SEQUENCES * 32
     validations = [row for row in rows(run, "step", "validation_loss", "bits_per_byte") if row[1]]
     assert [row[0] for row in validations] == [6, 12]
     # Each predicted token is a byte or the end of a document, which no byte of text stands for.
     assert 1.0 <= validations[-1][2] / (validations[-1][1] / math.log(2)) < 1.02
-    kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
-    assert kept == ["step_00000008", "step_00000012"]
+    assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-00000008", "step-00000012"]
+    index = read_index(find(run / "checkpoints", "latest")[0])
+    assert index.extra["model_config"]["intermediate_size"] == MODEL["intermediate_size"]
+    assert index.extra["batch"] == {"sequences": SEQUENCES, "ranks": 2} and index.extra["streams"] is None
     assert list((run / "tensorboard").iterdir())
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert record["identity"]["optimizer.wavelet"] == "haar"
@@ -216,21 +88,6 @@ def test_summary_counts_a_quarter_of_adamw(whole_run: tuple[Path, str]) -> None:
     assert summary["tokens_per_second"] > 0
 
 
-def test_killed_and_resumed_run_has_the_same_curve(inputs: Path, whole_run: tuple[Path, str]) -> None:
-    run = inputs / "killed"
-    with started([*deepspeed_launcher(), *arguments(inputs, run)]) as process:
-        wait_for(run / "checkpoints" / "step_00000004" / "run.json", process)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert not (run / "summary.json").exists()
-    # What a kill while a line is written leaves behind.
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 12, "lo')
-    with started([*torchrun(), *arguments(inputs, run, resume="latest")]) as process:
-        code, output = finish(process)
-    assert code == 0, output
-    assert curve(run) == curve(whole_run[0])
-
-
 ENDLESS = {"steps": 10**6, "save_every": 0, "eval_every": 0}
 
 
@@ -242,9 +99,9 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
 
 
 def check_stopped(run: Path, output: str) -> None:
-    saved = [path.parent.name for path in (run / "checkpoints").glob("*/run.json")]
+    saved = checkpoints(run / "checkpoints")
     assert len(saved) == 1, output
-    step = int(saved[0].removeprefix("step_"))
+    step = int(saved[0].name.removeprefix("step-"))
     assert step >= 3 and rows(run, "step")[-1] == [step]
 
 
@@ -285,101 +142,20 @@ def test_one_plain_process_with_zero3_and_bpe(inputs: Path, torch_extensions_dir
 # ---- ranks of the pool
 
 
-def run_session(argv: list[str], probe: str = "") -> dict[str, Any]:
-    """One run on the ranks of a pool: losses, weights and what was raised, as plain data.
-
-    `probe`: a number that the loss is multiplied by, once on the last rank.
-    """
-    import torch
-
-    from gwt_dist.train import loop, model
-    from gwt_dist.train.config import parse_arguments
-    from gwt_dist.train.ranks import ranks_from_environment
-    from gwt_dist.train.session import open_session
-    from gwt_dist.train.summary import OptimizerWatch, measure
-
-    config, _ = parse_arguments(argv)
-    session = open_session(config, ranks_from_environment(None))
-    engine, rank, world_size = session.engine, session.ranks.rank, session.ranks.world_size
-    weights: list[torch.Tensor] = []
-
-    def snapshot() -> torch.Tensor:
-        return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
-
-    calls = 0
-    healthy = model.token_losses
-
-    def failing(module: Any, tokens: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        losses = healthy(module, tokens)
-        if calls % 2:
-            weights[:] = [snapshot()]  # before each step: two micro-batches make one
-        # Rank 1 alone sees it, in the first micro-batch of step 3.
-        return losses * float(probe) if rank == world_size - 1 and calls == 5 else losses
-
-    raised = ""
-    with contextlib.ExitStack() as stack:
-        if probe:
-            stack.enter_context(mock.patch.object(loop, "token_losses", failing))
-        try:
-            watch = OptimizerWatch(engine)
-            outcome = loop.train(session, watch)
-        except loop.NonFiniteLoss as error:
-            raised = str(error)
-    session.metrics.close()
-    result: dict[str, Any] = {"raised": raised, "changed": None}
-    if raised:
-        result["changed"] = not torch.equal(weights[0], snapshot())
-        result["calls"] = calls
-    else:
-        result["validation_loss"] = outcome.validation_loss
-        result["bytes"] = dataclasses.asdict(measure(engine, watch))
-        result["planned"] = session.planned and dataclasses.asdict(session.planned)
-    engine.destroy()
-    return result
-
-
-def run_streamed(argv: list[str], files: str) -> dict[str, Any]:
-    """`run_session`, with local files in the place of a dataset that would be fetched."""
-    import datasets
-
-    from gwt_dist.train import stream
-
-    def local(spec: str) -> tuple[Any, None]:
-        splits = datasets.load_dataset("text", data_files=files, streaming=True)
-        return splits["train"], None
-
-    with mock.patch.object(stream, "open_stream", local):
-        return run_session(argv)
-
-
-def test_streamed_run_goes_on_in_another_folder_with_the_same_curve(
-    inputs: Path, ranks: Ranks, torch_extensions_dir: Path, tmp_path: Path
-) -> None:
-    changes = {"corpus": "some/dataset", "steps": 6, "save_every": 3, "shuffle_buffer": 20}
-    files = str(inputs / "text" / "*.txt")
-    whole, branch = tmp_path / "whole", tmp_path / "branch"
-    ranks(2, run_streamed, arguments(inputs, whole, **changes), files, timeout=120)
-    changes["resume"] = whole / "checkpoints" / "step_00000003"
-    ranks(2, run_streamed, arguments(inputs, branch, **changes), files, timeout=120)
-    assert len(curve(whole)) == 7  # six steps and a validation
-    assert curve(branch) == curve(whole)
-
-
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_loss_that_is_not_finite_stops_before_the_weights_change(
-    inputs: Path, ranks: Ranks, torch_extensions_dir: Path, tmp_path: Path, value: str
+def test_loss_that_is_not_finite_stops_before_the_weights_change_and_the_run_goes_on_from_its_checkpoint(
+    inputs: Path, whole_run: tuple[Path, str], ranks: Ranks, tmp_path: Path, value: str
 ) -> None:
     run = tmp_path / "run"
-    results = ranks(2, run_session, arguments(inputs, run), value, timeout=120)
+    results = ranks(2, run_session, arguments(inputs, run, save_every=2), value, timeout=120)
     for result in results:
         # inf of one rank stays inf in the mean.
-        assert re.search(rf"the loss is {value} at step 3;.* nothing was saved yet", result["raised"])
+        assert re.search(rf"the loss is {value} at step 3;.* the last checkpoint is of step 2", result["raised"])
         assert result["changed"] is False
-        assert result["calls"] == 6  # both micro-batches, no step
+        assert result["calls"] == 9  # all micro-batches, no step
     assert [row[0] for row in rows(run, "step")] == [1, 2]
-    assert not (run / "checkpoints").exists()
+    ranks(2, run_session, arguments(inputs, run, resume="latest"), timeout=120)
+    assert curve(run) == curve(whole_run[0])
 
 
 def test_validation_does_not_depend_on_ranks_or_stage(
@@ -411,6 +187,7 @@ def test_each_engine_setting_trains(
     if name == "zero2-adamw":
         assert moments == 0 and results[0]["planned"] is None
         assert all(one["plain_moments"] == one["plain_adamw"] for one in held)
+        assert not (tmp_path / "run" / "checkpoints").exists()  # said at the start, see `_tell`
         return
     for result in results:
         measured, planned = result["bytes"], result["planned"]
@@ -430,20 +207,6 @@ def test_each_engine_setting_trains(
     assert weights / masters == pytest.approx(copies, rel=0.001)
 
 
-def fails(argv: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of the command, in a rank of the pool, which stays usable."""
-    from gwt_dist.train import command
-
-    errors = io.StringIO()
-    with mock.patch.object(command, "_leave"), contextlib.redirect_stderr(errors):
-        code = command.main(argv)
-    return code, errors.getvalue()
-
-
-def optimizer(**params: Any) -> dict[str, Any]:
-    return {"optimizer": {"type": "GWTAdamW", "params": PARAMS | params}}
-
-
 @pytest.mark.parametrize(
     ("changes", "engine_changes", "message"),
     [
@@ -451,7 +214,7 @@ def optimizer(**params: Any) -> dict[str, Any]:
         ({"corpus": "/nowhere"}, {}, "corpus '/nowhere': no such folder"),
         ({"model": "huge"}, {}, "no such configuration file: 'huge'"),
         ({"resume": "latest"}, {}, "no complete checkpoint in"),
-        ({}, {"train_batch_size": 7}, "2 ranks = 8, but train_batch_size = 7"),
+        ({}, {"train_batch_size": 7}, "2 ranks = 12, but train_batch_size = 7"),
         ({}, {"gradient_cliping": 1}, "'gradient_cliping'"),
         ({}, optimizer(levels=2), "'levels'"),
         ({}, optimizer(level=17), "level"),
@@ -477,46 +240,3 @@ def test_bad_input_is_one_error_and_writes_nothing(
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert silent == ""
     assert not run.exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "engine_changes", "message"),
-    [
-        ({}, optimizer(level=3), "optimizer.level is 3 in this run and 2 in"),
-        ({}, optimizer(wavelet="db2"), "optimizer.wavelet is 'db2' in this run and 'haar' in"),
-        ({}, optimizer(recipe="energy"), "optimizer.recipe is 'energy' in this run and 'paper'"),
-        ({}, {"zero_optimization": {"stage": 1}}, "zero_stage is 1 in this run and 2 in"),
-        ({"sequence_length": 16}, {}, "sequence_length is 16 in this run and 32 in"),
-        ({"model": "tiny"}, {}, r"model.hidden_size is 192 in this run and 32 in"),
-        ({"corpus": "{inputs}/text/0*.txt"}, {}, "corpus.sha256 is"),
-        ({"steps": STEPS}, {}, "at step 12 already; raise steps"),
-        ({"resume": ""}, {}, "is not empty and nothing in it is overwritten"),
-    ],
-)
-def test_resume_of_another_run_is_refused(
-    inputs: Path,
-    whole_run: tuple[Path, str],
-    ranks: Ranks,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    engine_changes: dict[str, Any],
-    message: str,
-) -> None:
-    run, _ = whole_run
-    before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
-    settings = engine(tmp_path, "engine", **engine_changes)
-    values: dict[str, Any] = {"deepspeed_config": settings, "resume": "latest", "steps": 20} | changes
-    values = {k: v.format(inputs=inputs) if k == "corpus" else v for k, v in values.items()}
-    (code, error), _ = ranks(2, fails, arguments(inputs, run, **values), timeout=120)
-    assert code == 2 and error.count("\n") == 1
-    assert message in error
-    assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
-
-
-def test_resume_with_another_number_of_ranks_is_refused(
-    inputs: Path, whole_run: tuple[Path, str], ranks: Ranks
-) -> None:
-    argv = arguments(inputs, whole_run[0], resume="latest", steps=20)
-    code, error = ranks(1, fails, argv, timeout=120)[0]
-    assert code == 2
-    assert "world_size is 1 in this run and 2 in" in error

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+import gwt_dist
+from gwt_dist import GWTAdamW
 from gwt_dist.train import checkpoints, ds_config
 from gwt_dist.train.config import (
     TrainConfig,
@@ -19,12 +23,13 @@ from gwt_dist.train.config import (
     read_mapping,
 )
 from gwt_dist.train.model import model_config
-from gwt_dist.train.ranks import RENDEZVOUS, ranks_from_environment
+from gwt_dist.train.ranks import MAX_RESTARTS, RENDEZVOUS, ranks_from_environment
 
 OPTIMIZER = {"type": "GWTAdamW", "params": {"lr": 0.01, "level": 2}}
 
 
 def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
@@ -143,6 +148,35 @@ def test_mistakes_in_the_deepspeed_json(tmp_path: Path, content: dict[str, Any],
 
 
 @pytest.mark.parametrize(
+    ("world_size", "content", "expected"),
+    [
+        (2, {}, (24, 4, 3)),
+        (1, {}, (24, 4, 6)),
+        (3, {}, (24, 4, 2)),
+        (4, {}, (24, 3, 2)),  # no more at once than 4
+        (24, {}, (24, 1, 1)),
+        (1, {"gradient_accumulation_steps": 6}, (24, 4, 6)),  # what fits these ranks as it stands
+        (3, {"gradient_accumulation_steps": None, "train_batch_size": 24}, (24, 4, 2)),
+        (4, {"train_micro_batch_size_per_gpu": None, "train_batch_size": 24}, (24, 2, 3)),
+    ],
+)
+def test_a_step_keeps_its_sequences_on_other_ranks(
+    tmp_path: Path, world_size: int, content: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    whole = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "optimizer": OPTIMIZER} | content
+    file = write(tmp_path / "ds.json", {k: v for k, v in whole.items() if v is not None})
+    found, sizes = ds_config.load(file, world_size, {"sequences": 24, "ranks": 2})
+    assert dataclasses.astuple(sizes) == expected
+    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == expected[:2]
+
+
+def test_ranks_that_cannot_share_a_step(tmp_path: Path) -> None:
+    file = write(tmp_path / "ds.json", {"train_micro_batch_size_per_gpu": 4, "optimizer": OPTIMIZER})
+    with pytest.raises(ValueError, match=r"takes 8 sequences .* which 3 ranks cannot .* on 1, 2, 4 or 8 ranks"):
+        ds_config.load(file, 3, {"sequences": 8, "ranks": 2})
+
+
+@pytest.mark.parametrize(
     ("train", "micro", "accumulation", "expected"),
     [
         (None, 4, None, (8, 4, 1)),
@@ -197,10 +231,10 @@ def test_mistakes_in_the_model(tmp_path: Path, shapes: dict[str, Any], message: 
 
 
 def make_run(folder: Path, *steps: int) -> Path:
+    model = nn.Linear(2, 2)
+    extra = {"identity": {"seed": 0}, "batch": {"sequences": 8, "ranks": 2}, "streams": None}
     for step in steps:
-        place = folder / "checkpoints" / f"step_{step:08d}"
-        place.mkdir(parents=True)
-        checkpoints.write_json(place / "run.json", {"step": step, "identity": {"seed": 0}})
+        gwt_dist.save(folder / "checkpoints", model, GWTAdamW(model.parameters()), step=step, extra=extra)
     return folder
 
 
@@ -215,15 +249,16 @@ def test_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
 
 def test_resume_finds_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 10, 20)
-    (run / "checkpoints" / "step_00000030").mkdir()  # killed while it was saved
-    for resume in ("latest", str(run), str(run / "checkpoints" / "step_00000020")):
+    (run / "checkpoints" / ".step-00000030.saving").mkdir()  # killed while it was saved
+    shutil.copytree(run / "checkpoints" / "step-00000020", run / "checkpoints" / "step-00000040")  # ... before `latest`
+    for resume in ("latest", str(run), str(run / "checkpoints" / "step-00000020")):
         found = checkpoints.open_run(TrainConfig(output=str(run), resume=resume))
         assert found is not None and found.step == 20 and found.run_folder == run
 
 
 def test_resume_into_an_empty_folder_branches_off(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 10, 20)
-    older = str(run / "checkpoints" / "step_00000010")
+    older = str(run / "checkpoints" / "step-00000010")
     found = checkpoints.open_run(TrainConfig(output=str(tmp_path / "new"), resume=older))
     assert found is not None and found.step == 10
 
@@ -234,7 +269,7 @@ def test_resume_into_an_empty_folder_branches_off(tmp_path: Path) -> None:
         ("run", "latest", 20, "steps=20, but .* is at step 20 already"),
         ("empty", "latest", 99, "no complete checkpoint in"),
         ("empty", "nowhere", 99, "no complete checkpoint in"),
-        ("run", "run/checkpoints/step_00000010", 99, "would overwrite the later checkpoint"),
+        ("run", "run/checkpoints/step-00000010", 99, "would overwrite the later checkpoint"),
         ("other", "run", 99, "holds something else"),
     ],
 )
@@ -254,11 +289,42 @@ def test_resume_that_cannot_be(
 
 
 def test_resume_of_another_run_names_the_field(tmp_path: Path) -> None:
-    record = {"step": 5, "identity": {"optimizer.level": 2, "world_size": 2}}
-    saved = checkpoints.Checkpoint(tmp_path, record)
-    checkpoints.check_identity(saved, {"optimizer.level": 2, "world_size": 2})
+    batch = {"sequences": 8, "ranks": 2}
+    begun = checkpoints.Begun(tmp_path, tmp_path, 5, {"optimizer.level": 2, "seed": 2}, batch)
+    checkpoints.check_identity(begun, {"optimizer.level": 2, "seed": 2})
     with pytest.raises(ValueError, match=r"optimizer.level is 3 in this run and 2 in .*back to 2"):
-        checkpoints.check_identity(saved, {"optimizer.level": 3, "world_size": 2})
+        checkpoints.check_identity(begun, {"optimizer.level": 3, "seed": 2})
+
+
+def test_a_launcher_that_restarts_gives_the_same_command_line_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MAX_RESTARTS, "3")
+
+    def opened(output: str, resume: str = "latest", steps: int = 30) -> checkpoints.Begun | None:
+        return checkpoints.open_run(
+            TrainConfig(output=str(tmp_path / output), resume=resume, steps=steps, warmup_steps=0)
+        )
+
+    assert opened("new") is None  # the first start
+    record = {"identity": {"seed": 0}, "batch": {"sequences": 8, "ranks": 2}}
+    (tmp_path / "early").mkdir()
+    checkpoints.write_json(tmp_path / "early" / "run.json", record)
+    early = opened("early")  # died before its first checkpoint
+    assert early is not None and (early.step, early.checkpoint, early.identity) == (0, None, {"seed": 0})
+    make_run(tmp_path / "run", 10, 20)
+    later = opened("run")
+    assert later is not None and later.step == 20
+    with pytest.raises(checkpoints.RunComplete, match="all 20 steps are done"):
+        opened("run", steps=20)
+    write(tmp_path / "thesis" / "thesis.txt", "months of work")
+    with pytest.raises(ValueError, match=r"holds neither a checkpoint nor the run.json of a run"):
+        opened("thesis")
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
+        opened("new", resume=str(tmp_path / "runn"))
+    monkeypatch.setenv(MAX_RESTARTS, "0")
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
+        opened("new")
 
 
 def test_a_plain_start_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:

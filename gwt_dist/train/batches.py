@@ -7,6 +7,7 @@ every window once in an order drawn from (seed, epoch). The optimizer step `s` t
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,13 @@ from gwt_dist.train.tokens import ByteCounts, Ids
 Batch = npt.NDArray[np.int64]  # [micro, length + 1]: inputs are [:, :-1], targets [:, 1:]
 
 
+def checksum(batch: Batch) -> int:
+    """Of the windows in a batch, each below 2**32. Sums over ranks and micro-batches are the same whoever has which
+    window, so one number tells whether two steps took the same text.
+    """
+    return sum(zlib.crc32(np.ascontiguousarray(window, dtype="<i8").tobytes()) for window in batch)
+
+
 class Batches(Protocol):
     """Training batches of one rank, in order."""
 
@@ -27,8 +35,8 @@ class Batches(Protocol):
         """Tokens [micro, length + 1] of micro-batch `micro_step` of optimizer step `step`."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, beside the step, to go on with the same next batch."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint must hold, beside the step, to go on with the same next batch: JSON, or None."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -66,9 +74,8 @@ class ShuffledBatches:
         first = step * self._sizes.train + (self._rank * accumulation + micro_step) * micro
         return np.stack([self._window(first + i) for i in range(micro)])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the step says everything."""
-        return {}
+    def state_dict(self) -> None:
+        """Nothing: the step says everything, for any number of ranks."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to do."""

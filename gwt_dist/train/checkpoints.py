@@ -1,4 +1,4 @@
-"""The run folder: refusing to overwrite, saving, pruning, and resuming only what fits.
+"""The run folder: refusing to overwrite, resuming only what fits, saving.
 
     output/
       run.json                  settings of the run, as last started
@@ -6,125 +6,162 @@
       tensorboard/
       tokenizer.json            where the tokenizer was trained for this run
       summary.json              written at the end
-      checkpoints/step_00000200/
-        ...                     DeepSpeed's files
-        position_rank00000.pt   random states and place in the text of one rank
-        run.json                settings and step
+      checkpoints/              of `gwt_dist.save`, see docs/checkpoints.md
+        latest
+        step-00000200/
 
-The run.json of a checkpoint is written last: a folder that has one is complete.
+What a run adds to the index of a checkpoint, under `extra`: `model_config` (that of transformers), `identity` (what
+makes it the same run), `batch` (sequences of a step, and ranks when the run began), `streams` (the place of each rank
+in a streamed corpus; else null, as the step says it all). `run.json` has the same `identity` and `batch`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
+from gwt_dist.checkpoint import CheckpointError, find, load, read_index, save
 from gwt_dist.train.config import TrainConfig
+from gwt_dist.train.ranks import may_restart
+
+if TYPE_CHECKING:
+    from gwt_dist.train.session import Session
 
 RECORD = "run.json"
+FOLDER = "checkpoints"
+
+
+class RunComplete(Exception):
+    """A restarted run has done all its steps already."""
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A complete checkpoint on disk, and the record written with it."""
+class Begun:
+    """A run that began before, and its checkpoint; None if it was stopped before the first one."""
 
-    folder: Path
-    record: dict[str, Any]
+    run_folder: Path
+    checkpoint: Path | None
+    step: int
+    identity: dict[str, Any]
+    batch: dict[str, int]
+    streams: list[Any] | None = None
+    world_size: int = 0  # ranks that wrote the checkpoint
 
     @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return int(self.record["step"])
-
-    @property
-    def run_folder(self) -> Path:
-        """The run that saved it."""
-        return self.folder.parent.parent
+    def where(self) -> Path:
+        """For messages."""
+        return self.checkpoint or self.run_folder
 
 
-def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in run_folder.glob(f"checkpoints/step_*/{RECORD}"))
-
-
-def open_run(config: TrainConfig) -> Checkpoint | None:
+def open_run(config: TrainConfig) -> Begun | None:
     """What to resume, or None for a new run. Writes nothing.
 
     Raises:
-        ValueError: the output folder of a new run is not empty, there is no complete checkpoint to
-            resume, or the run has checkpoints after the one named, which would be overwritten.
+        ValueError: the output folder of a new run is not empty, there is no checkpoint to resume, it is damaged, or the
+            run has checkpoints after the one named.
+        RunComplete: a launcher started a run again that was at its end.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
+    occupied = output.is_dir() and any(output.iterdir())
     if not config.resume:
-        if output.is_dir() and any(output.iterdir()):
+        if occupied:
             raise ValueError(
                 f"output folder {output} is not empty and nothing in it is overwritten; "
                 "name another --output, or go on with --resume latest"
             )
         return None
-    checkpoint = _find(output if config.resume == "latest" else Path(config.resume))
-    if output.is_dir() and any(output.iterdir()) and not output.samefile(checkpoint.run_folder):
+    if config.resume == "latest" and may_restart() and not (output / FOLDER / "latest").exists():
+        # The launcher gives the first start and every restart the same command line.
+        return _without_checkpoint(output) if occupied else None
+    begun = _find(output if config.resume == "latest" else Path(config.resume))
+    assert begun.checkpoint is not None
+    here = output.is_dir() and output.samefile(begun.run_folder)
+    if occupied and not here:
         raise ValueError(
-            f"resume {checkpoint.folder} belongs to the run {checkpoint.run_folder}, but output "
+            f"resume {begun.checkpoint} belongs to the run {begun.run_folder}, but output "
             f"folder {output} holds something else; name that run or an empty folder as --output"
         )
-    if output.is_dir() and output.samefile(checkpoint.run_folder):
-        newest = complete_checkpoints(output)[-1]
-        if not newest.samefile(checkpoint.folder):
+    if here:
+        newest = find(output / FOLDER, "latest")[0]
+        if not newest.samefile(begun.checkpoint):
             raise ValueError(
-                f"resume {checkpoint.folder} would overwrite the later checkpoint {newest}; resume "
+                f"resume {begun.checkpoint} would overwrite the later checkpoint {newest}; resume "
                 "that one, or name an empty folder as --output to branch off"
             )
-    if config.steps <= checkpoint.step:
+    if config.steps <= begun.step:
+        if here and may_restart() and config.steps == begun.step:
+            raise RunComplete(f"all {begun.step} steps are done: {begun.checkpoint} is of the last one")
         raise ValueError(
-            f"steps={config.steps}, but {checkpoint.folder} is at step {checkpoint.step} already; "
-            "raise steps to train on"
+            f"steps={config.steps}, but {begun.checkpoint} is at step {begun.step} already; raise steps to train on"
         )
-    return checkpoint
+    return begun
 
 
-def _find(place: Path) -> Checkpoint:
-    folder = place
-    if not (place.parent.name == "checkpoints" and (place / RECORD).is_file()):
-        found = complete_checkpoints(place)
-        if not found:
-            raise ValueError(
-                f"resume: no complete checkpoint in {place}; give 'latest', a run folder that has "
-                "checkpoints/step_*/run.json, or such a step folder, or start anew without --resume"
-            )
-        folder = found[-1]
+def _without_checkpoint(output: Path) -> Begun:
+    """A run that died before its first checkpoint."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"resume: {folder / RECORD} cannot be read: {error}") from None
-    return Checkpoint(folder, record)
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        return Begun(output, None, 0, record["identity"], record["batch"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"output folder {output} is not empty and holds neither a checkpoint nor the {RECORD} of a run "
+            f"({error!r}); nothing in it is overwritten, so name another --output"
+        ) from None
 
 
-def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Compare what makes a run the same run: model, text, optimizer, ranks and their like.
+def _find(place: Path) -> Begun:
+    named = place.parent.name == FOLDER and place.name.startswith("step-")
+    if not (place.is_dir() if named else (place / FOLDER / "latest").exists()):
+        raise ValueError(
+            f"resume: no complete checkpoint in {place}; give 'latest', a run folder that has {FOLDER}/latest, or one "
+            f"of its {FOLDER}/step-* folders, or start anew without --resume"
+        )
+    folder, sha256 = find(place.parent if named else place / FOLDER, place.name if named else "latest")
+    index = read_index(folder, sha256)
+    try:
+        extra = index.extra
+        found = extra["identity"], extra["batch"], extra["streams"]
+    except (KeyError, TypeError):
+        raise ValueError(f"resume: {folder} was not saved by this recipe, which keeps more than the state") from None
+    return Begun(folder.parent.parent, folder, index.step, *found, index.world_size)
+
+
+def check_identity(begun: Begun, identity: Mapping[str, Any]) -> None:
+    """Compare what makes a run the same run: model, text, optimizer, sequences of a step and their like.
 
     Raises:
         ValueError: names the first field that differs, both values, and the ways out.
     """
-    saved: dict[str, Any] = checkpoint.record["identity"]
-    for key in {**identity, **saved}:
-        then, now = saved.get(key, "(not set)"), identity.get(key, "(not set)")
+    for key in {**identity, **begun.identity}:
+        then, now = begun.identity.get(key, "(not set)"), identity.get(key, "(not set)")
         if then != now:
             raise ValueError(
-                f"resume: {key} is {now!r} in this run and {then!r} in {checkpoint.folder}; going "
+                f"resume: {key} is {now!r} in this run and {then!r} in {begun.where}; going "
                 f"on would be another run. Set {key} back to {then!r}, or start anew without "
                 "--resume in another --output"
             )
+
+
+def check_streams(begun: Begun, world_size: int) -> None:
+    """A rank's share of a stream is cut by the number of ranks, so that cannot change.
+
+    Raises:
+        ValueError: another number of ranks.
+    """
+    if begun.streams is not None and len(begun.streams) != world_size:
+        raise ValueError(
+            f"resume: the corpus is streamed, each of {len(begun.streams)} ranks its share, so {world_size} ranks "
+            f"cannot go on with the same text. Start {len(begun.streams)} ranks, or read the corpus from files"
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -134,67 +171,41 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(fresh, path)
 
 
-def save(engine: Any, run_folder: Path, record: Mapping[str, Any], position: Any, *, step: int, keep: int) -> Path:
-    """Save a checkpoint after `step` steps, then prune to the `keep` newest. A collective.
-
-    Args:
-        engine: DeepSpeed engine.
-        run_folder: The output folder of the run.
-        record: What goes into its run.json, the step apart.
-        position: State of this rank's batches.
-        step: Optimizer steps done.
-        keep: Complete checkpoints to leave; 0 leaves all.
-    """
-    rank = torch.distributed.get_rank()
-    folder = run_folder / "checkpoints" / f"step_{step:08d}"
-    if rank == 0 and folder.exists():
-        # Without its record it is what a killed run left behind; open_run refused all others.
-        shutil.rmtree(folder)
-    torch.distributed.barrier()
-    engine.save_checkpoint(
-        str(folder.parent),
-        tag=folder.name,
-        client_state={"step": step, "corpus_sha256": record["identity"]["corpus.sha256"]},
-        save_latest=False,
-    )
-    torch.save({"position": position, "random": _random_states()}, folder / f"position_rank{rank:05d}.pt")
-    torch.distributed.barrier()
-    if rank == 0:
-        write_json(folder / RECORD, {**record, "step": step})
-        for old in complete_checkpoints(run_folder)[: -keep or None] if keep else []:
-            (old / RECORD).unlink()  # first, so that a half-deleted folder is not taken as complete
-            shutil.rmtree(old)
-    return folder
-
-
-def load(engine: Any, checkpoint: Checkpoint) -> Any:
-    """Load weights, optimizer, schedule and random states. A collective.
-
-    Returns:
-        The position of this rank's batches.
+def keep_state(session: Session, step: int) -> Path:
+    """Save a checkpoint after `step` steps, then prune to the newest as the settings say. A collective.
 
     Raises:
-        ValueError: DeepSpeed cannot find its files, or they are from another step.
+        ValueError: on all ranks, if any cannot write its part; the checkpoints before it are as they were.
     """
-    folder = checkpoint.folder
-    path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if path is None or client_state.get("step") != checkpoint.step:
-        raise ValueError(f"resume: DeepSpeed's files in {folder} are missing or of another step")
-    rank = torch.distributed.get_rank()
-    mine = torch.load(folder / f"position_rank{rank:05d}.pt", weights_only=True)
-    _restore_random_states(mine["random"])
-    return mine["position"]
+    place = session.batches.state_dict()
+    streams: list[Any] | None = None
+    if place is not None:
+        streams = [None] * dist.get_world_size()
+        dist.all_gather_object(streams, place)
+    return save(
+        Path(session.config.output, FOLDER),
+        session.engine,
+        session.engine.optimizer,
+        step=step,
+        extra={
+            "model_config": session.model_config,
+            "identity": session.record["identity"],
+            "batch": session.record["batch"],
+            "streams": streams,
+        },
+        keep=session.config.keep or None,
+    )
 
 
-def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def restore_state(engine: Any, begun: Begun, seed: int) -> None:
+    """Load weights, optimizer, schedule and random states. A collective.
 
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    Raises:
+        ValueError: on all ranks, if anything is damaged or does not fit; nothing was changed then.
+    """
+    assert begun.checkpoint is not None
+    loaded = load(begun.checkpoint.parent, engine, engine.optimizer, which=begun.checkpoint.name)
+    if loaded.step != begun.step:
+        raise CheckpointError(f"{begun.checkpoint} changed while the run was started")
+    if not loaded.random_restored:  # more ranks than saved
+        torch.manual_seed(seed + (begun.step << 20) + dist.get_rank())

@@ -14,6 +14,7 @@ from gwt_dist.train.ranks import Ranks, ranks_from_environment
 DONE = 0
 USER_ERROR = 2
 NON_FINITE = 3
+NOT_SAVED = 4
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 at the end of the run, 2 for a mistake of the user (told in one line), 3 for a NaN or
-        infinite loss, 130 when stopped by SIGINT or SIGTERM.
+        infinite loss, 4 for a checkpoint that could not be written, 130 when stopped by SIGINT or SIGTERM.
     """
     try:
         config, local_rank = parse_arguments(argv)
@@ -50,7 +51,8 @@ def start() -> NoReturn:
 
 
 def _run(config: TrainConfig, ranks: Ranks) -> int:
-    from gwt_dist.train.checkpoints import write_json
+    from gwt_dist.checkpoint import CheckpointError
+    from gwt_dist.train.checkpoints import RunComplete, write_json
     from gwt_dist.train.loop import NonFiniteLoss, train
     from gwt_dist.train.session import open_session
     from gwt_dist.train.summary import OptimizerWatch, summarise
@@ -59,20 +61,24 @@ def _run(config: TrainConfig, ranks: Ranks) -> int:
         session = open_session(config, ranks)
     except ValueError as error:
         return _fail(error, USER_ERROR)
+    except RunComplete as complete:
+        if ranks.rank == 0:
+            print(complete, flush=True)
+        return DONE
     try:
         watch = OptimizerWatch(session.engine)
         outcome = train(session, watch)
     except NonFiniteLoss as error:
         return _fail(error, NON_FINITE)
+    except CheckpointError as error:
+        return _fail(error, NOT_SAVED)
     finally:
         session.metrics.close()
     if outcome.stopped:
         if ranks.rank == 0:
-            print(
-                f"stopped and saved at step {outcome.steps_done} of {config.steps}; "
-                f"go on with --output {config.output} --resume latest",
-                flush=True,
-            )
+            at = f"at step {outcome.steps_done} of {config.steps}"
+            told = f"stopped and saved {at}; go on with --output {config.output} --resume latest"
+            print(told if session.saves else f"stopped {at}; nothing was saved, see above", flush=True)
         return INTERRUPTED
     summary = summarise(session, watch, outcome)
     if ranks.rank == 0:

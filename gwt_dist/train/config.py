@@ -56,20 +56,22 @@ class TrainConfig:
     eval_tokens: int = _key(65536, "validation tokens, rounded down to whole sequences")
     log_every: int = _key(10, "optimizer steps between lines of metrics.jsonl")
     save_every: int = _key(200, "optimizer steps between checkpoints; 0: only at the end")
-    keep: int = _key(2, "complete checkpoints kept; 0: all")
+    keep: int = _key(2, "newest checkpoints kept; 0: all")
     output: str = _key("runs/pretrain", "run folder; must be empty or absent unless resuming")
     resume: str = _key(
         "",
-        "'latest' (of the output folder; what --resume alone means), a run folder, or a checkpoint",
+        "'latest' (of the output folder; what --resume alone means; under torchrun --max-restarts the run begins if "
+        "there is none yet), a run folder, or a checkpoint (RUN/checkpoints/step-*)",
     )
+    timeout: int = _key(1800, "seconds that a rank waits for the others before it gives up")
     threads: int = _key(0, "CPU threads of torch per rank; 0: torch's own choice")
-    shuffle_buffer: int = _key(10000, "documents in the shuffle buffer of a streamed corpus, a rank")
+    shuffle_buffer: int = _key(10000, "documents of a streamed corpus that are shuffled together, a rank")
 
     def __post_init__(self) -> None:
         for name in ("model", "deepspeed_config", "corpus", "tokenizer", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give a name or a path")
-        for name in ("sequence_length", "steps", "eval_tokens", "log_every", "shuffle_buffer"):
+        for name in ("sequence_length", "steps", "eval_tokens", "log_every", "shuffle_buffer", "timeout"):
             _require(name, getattr(self, name), at_least=1)
         for name in ("warmup_steps", "seed", "eval_every", "save_every", "keep", "threads"):
             _require(name, getattr(self, name), at_least=0)

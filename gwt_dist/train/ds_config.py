@@ -7,6 +7,7 @@ clear error. Nothing is filled in but the batch sizes, so the JSON stays the one
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,18 @@ class BatchSizes:
     accumulation: int
 
 
-def load(path: Path, world_size: int) -> tuple[dict[str, Any], BatchSizes]:
+def load(path: Path, world_size: int, begun: Mapping[str, int] | None = None) -> tuple[dict[str, Any], BatchSizes]:
     """The JSON at `path` as a dict, with all three batch sizes filled in, and those sizes.
 
+    Args:
+        path: The DeepSpeed JSON.
+        world_size: Ranks of this start.
+        begun: Of a run that is resumed, `sequences` of a step and the `ranks` that it began on. A step keeps its
+            sequences on any number of ranks; accumulation follows.
+
     Raises:
-        ValueError: unknown key or optimizer parameter, a section that the recipe sets itself, or
-            batch sizes that do not multiply out for `world_size` ranks.
+        ValueError: unknown key or optimizer parameter, a section that the recipe sets itself, batch sizes that do not
+            multiply out for `world_size` ranks, or a step that they cannot share evenly.
     """
     content = read_mapping(path)
     refuse_unknown_keys(content, TOP_LEVEL_KEYS, str(path))
@@ -96,11 +103,35 @@ def load(path: Path, world_size: int) -> tuple[dict[str, Any], BatchSizes]:
         )
     _check_sections(content, path)
     _check_optimizer(content, path)
-    sizes = batch_sizes(content, world_size, str(path))
+    sizes = batch_sizes(content, world_size if begun is None else begun["ranks"], str(path))
+    if begun is not None and world_size != begun["ranks"]:
+        try:
+            for_these = batch_sizes(content, world_size, str(path))
+        except ValueError:
+            for_these = None
+        fits = for_these is not None and for_these.train == begun["sequences"]
+        sizes = for_these if for_these is not None and fits else shared_out(sizes, world_size, str(path))
     content["train_batch_size"] = sizes.train
     content["train_micro_batch_size_per_gpu"] = sizes.micro
     content["gradient_accumulation_steps"] = sizes.accumulation
     return content, sizes
+
+
+def shared_out(sizes: BatchSizes, world_size: int, where: str) -> BatchSizes:
+    """`sizes` for another number of ranks: as many sequences in a step, no more at once on a rank.
+
+    Raises:
+        ValueError: the ranks cannot share a step evenly; names the numbers of ranks that can.
+    """
+    if sizes.train % world_size:
+        can = [str(n) for n in range(1, sizes.train + 1) if sizes.train % n == 0]
+        raise ValueError(
+            f"a step of this run takes {sizes.train} sequences (see {where}), which {world_size} ranks cannot share "
+            f"evenly. Start it on {', '.join(can[:-1])}{' or ' if can[:-1] else ''}{can[-1]} ranks"
+        )
+    own = sizes.train // world_size
+    micro = next(n for n in range(min(sizes.micro, own), 0, -1) if own % n == 0)
+    return BatchSizes(sizes.train, micro, own // micro)
 
 
 def batch_sizes(content: dict[str, Any], world_size: int, where: str) -> BatchSizes:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from gwt_dist.train import checkpoints
+from gwt_dist.train.batches import checksum
+from gwt_dist.train.checkpoints import keep_state
 from gwt_dist.train.model import token_losses
 from gwt_dist.train.ranks import StopRequest
 from gwt_dist.train.session import Session
@@ -30,6 +30,7 @@ class Outcome:
     """
 
     steps_done: int
+    saved: int  # step of the newest checkpoint; 0: none
     stopped: bool
     validation_loss: float
     bits_per_byte: float
@@ -45,8 +46,7 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
     """
     config, rank = session.config, session.ranks.rank
     tokens_per_step = session.sizes.train * config.sequence_length
-    outcome = Outcome(session.start_step, False, math.nan, math.nan, 0, 0.0)
-    saved = session.start_step
+    outcome = Outcome(session.start_step, session.start_step, False, math.nan, math.nan, 0, 0.0)
     bar = tqdm(
         total=config.steps,
         initial=session.start_step,
@@ -59,7 +59,7 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
             watch.timing = step > session.start_step
             started = time.perf_counter()
             lr = float(session.engine.get_lr()[0])
-            loss, stopping = _one_step(session, step, saved, stop)
+            loss, batch, stopping = _one_step(session, step, outcome.saved, stop)
             seconds = time.perf_counter() - started
             if watch.timing:
                 outcome.timed_tokens += tokens_per_step
@@ -74,13 +74,14 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
                     gradient_norm=_as_float(session.engine.get_global_grad_norm()),
                     skipped_steps=session.engine.skipped_steps,
                     tokens=done * tokens_per_step,
+                    batch=batch,
                     tokens_per_second=tokens_per_step / seconds,
                 )
             if last or (config.eval_every and done % config.eval_every == 0):
                 outcome.validation_loss, outcome.bits_per_byte = evaluate(session)
                 if not math.isfinite(outcome.validation_loss):
                     raise NonFiniteLoss(
-                        f"the validation loss is {outcome.validation_loss} after step {done}; {_kept(saved)}"
+                        f"the validation loss is {outcome.validation_loss} after step {done}; {_kept(outcome.saved)}"
                     )
                 session.metrics.write(
                     done,
@@ -93,23 +94,26 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
                 refresh=False,
             )
             bar.update()
-            if last or stopping or (config.save_every and done % config.save_every == 0):
-                _save(session, done)
-                saved = done
+            due = last or stopping or (config.save_every and done % config.save_every == 0)
+            if due and session.saves:
+                keep_state(session, done)
+                outcome.saved = done
             if stopping and not last:
                 outcome.stopped = True
                 break
     return outcome
 
 
-def _one_step(session: Session, step: int, saved: int, stop: StopRequest) -> tuple[float, bool]:
-    """Mean loss over the train batch, and whether any rank was asked to stop."""
+def _one_step(session: Session, step: int, saved: int, stop: StopRequest) -> tuple[float, str, bool]:
+    """Mean loss over the train batch, the checksum of its text, and whether any rank was asked to stop."""
     engine, accumulation = session.engine, session.sizes.accumulation
-    # Loss of this rank and its wish to stop, in one vector: the only all-reduce of the loop.
-    report = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    # Loss of this rank, its wish to stop and the checksum of its text (whole numbers, exact in fp64), in one vector:
+    # the only all-reduce of the loop.
+    report = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for micro_step in range(accumulation):
-        batch = torch.from_numpy(session.batches.batch(step, micro_step)).to(engine.device)
-        loss = token_losses(engine, batch).mean()
+        batch = session.batches.batch(step, micro_step)
+        report[2] += checksum(batch)
+        loss = token_losses(engine, torch.from_numpy(batch).to(engine.device)).mean()
         report[0] += loss.detach().double() / accumulation
         if micro_step == accumulation - 1:
             report[1] = float(stop.requested)
@@ -123,7 +127,7 @@ def _one_step(session: Session, step: int, saved: int, stop: StopRequest) -> tup
                 )
         engine.backward(loss)
         engine.step()
-    return mean, bool(report[1] > 0)
+    return mean, f"{int(report[2]):x}", bool(report[1] > 0)
 
 
 def _kept(saved: int) -> str:
@@ -152,17 +156,6 @@ def evaluate(session: Session) -> tuple[float, float]:
     dist.all_reduce(sums)
     nats_total, tokens, text_bytes = sums.tolist()
     return nats_total / tokens, nats_total / (math.log(2) * max(text_bytes, 1.0))
-
-
-def _save(session: Session, step: int) -> None:
-    checkpoints.save(
-        session.engine,
-        Path(session.config.output),
-        session.record,
-        session.batches.state_dict(),
-        step=step,
-        keep=session.config.keep,
-    )
 
 
 def _as_float(value: Any) -> float | None:

@@ -51,14 +51,14 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
-    def write(self, step: int, **values: float | int | None) -> None:
-        """One line with `step` and `values`, on disk when this returns."""
+    def write(self, step: int, **values: float | int | str | None) -> None:
+        """One line with `step` and `values`, on disk when this returns; text is not for TensorBoard."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if value is not None:
+            if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:

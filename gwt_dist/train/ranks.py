@@ -6,12 +6,15 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 # Set by mpirun and its kin. A process that sees one without RANK would run alone, like the rest.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+MAX_RESTARTS = "TORCHELASTIC_MAX_RESTARTS"  # set by torchrun; 0 without --max-restarts
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECOND_SIGNAL_SECONDS = 3.0
 
@@ -58,6 +61,40 @@ def ranks_from_environment(local_rank: int | None) -> Ranks:
             "torchrun, or as one plain process"
         )
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+def may_restart() -> bool:
+    """Whether the launcher starts all ranks again, with the same arguments, when one of them fails."""
+    return int(os.environ.get(MAX_RESTARTS, "0")) > 0
+
+
+def init_method() -> str | None:
+    """Where ranks look for each other, for `init_process_group`; None where torch's own way is right.
+
+    torchrun keeps one store for all its attempts, in which the ranks of a new one find the addresses of those that died
+    (pytorch/pytorch#135712, seen in 2.13). On one machine the number of the attempt, which all ranks know alike, keeps
+    them apart. On several they do not, and the store must not be shared: see docs/resume.md.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    from torch.distributed.distributed_c10d import PrefixStore, Store
+    from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+    def apart(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
+        store, rank, world_size = next(rendezvous("env://", **options))
+        yield PrefixStore(f"attempt-{env['TORCHELASTIC_RESTART_COUNT']}", store), rank, world_size
+
+    register_rendezvous_handler("attempt", apart)
+    return "attempt://"
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Give all process groups one time limit: those that DeepSpeed makes have torch's default, half an hour."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class StopRequest:

@@ -6,11 +6,12 @@ Nothing is written before all of it has been checked on every rank.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import platform
+import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from gwt_dist.train import checkpoints, ds_config, model, stream, tokens
 from gwt_dist.train.batches import Batches, ShuffledBatches, Validation
 from gwt_dist.train.config import TrainConfig, find_file, read_mapping
 from gwt_dist.train.corpus import Corpus, is_dataset_name, load_corpus
+from gwt_dist.train.identity import run_identity
 from gwt_dist.train.metrics import Metrics, read_metrics
-from gwt_dist.train.ranks import Ranks
+from gwt_dist.train.ranks import Ranks, init_method, limit_waiting
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class Session:
     """A run that is ready for its next step. `start_step` steps are done already.
 
     `planned` is this rank's optimizer state by arithmetic; None where the optimizer is another one
-    or ZeRO is off.
+    or ZeRO is off. `saves`: whether checkpoints are written; `model_config` goes into them.
     """
 
     config: TrainConfig
@@ -46,6 +48,8 @@ class Session:
     record: dict[str, Any]
     start_step: int
     planned: StateBytes | None
+    saves: bool
+    model_config: dict[str, Any]
 
 
 def open_session(config: TrainConfig, ranks: Ranks) -> Session:
@@ -55,6 +59,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
 
     Raises:
         ValueError: anything about the configuration, the text or the checkpoint that is wrong.
+        RunComplete: a restarted run has done all its steps already.
     """
     import deepspeed
 
@@ -65,22 +70,29 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     if config.threads:
         torch.set_num_threads(config.threads)
-    engine_config, sizes = ds_config.load(find_file(config.deepspeed_config), ranks.world_size)
+    begun = checkpoints.open_run(config)
+    engine_file, world_size = find_file(config.deepspeed_config), ranks.world_size
+    engine_config, sizes = ds_config.load(engine_file, world_size, begun.batch if begun else None)
+    kind = engine_config["optimizer"]["type"]
+    saves = kind == "GWTAdamW"
+    if begun and not saves:
+        raise ValueError(f"resume: checkpoints are of GWTAdamW, and optimizer.type in {engine_file} is {kind!r}")
     model_file = find_file(config.model, "configs/models")
-    checkpoint = checkpoints.open_run(config)
     streamed = is_dataset_name(config.corpus)
     splits = stream.open_stream(config.corpus) if streamed else (None, None)
     corpus = _read_corpus(config, splits)
 
-    deepspeed.init_distributed()
+    timeout = timedelta(seconds=config.timeout)
+    deepspeed.init_distributed(timeout=timeout, init_method=init_method())
     # Every rank has seen the folder as it was before any of them may write into it.
     dist.barrier()
-    trained = _trained_tokenizer(config, corpus, splits[0], checkpoint)
+    trained = _trained_tokenizer(config, corpus, splits[0], begun)
     tokenizer = tokens.load_tokenizer(config.tokenizer, trained)
     llama = model.model_config(model_file, tokenizer.vocab_size, config.sequence_length)
-    identity = run_identity(config, engine_config, sizes, ranks.world_size, llama, corpus.sha256)
-    if checkpoint:
-        checkpoints.check_identity(checkpoint, identity)
+    identity = run_identity(config, engine_config, sizes, llama, corpus.sha256, trained)
+    if begun:
+        checkpoints.check_identity(begun, identity)
+        checkpoints.check_streams(begun, world_size)
     validation = Validation(
         *tokens.encode_stream(tokenizer, corpus.validation),
         config.sequence_length,
@@ -96,20 +108,59 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         config=engine_config,
         lr_scheduler=lambda optimizer: _schedule(optimizer, config),
     )
+    limit_waiting(timeout)
     start_step = 0
-    if checkpoint:
-        batches.load_state_dict(checkpoints.load(engine, checkpoint))
-        start_step = checkpoint.step
+    if begun and begun.checkpoint:
+        checkpoints.restore_state(engine, begun, config.seed)
+        start_step = begun.step
+        if begun.streams is not None:
+            batches.load_state_dict(begun.streams[ranks.rank])
     record = {
         "identity": identity,
+        "batch": begun.batch if begun else {"sequences": sizes.train, "ranks": world_size},
         "train": dataclasses.asdict(config),
         "deepspeed": engine_config,
         "model": {"file": model_file.name, **read_mapping(model_file)},
         "corpus": {"source": corpus.source, "sha256": corpus.sha256},
         "versions": _versions(),
     }
-    metrics = _open_folder(config, ranks, record, trained, checkpoint, start_step)
-    return Session(config, ranks, engine, sizes, batches, validation, metrics, record, start_step, planned)
+    metrics = _open_folder(config, ranks, record, trained, begun, start_step)
+    if ranks.rank == 0:
+        _tell(begun, config, sizes, world_size, "" if saves else kind)
+    return Session(
+        config,
+        ranks,
+        engine,
+        sizes,
+        batches,
+        validation,
+        metrics,
+        record,
+        start_step,
+        planned,
+        saves,
+        llama.to_dict(),
+    )
+
+
+def _tell(
+    begun: checkpoints.Begun | None, config: TrainConfig, sizes: ds_config.BatchSizes, world_size: int, unsaved: str
+) -> None:
+    """What is not as it looks, in a line each on stderr."""
+    if config.resume and not (begun and begun.checkpoint):
+        print(f"no checkpoint in {config.output} yet: starting from the beginning", file=sys.stderr)
+    if begun and begun.checkpoint and begun.world_size != world_size:
+        print(
+            f"{world_size} ranks go on where {begun.world_size} saved: micro batch {sizes.micro}, accumulation "
+            f"{sizes.accumulation}, {sizes.train} sequences a step as before",
+            file=sys.stderr,
+        )
+    if unsaved:
+        print(
+            f"no checkpoint will be written: they hold the state of GWTAdamW, and the optimizer is {unsaved}. For a "
+            f"baseline that can be resumed take GWTAdamW with level 0, which is AdamW",
+            file=sys.stderr,
+        )
 
 
 def planned_state(module: torch.nn.Module, engine_config: dict[str, Any], ranks: Ranks) -> StateBytes | None:
@@ -131,64 +182,6 @@ def planned_state(module: torch.nn.Module, engine_config: dict[str, Any], ranks:
     )
 
 
-def run_identity(
-    config: TrainConfig,
-    engine_config: dict[str, Any],
-    sizes: ds_config.BatchSizes,
-    world_size: int,
-    llama: Any,
-    corpus_sha256: str,
-) -> dict[str, Any]:
-    """What must be alike for a run to be resumed, flat: field name to plain value.
-
-    All optimizer parameters belong to it, as DeepSpeed takes them from the checkpoint and a new
-    value in the JSON would be ignored in silence.
-    """
-    optimizer = engine_config["optimizer"]
-    params = optimizer_defaults(optimizer["type"]) | optimizer.get("params", {})
-    shapes = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "tie_word_embeddings",
-    )
-    # In the order in which a difference explains the others.
-    plain: dict[str, Any] = {
-        "world_size": world_size,
-        "zero_stage": ds_config.zero_stage(engine_config),
-        "precision": ds_config.precision(engine_config),
-        "corpus.sha256": corpus_sha256,
-        "tokenizer": config.tokenizer,
-    }
-    plain |= {f"model.{key}": getattr(llama, key) for key in shapes}
-    plain |= {"optimizer.type": optimizer["type"]}
-    plain |= {f"optimizer.{key}": value for key, value in params.items()}
-    plain |= {
-        "sequence_length": config.sequence_length,
-        "seed": config.seed,
-        "train_batch_size": sizes.train,
-        "gradient_accumulation_steps": sizes.accumulation,
-    }
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
-
-
-def optimizer_defaults(kind: str) -> dict[str, Any]:
-    """Defaults of GWTAdamW and `param_groups`; a key that the JSON leaves out still has a value."""
-    if kind != "GWTAdamW":
-        return {}
-    from gwt_dist import GWTAdamW, param_groups
-
-    found: dict[str, Any] = {}
-    for function in (param_groups, GWTAdamW):
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.default is not parameter.empty and name != "params":
-                found[name] = parameter.default
-    return found
-
-
 def _read_corpus(config: TrainConfig, splits: tuple[Any, Any]) -> Corpus:
     if splits[0] is None:
         return load_corpus(config.corpus)
@@ -200,7 +193,7 @@ def _trained_tokenizer(
     config: TrainConfig,
     corpus: Corpus,
     stream_split: Any,
-    checkpoint: checkpoints.Checkpoint | None,
+    begun: checkpoints.Begun | None,
 ) -> str | None:
     """The BPE of this run as JSON, from rank 0, which trains or reads it. A collective."""
     size = tokens.bpe_size(config.tokenizer)
@@ -209,7 +202,7 @@ def _trained_tokenizer(
     result: list[str | None] = [None, None]  # the tokenizer, or else what went wrong
     if dist.get_rank() == 0:
         try:
-            saved = checkpoint.run_folder / "tokenizer.json" if checkpoint else None
+            saved = begun.run_folder / "tokenizer.json" if begun else None
             if saved and saved.is_file():
                 result[0] = saved.read_text(encoding="utf-8")
             elif stream_split is None:
@@ -279,15 +272,15 @@ def _open_folder(
     ranks: Ranks,
     record: dict[str, Any],
     trained: str | None,
-    checkpoint: checkpoints.Checkpoint | None,
+    begun: checkpoints.Begun | None,
     start_step: int,
 ) -> Metrics:
     output = Path(config.output)
     inherited: list[dict[str, Any]] = []
     if ranks.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
-            inherited = read_metrics(checkpoint.run_folder / "metrics.jsonl", start_step)
+        if begun:
+            inherited = read_metrics(begun.run_folder / "metrics.jsonl", start_step)
         checkpoints.write_json(output / checkpoints.RECORD, record)
         if trained is not None:
             (output / "tokenizer.json").write_text(trained, encoding="utf-8")

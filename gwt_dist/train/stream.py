@@ -1,13 +1,11 @@
-"""Text that is streamed from a `datasets` name, each rank its share, and resumed exactly.
+"""Text that is streamed from a `datasets` name, each rank its share, and resumed exactly on as many ranks.
 
-`datasets` can resume a stream, but not its own shuffle buffer. The buffer is therefore kept here
-and goes into the checkpoint with the position of the stream and the tokens not used yet.
+`datasets` can resume a stream, but not its own shuffle buffer, so documents are shuffled here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,11 +77,15 @@ def held_out(text: str) -> bool:
 
 
 class StreamedBatches:
-    """Batches from one rank's share of a streamed dataset, documents shuffled in a buffer.
+    """Batches from one rank's share of a streamed dataset. So many documents at a time are read and shuffled.
+
+    The place in it is where the documents in hand begin, and how many of them are used: going on reads them once more,
+    so that a checkpoint holds no text.
 
     Args:
         dataset: `datasets.IterableDataset`, already divided by `split_dataset_by_node`.
         spec: its name, for errors.
+        buffer: documents that are shuffled together.
         skip_held_out: leave out the documents that validation uses.
     """
 
@@ -101,36 +103,50 @@ class StreamedBatches:
     ) -> None:
         self._dataset, self._spec, self._tokenizer = dataset, spec, tokenizer
         self._length, self._micro = length, micro
-        self._buffer_size, self._skip_held_out = buffer, skip_held_out
-        self._random = random.Random(seed)
-        self._buffer: list[str] = []
+        self._size, self._skip_held_out, self._seed = buffer, skip_held_out, seed
+        self._epoch, self._number = 0, -1  # of the documents in hand
+        self._in_hand: list[str] = []
+        self._used = 0
         self._pending: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        self._epoch = 0
         self._source = self._documents()
+        self._start = self._position()
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """The next tokens [micro, length + 1]; the arguments are not used, the order is."""
         return np.stack([self._window() for _ in range(self._micro)])
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the stream, shuffle buffer, its random state, and the tokens left over."""
-        return {
-            "dataset": self._dataset.state_dict(),
-            "epoch": self._epoch,
-            "buffer": list(self._buffer),
-            "random": self._random.getstate(),
-            "pending": self._pending.tolist(),
-        }
+        """Where the documents in hand begin, how many of them are used, and the tokens left over; JSON."""
+        return {"start": self._start, "used": self._used, "pending": self._pending.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self._epoch = state["epoch"]
+        self._start = state["start"]
+        self._epoch, self._number = self._start["epoch"], self._start["number"]
         self._dataset.set_epoch(self._epoch)
-        self._dataset.load_state_dict(state["dataset"])
-        self._buffer = list(state["buffer"])
-        self._random.setstate(state["random"])
-        self._pending = np.array(state["pending"], dtype=np.int64)
+        self._dataset.load_state_dict(self._start["dataset"])
         self._source = self._documents()
+        self._in_hand, self._used = [], state["used"]
+        if self._used:
+            self._read()
+        self._pending = np.array(state["pending"], dtype=np.int64)
+
+    def _position(self) -> dict[str, Any]:
+        return {"dataset": self._dataset.state_dict(), "epoch": self._epoch, "number": self._number}
+
+    def _read(self) -> None:
+        """The next documents, in an order drawn from (seed, how many such before)."""
+        self._number += 1
+        documents = [next(self._source) for _ in range(self._size)]
+        order = np.random.default_rng([self._seed, self._number]).permutation(self._size)
+        self._in_hand = [documents[i] for i in order]
+
+    def _next(self) -> str:
+        if self._used == len(self._in_hand):
+            self._start, self._used = self._position(), 0
+            self._read()
+        self._used += 1
+        return self._in_hand[self._used - 1]
 
     def _documents(self) -> Iterator[str]:
         """Documents for ever, epoch after epoch."""
@@ -141,19 +157,14 @@ class StreamedBatches:
                 found = True
                 if text and not (self._skip_held_out and held_out(text)):
                     yield text
-            if not found and not self._buffer:
+            if not found:
                 raise ValueError(f"dataset {self._spec!r} has no documents for this rank; use fewer ranks")
             self._epoch += 1
             self._dataset.set_epoch(self._epoch)
 
     def _window(self) -> npt.NDArray[np.int64]:
         while len(self._pending) <= self._length:
-            while len(self._buffer) < self._buffer_size:
-                self._buffer.append(next(self._source))
-            place = self._random.randrange(len(self._buffer))
-            text, self._buffer[place] = self._buffer[place], self._buffer[-1]
-            self._buffer.pop()
-            ids, _ = self._tokenizer.encode([text])[0]
+            ids, _ = self._tokenizer.encode([self._next()])[0]
             end = np.array([self._tokenizer.eos])
             self._pending = np.concatenate([self._pending, ids, end]).astype(np.int64)
         window = self._pending[: self._length + 1]
