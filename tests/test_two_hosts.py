@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import fsdp2_cases
-import pretrain_cases
 import zero_cases
-from pretrain_cases import Ranks, arguments, curve, inputs, run_session
-from two_hosts import BIN, INTERFACE, REPOSITORY, Host, start_sshd, two_hosts
+from pretrain_cases import Ranks, arguments, curve, run_session, wait_for
+from two_hosts import INTERFACE, REPOSITORY, Host, start_sshd, two_hosts, why_not
 from two_hosts_job import LEVEL, RECIPE, STEPS
 
-__all__ = ["inputs"]  # a fixture
-pytestmark = pytest.mark.matrix
 JOB = str(REPOSITORY / "tests" / "two_hosts_job.py")
 LAUNCH = REPOSITORY / "launch"
 SECONDS = 80.0
+# Between the hosts: one waits for a call and greets, the other calls until it hears something, or gives up.
+GREET = """
+import socket
+with socket.create_server(("10.77.0.2", 7000)) as server:
+    server.settimeout(10)
+    with server.accept()[0] as call:
+        call.sendall(b"hello")
+"""
+CALL = """
+import socket, time
+for _ in range(30):
+    try:
+        with socket.create_connection(("node1", 7000), timeout=2) as call:
+            print(call.recv(5).decode())
+            break
+    except OSError:
+        time.sleep(0.1)
+else:
+    print("no answer")
+"""
 
 
 @pytest.fixture
@@ -52,7 +71,9 @@ def finish(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> 
     return found
 
 
-def check(processes: list[subprocess.Popen[str]], folder: Path, expected: list[tuple[str, tuple[int, int, int]]]) -> None:
+def check(
+    processes: list[subprocess.Popen[str]], folder: Path, expected: list[tuple[str, tuple[int, int, int]]]
+) -> None:
     """All ended well, the ranks were where they should be, and each has the weights of one process."""
     outcomes = finish(processes)
     assert [code for code, _ in outcomes] == [0] * len(processes), "\n".join(output for _, output in outcomes)
@@ -79,9 +100,45 @@ def hostfile(hosts: list[Host], *slots: int) -> str:
     return str(path)
 
 
-ONE_EACH = [("node0", (0, 2, 0)), ("node1", (1, 2, 0))]
+def test_hosts_are_apart_and_joined_by_a_cable_that_can_be_cut(hosts: list[Host]) -> None:
+    assert [host.run("hostname") for host in hosts] == ["node0\n", "node1\n"]
+    assert "sleep" not in hosts[1].run("sh", "-c", "cat /proc/[0-9]*/comm")
+    hosts[0].start(["sleep", "1000"])
+    assert "sleep" not in hosts[1].run("sh", "-c", "cat /proc/[0-9]*/comm")
+    listen = hosts[1].start([sys.executable, "-c", GREET])
+    assert hosts[0].run(sys.executable, "-c", CALL) == "hello\n"
+    assert listen.wait(10) == 0
+    hosts[1].cut()
+    assert "no answer" in hosts[0].run(sys.executable, "-c", CALL)
 
 
+def test_nothing_is_left_of_hosts_whose_test_is_killed(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    code = (
+        "import sys, time, pathlib, two_hosts\n"
+        "with two_hosts.two_hosts(pathlib.Path(sys.argv[1])) as hosts:\n"
+        "    process = hosts[1].start(['sleep', '1000'])\n"
+        "    print(*(host.pid for host in hosts), process.pid, flush=True)\n"
+        "    time.sleep(1000)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    ) as test:
+        assert test.stdout is not None
+        processes = [psutil.Process(int(pid)) for pid in test.stdout.readline().split()]
+        processes += [child for process in processes[:2] for child in process.children(recursive=True)]
+        assert len(processes) == 5  # two hosts, each with its `cat`, and what was started
+        test.kill()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+ONE_EACH: Where = [("node0", (0, 2, 0)), ("node1", (1, 2, 0))]
+
+
+@pytest.mark.matrix
 @pytest.mark.support("DeepSpeed", "two hosts, by torchrun, mpirun and the deepspeed launcher")
 @pytest.mark.support("FSDP2", "two hosts, by torchrun, mpirun and the deepspeed launcher")
 class TestLaunchers:
@@ -97,7 +154,8 @@ class TestLaunchers:
             command = [str(LAUNCH / "torchrun.sh"), str(host.folder)]
             processes.append(host.start(command, **settings, NODE_RANK=str(number)))
         if rendezvous == "endpoint":  # which of the two is rank 0 is for torchrun to say
-            assert [code for code, _ in (outcomes := finish(processes))] == [0, 0], outcomes
+            outcomes = finish(processes)
+            assert [code for code, _ in outcomes] == [0, 0], "\n".join(output for _, output in outcomes)
             first = torch.load(hosts[0].folder / "rank0.pt")["host"]
             other = {"node0": "node1", "node1": "node0"}[first]
             check([], hosts[0].folder, [(first, (0, 2, 0)), (other, (1, 2, 0))])
@@ -123,3 +181,37 @@ class TestLaunchers:
         settings = {"HOSTFILE": hostfile(hosts, 1, 1), "RUNNER": runner, "INTERFACE": INTERFACE, "SCRIPT": JOB}
         process = hosts[0].start([str(LAUNCH / "deepspeed.sh"), str(folder)], **settings)
         check([process], folder, ONE_EACH)
+
+
+TIMEOUT = 15  # seconds that a rank waits for another
+STEPS_OF_RUN = 60
+
+
+@pytest.mark.matrix
+def test_host_that_is_cut_off_ends_the_run_which_goes_on_later(
+    hosts: list[Host], inputs: Path, ranks: Ranks, torch_extensions_dir: Path, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    changes = {"steps": STEPS_OF_RUN, "save_every": 5, "eval_every": 30, "timeout": TIMEOUT}
+
+    def start(**more: str) -> list[subprocess.Popen[str]]:
+        command = [str(LAUNCH / "torchrun.sh"), *arguments(inputs, run, **changes, **more)]
+        settings = {"NNODES": "2", "MASTER_ADDR": "node0"}
+        return [host.start(command, **settings, NODE_RANK=str(n)) for n, host in enumerate(hosts)]
+
+    processes = start()
+    wait_for(run / "checkpoints" / "step-00000005", processes[0], SECONDS)
+    hosts[1].cut()
+    cut = time.monotonic()
+    outcomes = finish(processes, 2 * TIMEOUT + 15)
+    seconds = time.monotonic() - cut
+    assert all(code not in (0, -9) for code, _ in outcomes), "\n".join(output for _, output in outcomes)
+    assert seconds < 2 * TIMEOUT + 15
+    assert not (run / "summary.json").exists()
+
+    hosts[1].mend()
+    outcomes = finish(start(resume="latest"))
+    assert [code for code, _ in outcomes] == [0, 0], "\n".join(output for _, output in outcomes)
+    ranks(2, run_session, arguments(inputs, whole, **changes), timeout=120)
+    assert len(curve(whole)) == STEPS_OF_RUN + 2
+    assert curve(run) == curve(whole)

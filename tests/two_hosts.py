@@ -1,4 +1,4 @@
-"""Two hosts on one machine: each has a network, a host name, processes, and shared memory of its own; a cable is between.
+"""Two hosts on one machine: each has a network, a name, processes and shared memory of its own; a cable is between.
 
 A host is what `unshare` makes: namespaces that live as long as their first process, which ends with its standard input.
 So nothing can be left behind, not even by a test run that is killed: the kernel then ends every process of the host and
@@ -118,7 +118,7 @@ def why_not() -> str:
     for program in ("unshare", "nsenter", "ip"):
         if shutil.which(program) is None:
             return f"there is no program {program} (Debian: util-linux, iproute2)"
-    probe = ["unshare", *SPACES, "--fork", "--mount-proc", "ip", "link", "add", "a", "type", "veth", "peer", "name", "b"]
+    probe = ["unshare", *SPACES, "--fork", "--mount-proc", *"ip link add veth0 type veth peer name veth1".split()]
     result = subprocess.run(probe, capture_output=True, text=True, timeout=20)
     return "" if result.returncode == 0 else f"no namespaces here (root is needed): {result.stderr.strip()}"
 
@@ -136,7 +136,19 @@ def two_hosts(folder: Path) -> Iterator[list[Host]]:
     with contextlib.ExitStack() as stack:
         for name, address in zip(names, ADDRESSES, strict=True):
             first = subprocess.Popen(
-                ["unshare", *SPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", INIT, "sh", name, str(folder)],
+                [
+                    "unshare",
+                    *SPACES,
+                    "--fork",
+                    "--kill-child",
+                    "--mount-proc",
+                    "sh",
+                    "-c",
+                    INIT,
+                    "sh",
+                    name,
+                    str(folder),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -71,8 +71,8 @@ def ranks_from_environment(local_rank: int | None) -> Ranks:
 def _ranks_from_mpi(started_by: str) -> None:
     """Set RANK and the like from MPI, which is left again: it finds ranks and carries no tensors.
 
-    Ranks meet at MASTER_ADDR and MASTER_PORT of rank 0 where they are set; else on loopback, and where there are several
-    machines at the host name of the one that rank 0 is on. The port is one that is free there.
+    Ranks meet at MASTER_ADDR and MASTER_PORT of rank 0 where they are set; else on loopback, and where there are
+    several machines at the host name of the one that rank 0 is on. The port is one that is free there.
     """
     env, size = os.environ, int(os.environ[started_by])
     try:
