@@ -26,8 +26,9 @@ elif [ "$RUNNER" = pdsh ]; then
     where=(--hostfile "$HOSTFILE" --launcher pdsh --force_multi)
 elif [ "$RUNNER" = openmpi ]; then
     # oob: mpirun's own connections. The ranks find each other with mpi4py, as under launch/mpirun.sh.
-    where=(--hostfile "$HOSTFILE" --launcher openmpi --force_multi --launcher_args
-        "--mca btl_tcp_if_include $INTERFACE --prtemca oob_tcp_if_include $INTERFACE --bind-to none")
+    mpi="--mca btl_tcp_if_include $INTERFACE --prtemca oob_tcp_if_include $INTERFACE --bind-to none"
+    [ "$(id -u)" != 0 ] || mpi+=" --allow-run-as-root"  # containers run as root, which mpirun refuses by itself
+    where=(--hostfile "$HOSTFILE" --launcher openmpi --force_multi --launcher_args "$mpi")
 else
     echo "deepspeed.sh: RUNNER=$RUNNER; expected pdsh or openmpi" >&2
     exit 2

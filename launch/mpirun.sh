@@ -32,6 +32,6 @@ for name in PATH PYTHONPATH OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAM
     TORCH_EXTENSIONS_DIR; do
     [ -z "${!name:-}" ] || arguments+=(-x "$name")
 done
-# Containers run as root, for which mpirun asks twice.
+# Containers run as root, which mpirun refuses by itself.
 [ "$(id -u)" != 0 ] || arguments+=(--allow-run-as-root)
 exec mpirun "${arguments[@]}" python "$SCRIPT" "$@"
