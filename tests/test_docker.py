@@ -89,7 +89,8 @@ def test_compose_starts_a_launcher_with_options_that_exist(name: str) -> None:
     config, _ = parse_arguments(arguments)
     assert find_file(config.deepspeed_config).resolve().is_relative_to(ROOT / "configs")
     volume = services()[name]["volumes"][0].split(":")[1]
-    assert config.output.startswith(volume)
+    workdir = next(rest for instruction, rest in instructions() if instruction == "WORKDIR")
+    assert f"{workdir}/{config.output}".startswith(f"{volume}/")
     made = "\n".join(rest for instruction, rest in instructions() if instruction == "RUN")
     assert volume in made, "an engine would make the folder for root"
     for variable in services()[name]["environment"]:
