@@ -54,6 +54,7 @@ def test_deepspeed(path: Path, world_size: int) -> None:
     assert "gradient_clipping" in written, "DeepSpeed clips at 1.0 where nothing is said"
 
 
+@pytest.mark.matrix
 def test_offload_settings_train_as_without(
     inputs: Path, ranks: Ranks, torch_extensions_dir: Path, tmp_path: Path
 ) -> None:
