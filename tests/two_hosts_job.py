@@ -58,7 +58,7 @@ def main() -> None:
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))  # deepspeed adds --local_rank
     ranks = ranks_from_environment(None)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     result = {
         "host": socket.gethostname(),
         "ranks": dataclasses.astuple(ranks),
