@@ -14,6 +14,7 @@ import torch
 from gwt_dist.train import ds_config
 from gwt_dist.train.config import config_from, find_file, read_mapping
 from gwt_dist.train.model import model_config
+from pretrain_cases import Ranks, arguments, run_session
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DOCUMENTED = set(re.findall(r"`([\w.]+)`", (CONFIGS / "README.md").read_text(encoding="utf-8")))
@@ -43,11 +44,28 @@ def test_deepspeed(path: Path, world_size: int) -> None:
     content, sizes = ds_config.load(path, world_size)
     assert sizes.train == sizes.micro * sizes.accumulation * world_size
     assert ds_config.zero_stage(content) == int(path.stem[4])
-    assert ds_config.precision(content) == ("bf16" if "bf16" in path.stem else "fp32")
+    assert ds_config.precision(content) == ("bf16" if "bf16" in path.stem or "offload" in path.stem else "fp32")
+    zero = content["zero_optimization"]
+    assert ("offload_optimizer" in zero) == ("offload" in path.stem)
+    assert ("offload_param" in zero) == (path.stem == "zero3-offload")
     written = json.loads(path.read_text(encoding="utf-8"))
     assert set(leaves(written)) <= DOCUMENTED
     assert set(written["optimizer"]["params"]) <= DOCUMENTED
     assert "gradient_clipping" in written, "DeepSpeed clips at 1.0 where nothing is said"
+
+
+@pytest.mark.matrix
+def test_offload_settings_train_as_without(
+    inputs: Path, ranks: Ranks, torch_extensions_dir: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for name in ("zero2-bf16", "zero2-offload", "zero3-offload"):
+        changes = {"deepspeed_config": CONFIGS / f"{name}.json", "steps": 3, "save_every": 0}
+        results = ranks(2, run_session, arguments(inputs, tmp_path / name, **changes), timeout=120)
+        losses[name] = results[0]["validation_loss"]
+        for result in results:
+            assert result["bytes"]["wavelet_moments"] == result["planned"]["wavelet"]
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["zero2-bf16"]), rel=1e-3), losses
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "models").glob("*")), ids=lambda p: p.stem)

