@@ -1,4 +1,4 @@
-"""Accelerate: `prepare`, which is `Accelerator.prepare` with the optimizer attached and the engine asked for checked."""
+"""Accelerate: `prepare`, which is `Accelerator.prepare` with the optimizer attached and the engine checked."""
 
 from __future__ import annotations
 

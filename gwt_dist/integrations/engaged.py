@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from gwt_dist import attach
+from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import find_optimizer
 from gwt_dist.optimizer import GWTAdamW
 
@@ -44,9 +45,10 @@ def engage(optimizer: Any, model: nn.Module, asked: str | None) -> str:
             f"parameters, so the run would be DDP in silence, with the whole state on every rank. Remove use_cpu or "
             f"cpu=True (which switch it off), and start with a launcher"
         )
-    inner = find_optimizer(optimizer)
     if zero is not None:
-        _attach_loaded(inner, optimizer, zero)
+        _refuse(optimizer, zero)
+        _attach_loaded(find_optimizer(optimizer), optimizer, zero)
+    inner = find_optimizer(optimizer)
     held = how_held(inner)
     if asked == "FSDP" and held != "DTensors":
         raise ValueError(
@@ -78,6 +80,16 @@ def _zero_optimizer(optimizer: Any) -> Any:
     if any(kind.__name__ == "DeepSpeedOptimizerWrapper" for kind in type(optimizer).__mro__):
         return optimizer.optimizer
     return None
+
+
+def _refuse(optimizer: Any, zero: Any) -> None:
+    """Raise `ValueError` for settings of DeepSpeed under which the update could not be right."""
+    from accelerate.state import AcceleratorState
+
+    chain = [thing for thing in (zero, getattr(zero, "optimizer", None)) if thing is not None]
+    refusals.refuse_swapped([optimizer, *chain], chain)
+    # ZeRO's optimizer does not know them, and transformers does not show the engine to callbacks.
+    refusals.refuse(AcceleratorState().deepspeed_plugin.deepspeed_config)
 
 
 def _attach_loaded(inner: GWTAdamW, optimizer: Any, zero: Any) -> None:

@@ -23,7 +23,7 @@ class CheckCallback(lightning.Callback):
     held: str | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises `ValueError`: a strategy other than one device, DDP or ModelParallelStrategy, or one without shards."""
+        """Raises `ValueError` for a strategy that is not tested, and for shards that are missing or too many."""
         strategy = trainer.strategy
         name = type(strategy).__name__
         if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy)) or len(trainer.optimizers) != 1:

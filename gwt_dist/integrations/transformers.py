@@ -45,14 +45,17 @@ def optimizer_cls_and_kwargs(
             f"targets={targets!r} and optim_target_modules={args.optim_target_modules!r} are both given, and one would "
             f"be ignored; remove one of them"
         )
-    chosen = args.optim_target_modules if targets is None else targets
     keywords: dict[str, Any] = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
     if args.adam_epsilon != TrainingArguments.adam_epsilon:
         keywords["eps"] = args.adam_epsilon
     keywords |= {"weight_decay": args.weight_decay} | parse_optim_args(args.optim_args)
     for key in options:
         _known(key, "the keywords of optimizer_cls_and_kwargs")
-    return _Factory, {"targets": _targets(chosen), **keywords, **options}
+    return _Factory, {
+        "targets": _targets(args.optim_target_modules) if targets is None else targets,
+        **keywords,
+        **options,
+    }
 
 
 def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -138,4 +141,4 @@ def _targets(chosen: Any) -> Targets:
     if isinstance(chosen, str):
         # One text is one expression here, which `param_groups` would also take for a part of a name.
         return "all-linear" if chosen.replace("_", "-") == "all-linear" else f"(?:{chosen})"
-    return chosen if isinstance(chosen, Mapping) else tuple(chosen)
+    return tuple(chosen)
