@@ -17,6 +17,7 @@ from gwt_dist.integrations.accelerate import prepare
 
 
 def accelerator_of(engine: str) -> Accelerator:
+    """An Accelerator for DeepSpeed or FSDP2; `accelerate launch` and its questions are the other way to get one."""
     if engine == "deepspeed":
         config = {"train_micro_batch_size_per_gpu": BATCH, "gradient_clipping": 0, "zero_optimization": {"stage": 2}}
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
@@ -31,6 +32,7 @@ def accelerator_of(engine: str) -> Accelerator:
 
 
 def train(engine: str) -> tuple[nn.Module, object, list[float]]:
+    """Train for `STEPS` steps."""
     accelerator = accelerator_of(engine)
     model = tiny_llama()
     optimizer = GWTAdamW(param_groups(model, level=2, recipe="energy", weight_decay=0.1), lr=1e-2)

@@ -19,6 +19,8 @@ from gwt_dist.integrations.lightning import CheckCallback
 
 
 class Llama(lightning.LightningModule):
+    """The tiny LLaMA as a module of Lightning."""
+
     def __init__(self, sharded: bool) -> None:
         super().__init__()
         self.model = tiny_llama()
@@ -26,6 +28,7 @@ class Llama(lightning.LightningModule):
         self.losses: list[float] = []
 
     def configure_model(self) -> None:
+        """Shard each layer, then the rest, over the mesh of ModelParallelStrategy."""
         if self.sharded:
             mesh = self.device_mesh["data_parallel"]
             for layer in self.model.model.layers:
@@ -33,15 +36,18 @@ class Llama(lightning.LightningModule):
             fully_shard(self.model, mesh=mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """As any other optimizer."""
         return GWTAdamW(param_groups(self.model, level=2, recipe="energy", weight_decay=0.1), lr=1e-2)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        """The loss of a batch."""
         loss = self.model(**batch).loss
         self.losses.append(loss.item())
         return loss
 
 
 def train(strategy: str, devices: int) -> tuple[lightning.Trainer, Llama]:
+    """Train for `STEPS` steps."""
     sharded = strategy == "fsdp2"
     module = Llama(sharded)
     trainer = lightning.Trainer(

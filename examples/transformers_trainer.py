@@ -31,6 +31,7 @@ class CPUTrainer(Trainer):
     """Trainer that shards on CPUs too; with GPUs use Trainer itself."""
 
     def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, and FSDP switched on."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not torch.cuda.is_available():
             from accelerate import FullyShardedDataParallelPlugin
@@ -40,6 +41,7 @@ class CPUTrainer(Trainer):
 
 
 def train(engine: str, output: str, resume: bool = False, steps: int = STEPS) -> Trainer:
+    """Train for `steps` steps, or from the last checkpoint in `output` on."""
     args = TrainingArguments(
         output_dir=output,
         max_steps=steps,
