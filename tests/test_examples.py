@@ -1,4 +1,4 @@
-"""Each example, started by torchrun on two ranks: the engine is on, the loss falls, the update is that of one process."""
+"""Each example on two ranks of torchrun: the engine is on, the loss falls, the update is that of one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
