@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from tiny import BATCH, STEPS, Text, shard_on_cpus, tiny_llama
+from tiny import BATCH, STEPS, Text, spread_on_cpus, tiny_llama
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,14 +21,16 @@ def accelerator_of(engine: str) -> Accelerator:
     """An Accelerator for DeepSpeed or FSDP2; `accelerate launch` and its questions are the other way to get one."""
     if engine == "deepspeed":
         config = {"train_micro_batch_size_per_gpu": BATCH, "gradient_clipping": 0, "zero_optimization": {"stage": 2}}
-        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        spread_on_cpus()
+        return accelerator
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
     )
-    accelerator = Accelerator(fsdp_plugin=plugin)
-    shard_on_cpus(accelerator.state, plugin)
+    accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
+    spread_on_cpus(plugin)
     return accelerator
 
 

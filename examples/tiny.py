@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,10 +44,16 @@ class Text(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.sequences[index], "labels": self.sequences[index]}
 
 
-def shard_on_cpus(state: object, plugin: object) -> None:
-    """Make Accelerate take FSDP2 on CPUs too, for a try-out; on GPUs it does by itself and this is not needed."""
-    from accelerate.utils import DistributedType
+def spread_on_cpus(plugin: object = None) -> None:
+    """For a try-out without GPUs, where Accelerate counts one process, splits no data and never turns FSDP2 on.
 
-    if not torch.cuda.is_available():
-        state.distributed_type = DistributedType.FSDP  # type: ignore[attr-defined]
-        state.fsdp_plugin = plugin  # type: ignore[attr-defined]
+    Call it once Accelerate's state is there; with GPUs it does nothing and none of it is needed.
+    """
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    if torch.cuda.is_available():
+        return
+    for state in (PartialState._shared_state, AcceleratorState._shared_state):
+        state |= {"num_processes": dist.get_world_size(), "process_index": dist.get_rank()}
+        if plugin is not None:
+            state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}

@@ -9,7 +9,8 @@ import argparse
 import tempfile
 
 import torch
-from tiny import BATCH, STEPS, Text, shard_on_cpus, tiny_llama
+from accelerate import FullyShardedDataParallelPlugin
+from tiny import BATCH, STEPS, Text, spread_on_cpus, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from gwt_dist.integrations.transformers import AttachCallback, optimizer_cls_and_kwargs
@@ -28,16 +29,14 @@ ENGINES = {
 
 
 class CPUTrainer(Trainer):
-    """Trainer that shards on CPUs too; with GPUs use Trainer itself."""
+    """Trainer that shards and splits its data on CPUs too; with GPUs use Trainer itself."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's, and FSDP switched on."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp and not torch.cuda.is_available():
-            from accelerate import FullyShardedDataParallelPlugin
-
-            shard_on_cpus(self.accelerator.state, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
-            self.is_fsdp_enabled = True
+        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args) if self.args.fsdp else None
+        spread_on_cpus(plugin)
+        self.is_fsdp_enabled = bool(self.args.fsdp)
 
 
 def train(engine: str, output: str, resume: bool = False, steps: int = STEPS) -> Trainer:
@@ -58,6 +57,7 @@ def train(engine: str, output: str, resume: bool = False, steps: int = STEPS) ->
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        use_cpu=engine != "deepspeed" and not torch.cuda.is_available(),  # with DeepSpeed it would switch that off
         **ENGINES[engine],
     )
     trainer = CPUTrainer(

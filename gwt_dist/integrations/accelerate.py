@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from gwt_dist.integrations.engaged import asked_of_accelerate, engage
+from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
@@ -24,7 +24,7 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
         LayoutError: If DeepSpeed lays its buffers out in a way that this version does not know.
     """
     prepared = accelerator.prepare(*objects)
-    results = prepared if isinstance(prepared, tuple) else (prepared,)
+    results = prepared if isinstance(prepared, (tuple, list)) else (prepared,)
     models = [thing for thing in results if isinstance(thing, nn.Module)]
     optimizers = [thing for thing in results if isinstance(thing, AcceleratedOptimizer)]
     if len(models) != 1 or len(optimizers) != 1:
@@ -32,5 +32,6 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
             f"prepare was given {len(models)} models and {len(optimizers)} optimizers; pass the model and its GWTAdamW "
             f"in one call, as the layout of the one is that of the other"
         )
+    warn_of_one_process()
     engage(optimizers[0], models[0], asked_of_accelerate())
     return prepared

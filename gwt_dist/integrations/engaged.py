@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -73,6 +75,20 @@ def asked_of_accelerate() -> str | None:
         if os.environ.get(name, "false").lower() in ("true", "1"):
             return engine
     return None
+
+
+def warn_of_one_process() -> None:
+    """Warn where Accelerate counts fewer processes than there are: it then gives every rank the same batches."""
+    from accelerate.state import PartialState
+
+    there = dist.get_world_size() if dist.is_initialized() else 1
+    if PartialState().num_processes != there:
+        warnings.warn(
+            f"Accelerate counts {PartialState().num_processes} process and torch.distributed {there}: every rank would "
+            f"train on the same batches. It does so on CPUs, unless cpu=True (use_cpu) is set, which switches "
+            f"DeepSpeed off; see spread_on_cpus in examples/tiny.py",
+            stacklevel=3,
+        )
 
 
 def _zero_optimizer(optimizer: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gwt_dist import GWTAdamW, param_groups
-from gwt_dist.integrations.engaged import asked_of_accelerate, engage
+from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
 
 Targets = str | Sequence[str] | Mapping[str, int]
 _KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
@@ -97,6 +97,7 @@ class AttachCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises `ValueError` as `gwt_dist.integrations.engaged.engage` does."""
+        warn_of_one_process()
         self.held = engage(kwargs["optimizer"], kwargs["model"], asked_of_accelerate())
 
 
