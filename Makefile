@@ -62,5 +62,5 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) setuptools wheel ninja
-	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,cli,dev]'
+	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,cli,lightning,dev]'
 	@touch $@

@@ -106,7 +106,7 @@ class _Factory:
 
     def __call__(self, model: nn.Module, *, targets: Targets, weight_decay: float, **options: Any) -> GWTAdamW:
         # Its `self` is not used; a Trainer that overrides it cannot be asked from here.
-        decaying = set(Trainer.get_decay_parameter_names(None, model))
+        decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
         groups: list[dict[str, Any]] = [
             {"params": [], "weight_decay": weight_decay},
             {"params": [], "weight_decay": 0.0},
