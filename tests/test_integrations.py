@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,9 @@ from transformers.trainer_utils import check_target_module_exists
 from gwt_dist import GWTAdamW
 from gwt_dist.integrations.engaged import engage, how_held, warn_of_one_process
 from gwt_dist.integrations.transformers import AttachCallback, optimizer_cls_and_kwargs, parse_optim_args
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
 @pytest.fixture
@@ -197,3 +201,31 @@ def test_importing_the_package_loads_no_integration() -> None:
         "('transformers', 'accelerate', 'lightning', 'torchtitan')]; assert not names, names"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_code_of_the_switching_page_is_that_of_the_examples() -> None:
+    page = (ROOT / "docs" / "switching.md").read_text()
+    seen = 0
+    for section in page.split("\n## ")[1:]:
+        scripts = [
+            (ROOT / "examples" / name).read_text() for name in re.findall(r"\(\.\./examples/(\w+\.py)\)", section)
+        ]
+        for language, code in BLOCK.findall(section):
+            if language == "python":
+                assert any(code in script for script in scripts), f"in none of the scripts of this section:\n{code}"
+                seen += 1
+    assert seen >= 7
+
+
+def test_commands_of_the_examples_exist() -> None:
+    commands = [
+        line
+        for document in (ROOT / "examples" / "README.md", *sorted((ROOT / "examples").glob("*_*.py")))
+        for line in document.read_text().splitlines()
+        if line.startswith("torchrun")
+    ]
+    assert len(commands) == 9
+    for command in commands:
+        script, flag, choice = re.search(r"(examples/\w+\.py) ?(\S*) ?(\S*)", command).groups()  # type: ignore[union-attr]
+        text = (ROOT / script).read_text()
+        assert not flag or (f'"{flag}"' in text and f'"{choice}"' in text), command
