@@ -121,6 +121,7 @@ def test_lightning_ddp(tmp_path: Path) -> None:
     check("lightning-ddp", tmp_path, "whole tensors DDPStrategy", sharded=False)
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(
     importlib.util.find_spec("torchtitan") is None,
     reason="torchtitan pins older datasets than this project: pip install --no-deps torchtitan (docs/switching.md)",
