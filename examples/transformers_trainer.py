@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from gwt_dist.integrations.transformers import AttachCallback, optimizer_cls_and_kwargs
 
+OPTIMIZER = {"optim_target_modules": ["attn", "mlp"], "optim_args": "level=2, recipe=energy"}
 ENGINES = {
     "ddp": {},
     "deepspeed": {
@@ -49,8 +50,6 @@ def train(engine: str, output: str, resume: bool = False, steps: int = STEPS) ->
         weight_decay=0.1,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
-        optim_target_modules=["attn", "mlp"],
-        optim_args="level=2, recipe=energy",
         logging_steps=1,
         save_strategy="steps" if engine == "deepspeed" else "no",
         save_steps=10,
@@ -58,6 +57,7 @@ def train(engine: str, output: str, resume: bool = False, steps: int = STEPS) ->
         disable_tqdm=True,
         dataloader_pin_memory=False,
         use_cpu=engine != "deepspeed" and not torch.cuda.is_available(),  # with DeepSpeed it would switch that off
+        **OPTIMIZER,
         **ENGINES[engine],
     )
     trainer = CPUTrainer(

@@ -93,7 +93,7 @@ def test_trainer_fsdp2(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.support("one process", "transformers' Trainer, DDP")
+@pytest.mark.support("DDP", "transformers' Trainer")
 def test_trainer_ddp(tmp_path: Path) -> None:
     check("trainer-ddp", tmp_path, "whole tensors DistributedDataParallel", sharded=False)
 
@@ -110,13 +110,14 @@ def test_accelerate_deepspeed(tmp_path: Path) -> None:
     check("accelerate-deepspeed", tmp_path, "DeepSpeedEngine", sharded=True)
 
 
+@pytest.mark.matrix
 @pytest.mark.support("FSDP2", "Lightning's ModelParallelStrategy")
 def test_lightning_fsdp2(tmp_path: Path) -> None:
     check("lightning-fsdp2", tmp_path, "DTensors ModelParallelStrategy", sharded=True)
 
 
 @pytest.mark.matrix
-@pytest.mark.support("one process", "Lightning's DDPStrategy")
+@pytest.mark.support("DDP", "Lightning's DDPStrategy")
 def test_lightning_ddp(tmp_path: Path) -> None:
     check("lightning-ddp", tmp_path, "whole tensors DDPStrategy", sharded=False)
 

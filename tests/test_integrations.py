@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +137,10 @@ def test_ddp_in_silence_is_refused(asked, monkeypatch, llama) -> None:
     assert (engage(optimizer, llama, None), how_held(optimizer)) == ("whole tensors", "whole tensors")
     with pytest.raises(ValueError, match=f"{asked} was asked for and is not on"):
         engage(optimizer, llama, asked)
+    with pytest.raises(ValueError, match=f"{asked} was asked for"):
+        AttachCallback().on_train_begin(
+            SimpleNamespace(**{asked.lower(): {"version": 2}}), None, None, optimizer=optimizer, model=llama
+        )
     monkeypatch.setenv(f"ACCELERATE_USE_{asked.upper()}", "true")
     with pytest.raises(ValueError, match="would be DDP in silence"):
         AttachCallback().on_train_begin(None, None, None, optimizer=optimizer, model=llama)
@@ -195,26 +197,22 @@ def test_lightning_refuses_what_is_not_tested(llama) -> None:
         start(ModelParallelStrategy)
 
 
-def test_importing_the_package_loads_no_integration() -> None:
-    script = (
-        "import sys, gwt_dist; names = [n for n in sys.modules if 'gwt_dist.integrations' in n or n.split('.')[0] in "
-        "('transformers', 'accelerate', 'lightning', 'torchtitan')]; assert not names, names"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
 def test_code_of_the_switching_page_is_that_of_the_examples() -> None:
+    def plain(code: str) -> str:
+        return "\n" + "\n".join(line.strip() for line in code.strip().splitlines()) + "\n"
+
     page = (ROOT / "docs" / "switching.md").read_text()
     seen = 0
     for section in page.split("\n## ")[1:]:
         scripts = [
-            (ROOT / "examples" / name).read_text() for name in re.findall(r"\(\.\./examples/(\w+\.py)\)", section)
+            plain((ROOT / "examples" / name).read_text())
+            for name in re.findall(r"\(\.\./examples/(\w+\.py)\)", section)
         ]
         for language, code in BLOCK.findall(section):
             if language == "python":
-                assert any(code in script for script in scripts), f"in none of the scripts of this section:\n{code}"
+                assert any(plain(code) in script for script in scripts), f"in no script of this section:\n{code}"
                 seen += 1
-    assert seen >= 7
+    assert seen == 7
 
 
 def test_commands_of_the_examples_exist() -> None:
