@@ -98,7 +98,7 @@ class AttachCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises `ValueError` as `gwt_dist.integrations.engaged.engage` does."""
         warn_of_one_process()
-        # By the arguments: with use_cpu transformers drops DeepSpeed before it tells Accelerate of it.
+        # By the arguments first: what transformers tells Accelerate through the environment it may take back.
         asked = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
         self.held = engage(kwargs["optimizer"], kwargs["model"], asked[0] if asked else asked_of_accelerate())
 
