@@ -44,8 +44,8 @@ def engage(optimizer: Any, model: nn.Module, asked: str | None) -> str:
     if asked == "DeepSpeed" and zero is None:
         raise ValueError(
             f"DeepSpeed was asked for and is not on: the optimizer is a {type(optimizer).__name__} around plain "
-            f"parameters, so the run would be DDP in silence, with the whole state on every rank. Remove use_cpu or "
-            f"cpu=True (which switch it off), and start with a launcher"
+            f"parameters, so the run would be DDP in silence, with the whole state on every rank. Remove cpu=True "
+            f"of Accelerate (which switches it off), and start with a launcher"
         )
     if zero is not None:
         _refuse(optimizer, zero)
@@ -85,7 +85,7 @@ def warn_of_one_process() -> None:
     if PartialState().num_processes != there:
         warnings.warn(
             f"Accelerate counts {PartialState().num_processes} process and torch.distributed {there}: every rank would "
-            f"train on the same batches. It does so on CPUs, unless cpu=True (use_cpu) is set, which switches "
+            f"train on the same batches. It does so on CPUs, unless cpu=True is set, which switches "
             f"DeepSpeed off; see spread_on_cpus in examples/tiny.py",
             stacklevel=3,
         )
