@@ -62,11 +62,13 @@ clean:
 
 # torch comes first and alone: deepspeed and fairscale are source distributions that import torch while they build. pip's
 # isolated build environment would fetch a torch of its own choice for that, gigabytes of it, hence --no-build-isolation.
+# torchtitan asks for an older datasets, which its optimizers do not use: hence --no-deps, and what these do import.
 # The stamp is the last line, so an interrupted install is taken up again by the next make.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) setuptools wheel ninja
-	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,cli,dev]'
+	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,cli,lightning,dev]'
+	$(PIP) --no-deps 'torchtitan; python_version >= "3.11"' tyro docstring_parser typeguard spmd_types
 	@touch $@

@@ -31,6 +31,19 @@ RECIPES = {
 }
 SECOND_MOMENTS = ("approximation", "energy")
 
+# Group keys of galore-torch, apollo-torch and the published GWT: what to write here in their place.
+FOREIGN_KEYS = {
+    "rank": "level: moments shrink 2**level-fold whatever the shape, so level=2 keeps a quarter of AdamW's state",
+    "update_proj_gap": "nothing: there is no projection to renew; remove it",
+    "proj_type": "nothing: rows are transformed, whatever the shape; remove it",
+    "proj": 'nothing, or wavelet="haar": there is no projection to draw or to decompose; remove it',
+    "scale_type": "nothing: the update of each element has the denominator of its own unit; remove it",
+    "scale_front": "nothing: the limiter always acts before scale; remove it",
+    "disable_nl": "limiter: 0 for disable_nl=True, 1.01 for False, or remove it (as the recipe)",
+    "wave_type": "wavelet, by its PyWavelets name",
+    "boundary": "nothing: the last unit of a row is padded with zeros; remove it",
+}
+
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
     """The numbers of a checked parameter group, its recipe resolved."""
@@ -50,6 +63,13 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` naming the key, its value and the legal range, for the first key of `group` that is wrong."""
+    foreign = [key for key in FOREIGN_KEYS if key in group]
+    if foreign:
+        instead = "; ".join(f"{key}={group[key]!r} -> {FOREIGN_KEYS[key]}" for key in foreign)
+        raise ValueError(
+            f"{', '.join(foreign)} in {where}: keys of another optimizer (galore-torch, apollo-torch or the published "
+            f"GWT), which GWTAdamW would ignore in silence. Here: {instead}"
+        )
     transform(group["wavelet"], group["level"])
     if group["recipe"] not in RECIPES:
         raise ValueError(f"recipe={group['recipe']!r} in {where} must be one of {sorted(RECIPES)}")

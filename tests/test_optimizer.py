@@ -290,3 +290,21 @@ def test_layout_errors_are_value_errors_and_fragments_are_public() -> None:
     assert Tensor("w", (2, 3), ()).cuts == ()
     # DeepSpeed finds the type by name in torch.optim.
     assert torch.optim.GWTAdamW is GWTAdamW  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}, ["rank=128 -> level", "proj_type"]),
+        ({"rank": 1, "proj": "random", "scale_type": "tensor", "scale_front": False}, ["scale_type='tensor'", "proj="]),
+        ({"wave_type": "db2", "boundary": "periodic"}, ["wave_type='db2' -> wavelet", "boundary"]),
+        ({"disable_nl": True}, ["disable_nl=True -> limiter: 0"]),
+    ],
+    ids=["galore-torch", "apollo-torch", "published GWT", "disable_nl"],
+)
+def test_group_keys_of_other_optimizers_are_told_by_their_names_here(keys, told) -> None:
+    plain = {"params": [nn.Parameter(torch.zeros(3))]}
+    with pytest.raises(ValueError, match="in parameter group 1: keys of another optimizer") as raised:
+        GWTAdamW([plain, {"params": [nn.Parameter(torch.zeros(4, 8))], **keys}])
+    for part in told:
+        assert part in str(raised.value)

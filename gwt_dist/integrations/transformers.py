@@ -1,0 +1,147 @@
+"""transformers' `Trainer`: the optimizer from its `TrainingArguments`, and a callback that attaches it under DeepSpeed.
+
+args = TrainingArguments(..., optim_target_modules=["attn", "mlp"], optim_args="level=2, recipe=energy")
+trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args), callbacks=[AttachCallback()])
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gwt_dist import GWTAdamW, param_groups
+from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
+
+Targets = str | Sequence[str] | Mapping[str, int]
+_KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
+
+
+def optimizer_cls_and_kwargs(
+    args: TrainingArguments, *, targets: Targets | None = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes, from the arguments that the Trainer has anyway.
+
+    ``learning_rate``, ``weight_decay`` and the betas come from `args`, as they do for the Trainer's own optimizers;
+    ``adam_epsilon`` too where it is not its default. Biases and norms get no decay, by
+    `Trainer.get_decay_parameter_names`. ``optim_target_modules`` says which Linear weights get the level: a list of
+    parts of names or regular expressions, one regular expression, or ``"all-linear"``; not set, it is attn and mlp.
+
+    Args:
+        args: The arguments of the Trainer; ``optim_args="level=2, recipe=energy"`` are keywords of `GWTAdamW`.
+        targets: As in `gwt_dist.param_groups`; in the place of ``optim_target_modules``.
+        options: Keywords of `GWTAdamW`; they win over `args`.
+
+    Raises:
+        ValueError: For text that is not ``key=value``, a key that `GWTAdamW` does not have, or targets given twice;
+            when the Trainer builds the optimizer, for a target that matches nothing or a value out of range.
+    """
+    if targets is not None and args.optim_target_modules is not None:
+        raise ValueError(
+            f"targets={targets!r} and optim_target_modules={args.optim_target_modules!r} are both given, and one would "
+            f"be ignored; remove one of them"
+        )
+    keywords: dict[str, Any] = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    if args.adam_epsilon != TrainingArguments.adam_epsilon:
+        keywords["eps"] = args.adam_epsilon
+    keywords |= {"weight_decay": args.weight_decay} | parse_optim_args(args.optim_args)
+    for key in options:
+        _known(key, "the keywords of optimizer_cls_and_kwargs")
+    return _Factory, {
+        "targets": _targets(args.optim_target_modules) if targets is None else targets,
+        **keywords,
+        **options,
+    }
+
+
+def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keywords of `GWTAdamW` from ``"level=2, scale=0.25, recipe=energy"``.
+
+    Values are Python's numbers, tuples, True, False and None; anything else is text. Raises `ValueError` for a part
+    that is not ``key=value``, a key that is given twice, and one that `GWTAdamW` does not have.
+    """
+    if isinstance(text, Mapping):
+        for key in text:
+            _known(key, f"optim_args={dict(text)!r}")
+        return dict(text)
+    found: dict[str, Any] = {}
+    for part in _split(text or ""):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise ValueError(
+                f"optim_args={text!r}: {part.strip()!r} is not key=value; write for example "
+                f'"level=2, scale=0.25, recipe=energy"'
+            )
+        _known(key, f"optim_args={text!r}")
+        if key in found:
+            raise ValueError(f"optim_args={text!r} gives {key!r} twice; remove one of them")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+class AttachCallback(TrainerCallback):
+    """Attaches the optimizer when training begins, and raises if the engine that was asked for is not on.
+
+    ``held`` then says how the optimizer holds the weights. Under FSDP2 and DDP there is nothing to attach, and it still
+    refuses a run that is DDP where FSDP or DeepSpeed was asked for.
+    """
+
+    held: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises `ValueError` as `gwt_dist.integrations.engaged.engage` does."""
+        warn_of_one_process()
+        # By the arguments first: what transformers tells Accelerate through the environment it may take back.
+        asked = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
+        self.held = engage(kwargs["optimizer"], kwargs["model"], asked[0] if asked else asked_of_accelerate())
+
+
+class _Factory:
+    """The Trainer calls ``factory()(model, **kwargs)`` for what is not an optimizer class."""
+
+    def __call__(self, model: nn.Module, *, targets: Targets, weight_decay: float, **options: Any) -> GWTAdamW:
+        # Its `self` is not used; a Trainer that overrides it cannot be asked from here.
+        decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": weight_decay},
+            {"params": [], "weight_decay": 0.0},
+        ]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[name not in decaying]["params"].append(parameter)
+        groups = [group for group in groups if group["params"]]
+        level = options.pop("level", inspect.signature(GWTAdamW.__init__).parameters["level"].default)
+        return GWTAdamW(param_groups(model, level, targets, params=groups), **options)
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part.strip()]
+
+
+def _known(key: str, where: str) -> None:
+    if key not in _KEYWORDS:
+        raise ValueError(f"{where}: GWTAdamW has no keyword {key!r}; it has {', '.join(_KEYWORDS)}")
+
+
+def _targets(chosen: Any) -> Targets:
+    if chosen is None:
+        return ("attn", "mlp")
+    if isinstance(chosen, str):
+        # One text is one expression here, which `param_groups` would also take for a part of a name.
+        return "all-linear" if chosen.replace("_", "-") == "all-linear" else f"(?:{chosen})"
+    return tuple(chosen)
