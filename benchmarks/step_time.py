@@ -37,6 +37,7 @@ for folder in (ROOT / "benchmarks", ROOT):  # the package need not be installed
 
 from sharded_steps import collective_cost, llama, offload  # noqa: E402
 
+import gwt_dist  # noqa: E402
 from gwt_dist import GWTAdamW  # noqa: E402
 from gwt_dist.kernels import build  # noqa: E402
 
@@ -231,8 +232,8 @@ def machine() -> str:
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    versions = []
-    for package in ("gwt_dist", "torch", "deepspeed", "bitsandbytes", "torchao"):
+    versions = [f"gwt_dist {gwt_dist.__version__}"]
+    for package in ("torch", "deepspeed", "bitsandbytes", "torchao"):
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
