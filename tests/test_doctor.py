@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -155,7 +156,11 @@ def test_mistakes_are_no_refusals(arguments: list[str], message: str, capsys: py
 
 def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     content = examined(capsys, [], 0)
-    assert content["versions"]["torch"] == torch.__version__ and content["versions"]["torchtitan"] is None
+    assert content["versions"]["torch"] == torch.__version__
+    for package in diagnosis.PACKAGES:
+        version = content["versions"][package]
+        there = importlib.util.find_spec({"PyWavelets": "pywt"}.get(package, package)) is not None
+        assert (version is not None) == there, package
     assert content["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert content["machine"]["compiled kernels in"] == str(build.folder())
     assert content["findings"] == []
