@@ -4,6 +4,7 @@
 #   make faults                100 kills at random moments, and what else can go wrong with checkpoints
 #   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
 #   make support               both, and the support matrix of docs/engines.md from its results
+#   make study-smoke           two minutes of a study of optimizers; `make study` is the whole one, hours of it
 #   make bench                 time of a step beside other optimizers, into benchmarks/results
 #   make bench-checkpoints     save and load beside DeepSpeed's and PyTorch's own, likewise
 #   make lint | format | clean
@@ -19,7 +20,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test matrix faults pretrain support bench bench-checkpoints lint format clean
+.PHONY: test matrix faults pretrain support study-smoke study bench bench-checkpoints lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -40,6 +41,14 @@ faults: $(STAMP)
 
 support: $(STAMP)
 	$(BIN)/python -m pytest -m "not faults" --write-support $(ARGS)
+
+study-smoke: $(STAMP)
+	$(BIN)/gwt-dist compare smoke --jobs 2 $(ARGS)
+
+# The optimizers of others; --no-deps, as what they need is there and nothing of it is to change.
+study: $(STAMP)
+	$(PIP) --no-deps galore-torch apollo-torch pytorch_optimizer torchao bitsandbytes
+	$(BIN)/gwt-dist compare cpu $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(ARGS)

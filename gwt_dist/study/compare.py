@@ -1,0 +1,154 @@
+"""A whole study: start what is wanted, write down what ends, until nothing is wanted or the time is up."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gwt_dist.study.config import Study, shapes_of
+from gwt_dist.study.optimizers import version_of
+from gwt_dist.study.plan import STAGES, Run, line_of, shared_by_all, tokens_to_go, wanted
+from gwt_dist.study.results import FILE, Writer, finished, read_results
+from gwt_dist.study.workers import Workers
+from gwt_dist.train.config import REPOSITORY, read_mapping
+from gwt_dist.train.corpus import load_corpus
+
+Show = Callable[[int, int, str], None]  # tokens done, tokens in all, what happens
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a call of `compare` ended: runs that it made, and runs that are left because the time was up."""
+
+    made: int
+    left: int
+
+
+def identity(study: Study) -> str:
+    """What all runs of `study` share: text, model and the keys that act on all."""
+    return shared_by_all(study, load_corpus(study.corpus).sha256, read_mapping(shapes_of(study)))
+
+
+def compare(
+    study: Study,
+    output: Path,
+    *,
+    jobs: int = 1,
+    budget_seconds: float | None = None,
+    only: str = "",
+    again: bool = False,
+    show: Show = lambda done, total, text: None,
+) -> Ended:
+    """Make the runs that `study` wants and `output` does not have yet.
+
+    Args:
+        study: The study.
+        output: Folder of its results; made if it is not there.
+        jobs: Worker processes; 0 makes the runs in this process, one after the other.
+        budget_seconds: No run is started after so many seconds; those under way end.
+        only: The name of a row; "" for all.
+        again: Make runs anew that have ended before.
+        show: Called with tokens done, tokens in all and a text whenever something starts or ends.
+
+    Raises:
+        ValueError: no such row, or another process writes to `output`.
+    """
+    names = [row.name for row in study.rows]
+    if only and only not in names:
+        raise ValueError(f"no row {only!r} in the study; rows: {', '.join(names)}")
+    shared = identity(study)
+    started = time.monotonic()
+    made, done = 0, 0
+    with Writer(output / FILE) as writer, _engine(study, jobs) as engine:
+        # Runs whose packages were missing are tried once in each call.
+        results = {} if again else finished(read_results(output / FILE)[0])
+        constants = _constants()
+        while True:
+            in_time = budget_seconds is None or time.monotonic() - started < budget_seconds
+            under_way = {run.key for run in engine.running}
+            waiting = [run for run in wanted(study, shared, results, only) if run.key not in under_way]
+            while in_time and waiting and engine.free:
+                engine.start(waiting.pop(0))
+            total = done + tokens_to_go(study, shared, results, only)
+            show(done, total, "; ".join(_title(run) for run in engine.running))
+            if not engine.running:
+                return Ended(made, len(waiting))
+            for run, result in engine.ended(timeout=1.0):
+                line = {**line_of(run), **result, **constants, "package": version_of(run.optimizer)}
+                writer.write(line)
+                results[run.key] = line
+                made, done = made + 1, done + run.cost
+
+
+def _title(run: Run) -> str:
+    return f"{run.row} {run.tokens} lr {run.lr:g} seed {run.seed}, {STAGES[run.stage]}"
+
+
+class _Here:
+    """The interface of `Workers`, in this process."""
+
+    free = True
+
+    def __init__(self, study: Study) -> None:
+        from gwt_dist.study.run import Inputs
+
+        self._inputs = Inputs(study)
+        self.running: list[Run] = []
+
+    def start(self, run: Run) -> None:
+        self.running.append(run)
+        self.free = False
+
+    def ended(self, timeout: float) -> Iterator[tuple[Run, dict[str, Any]]]:
+        from gwt_dist.study.run import execute
+
+        run = self.running.pop()
+        self.free = True
+        yield run, execute(run, self._inputs)
+
+
+@contextmanager
+def _engine(study: Study, jobs: int) -> Iterator[Workers | _Here]:
+    if jobs == 0:
+        yield _Here(study)
+    else:
+        with Workers(study, jobs) as workers:
+            yield workers
+
+
+def _constants() -> dict[str, Any]:
+    """What is the same in every line of a call: versions, the commit and the time."""
+    names = ("gwt_dist", "torch", "transformers", "numpy")
+    versions = {name: _version(name) for name in names}
+    return {
+        "versions": versions | {"python": platform.python_version()},
+        "machine": platform.machine(),
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except Exception:  # a source tree that is on the path and not installed
+        return ""
+
+
+def _commit() -> str:
+    """The commit of the source tree, with a + where files differ from it; '' outside of a repository."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = ["status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run([*git, *status], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,0 +1,251 @@
+"""A study file: which optimizers, at which rates, on which batches, and for how long."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gwt_dist.train.config import find_file, read_mapping, refuse_unknown_keys
+
+PRIORITIES = (1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One batch size: `tokens` in an optimizer step, and `steps` of a run at full length."""
+
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One optimizer of a study, with all that does not change between its runs.
+
+    `lr` are the rates to choose from, of the matrices in attention and MLP. The rest (embeddings, norms, head) has the
+    same rate, or `rest_lr`, or `rest_factor` times the rate of the matrices.
+    """
+
+    name: str
+    optimizer: str
+    lr: tuple[float, ...]
+    rest_lr: float | None = None
+    rest_factor: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    priority: int = 2
+    batches: tuple[int, ...] = ()
+    source: str = ""
+
+    def rest_rate(self, lr: float) -> float:
+        """The rate of the rest where the matrices have `lr`."""
+        if self.rest_lr is not None:
+            return self.rest_lr
+        return lr * (1.0 if self.rest_factor is None else self.rest_factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What a study file says; the defaults of its keys stand here.
+
+    `short` is the share of the steps after which rates are compared, `keep` how many of them go to full length, and
+    `extend` how often the rates go on by `factor` where the best one is the first or the last.
+    """
+
+    rows: tuple[Row, ...]
+    batches: tuple[Batch, ...]
+    name: str = "study"
+    model: str = "study"
+    corpus: str = "stdlib"
+    tokenizer: str = "bytes"
+    sequence_length: int = 256
+    micro_batch: int = 8
+    eval_tokens: int = 65536
+    warmup: float = 0.1
+    min_lr_ratio: float = 0.1
+    clipping: float = 1.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    short: float = 0.25
+    keep: int = 2
+    extend: int = 2
+    factor: float = 2.0
+
+    def batches_of(self, row: Row) -> tuple[Batch, ...]:
+        """The batch sizes of `row`, in the order of the study."""
+        return tuple(batch for batch in self.batches if not row.batches or batch.tokens in row.batches)
+
+
+def read_study(name: str) -> Study:
+    """The study in a YAML file: a path, or a bare name in configs/studies.
+
+    Raises:
+        ValueError: no such file, an unknown key (the nearest is named), or a value that cannot be right.
+    """
+    path = find_file(
+        name if name.endswith((".yaml", ".yml", ".json")) or "/" in name else f"configs/studies/{name}.yaml"
+    )
+    return study_from(read_mapping(path), str(path), path.stem)
+
+
+def study_from(values: Mapping[str, Any], where: str, name: str = "study") -> Study:
+    """A `Study` from plain values; `where` names their source in errors.
+
+    Raises:
+        ValueError: as `read_study`.
+    """
+    known = {item.name: item for item in dataclasses.fields(Study)}
+    refuse_unknown_keys(values, known, where)
+    given: dict[str, Any] = {"name": name}
+    for key, value in values.items():
+        if key == "rows":
+            given[key] = tuple(row for entry in _entries(value, key, where) for row in _rows(entry, where))
+        elif key == "batches":
+            given[key] = tuple(_batch(entry, where) for entry in _entries(value, key, where))
+        elif key == "seeds":
+            given[key] = tuple(_whole(seed, key, where, 0) for seed in _list(value, key, where))
+        elif isinstance(known[key].default, str):
+            given[key] = _text(value, key, where)
+        elif isinstance(known[key].default, int):
+            given[key] = _whole(value, key, where, 0 if key == "extend" else 1)
+        else:
+            given[key] = _number(value, key, where)
+    for key in ("rows", "batches"):
+        if not given.get(key):
+            raise ValueError(f"{where} has no {key}; a study needs at least one")
+    study = Study(**given)
+    _check(study, where)
+    return study
+
+
+def _check(study: Study, where: str) -> None:
+    names = [row.name for row in study.rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two rows of {where} are called {twice[0]!r}; give each a name of its own")
+    tokens = [batch.tokens for batch in study.batches]
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"batches of {where} name the same tokens twice: {tokens}")
+    for row in study.rows:
+        strange = sorted(set(row.batches) - set(tokens))
+        if strange:
+            raise ValueError(f"row {row.name!r} of {where} is for batches of {strange[0]} tokens; there are {tokens}")
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise ValueError(f"seeds={list(study.seeds)} in {where} must be different numbers, at least one")
+    for key, low, high in (("warmup", 0, 1), ("min_lr_ratio", 0, 1)):
+        if not low <= getattr(study, key) <= high:
+            raise ValueError(f"{key}={getattr(study, key)} in {where} is outside {low} to {high}")
+    if not 0 < study.short <= 1:
+        raise ValueError(f"short={study.short} in {where} must be above 0 and at most 1")
+    if study.factor <= 1:
+        raise ValueError(f"factor={study.factor} in {where} must be above 1")
+    if study.clipping < 0:
+        raise ValueError(f"clipping={study.clipping} in {where} must be at least 0, which is none")
+    sequence = study.sequence_length
+    for batch in study.batches:
+        if batch.tokens % sequence or (batch.tokens // sequence) % min(study.micro_batch, batch.tokens // sequence):
+            raise ValueError(
+                f"a batch of {batch.tokens} tokens in {where} is no multiple of sequence_length={sequence} times "
+                f"micro_batch={study.micro_batch}"
+            )
+    if study.eval_tokens < sequence:
+        raise ValueError(f"eval_tokens={study.eval_tokens} in {where} is less than one sequence of {sequence}")
+
+
+def _rows(entry: Any, where: str) -> list[Row]:
+    """The row of one entry, or one for each of its `levels`."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"a row of {where} is {entry!r}; expected 'key: value' pairs")
+    entry = dict(entry)
+    here = f"row {entry.get('name', '?')!r} of {where}"
+    refuse_unknown_keys(entry, {item.name for item in dataclasses.fields(Row)} | {"levels"}, here)
+    for key in ("name", "optimizer", "lr"):
+        if key not in entry:
+            raise ValueError(f"{here} has no {key}")
+    levels = entry.pop("levels", None)
+    row = _row(entry, here)
+    if levels is None:
+        return [row]
+    return [
+        dataclasses.replace(
+            row, name=f"{row.name}-{level}", options=row.options | {"level": _whole(level, "levels", here, 0)}
+        )
+        for level in _list(levels, "levels", here)
+    ]
+
+
+def _row(entry: dict[str, Any], here: str) -> Row:
+    rates = entry["lr"] if isinstance(entry["lr"], list) else [entry["lr"]]
+    lr = tuple(_number(rate, "lr", here) for rate in rates)
+    if not lr or min(lr) <= 0 or list(lr) != sorted(set(lr)):
+        raise ValueError(f"lr={rates} in {here} must be numbers above 0, each larger than the one before")
+    given: dict[str, Any] = {"lr": lr}
+    given |= {key: _text(entry[key], key, here) for key in ("name", "optimizer", "source") if key in entry}
+    for key in ("rest_lr", "rest_factor"):
+        if entry.get(key) is not None:
+            given[key] = _number(entry[key], key, here)
+            if given[key] < 0:
+                raise ValueError(f"{key}={given[key]} in {here} must be at least 0")
+    if {"rest_lr", "rest_factor"} <= set(given):
+        raise ValueError(f"{here} has rest_lr and rest_factor; keep one")
+    options = entry.get("options") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"options={options!r} in {here}: expected 'key: value' pairs")
+    priority = _whole(entry.get("priority", 2), "priority", here, 1)
+    if priority not in PRIORITIES:
+        raise ValueError(f"priority={priority} in {here} must be one of {PRIORITIES}")
+    batches = tuple(_whole(tokens, "batches", here, 1) for tokens in _list(entry.get("batches", []), "batches", here))
+    return Row(**given, options=options, priority=priority, batches=batches)
+
+
+def _batch(entry: Any, where: str) -> Batch:
+    if not isinstance(entry, dict):
+        raise ValueError(f"a batch of {where} is {entry!r}; expected tokens: and steps:")
+    refuse_unknown_keys(entry, ("tokens", "steps"), f"batches of {where}")
+    missing = sorted({"tokens", "steps"} - set(entry))
+    if missing:
+        raise ValueError(f"a batch of {where} has no {missing[0]}")
+    return Batch(**{key: _whole(value, key, f"batches of {where}", 1) for key, value in entry.items()})
+
+
+def _entries(value: Any, key: str, where: str) -> list[Any]:
+    return _list(value, key, where)
+
+
+def _list(value: Any, key: str, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{key}={value!r} in {where}: expected a list")
+    return value
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    """A finite number; YAML reads '1e-3' as text."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key}={value!r} in {where}: expected a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{key}={value!r} in {where} is not finite")
+    return number
+
+
+def _whole(value: Any, key: str, where: str, at_least: int) -> int:
+    number = _number(value, key, where)
+    if number != int(number) or number < at_least:
+        raise ValueError(f"{key}={value!r} in {where}: expected a whole number, at least {at_least}")
+    return int(number)
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str) or (not value and key != "source"):
+        raise ValueError(f"{key}={value!r} in {where}: expected text")
+    return value
+
+
+def shapes_of(study: Study) -> Path:
+    """The file with the shapes of the model."""
+    return find_file(study.model, "configs/models")

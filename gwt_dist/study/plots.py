@@ -1,0 +1,86 @@
+"""The plots of a study: loss against tokens, against rate, and best loss against the size of the state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gwt_dist.study.config import Batch, Study
+from gwt_dist.study.plan import FULL, SHORT, Results, make_run
+from gwt_dist.study.table import Line, lines_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHOWN_POINTS = 60  # of a loss curve, each a mean
+
+
+def write_plots(folder: Path, study: Study, shared: str, results: Results) -> list[Path]:
+    """One picture for each batch size, `plots-TOKENS.png`; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = []
+    for batch in study.batches:
+        lines = lines_of(study, shared, results, batch)
+        figure, axes = pyplot.subplots(1, 3, figsize=(24, 8), layout="constrained")
+        colors = [pyplot.get_cmap("nipy_spectral")(i / max(1, len(lines))) for i in range(len(lines))]
+        curves(axes[0], lines, colors)
+        against_state(axes[1], lines, colors)
+        against_rate(axes[2], study, shared, lines, colors, batch, results)
+        figure.suptitle(f"{study.name}: {batch.tokens:,} tokens a step, {batch.steps} steps")
+        axes[2].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+        path = folder / f"plots-{batch.tokens}.png"
+        figure.savefig(path, dpi=80)
+        pyplot.close(figure)
+        paths.append(path)
+    return paths
+
+
+def curves(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
+    """Training loss of the first seed at the best rate against tokens, smoothed into `SHOWN_POINTS` means."""
+    low = []
+    for line, color in zip(lines, colors, strict=True):
+        if line.found.runs:
+            losses = line.found.runs[0]["losses"]
+            width = max(1, len(losses) // SHOWN_POINTS)
+            means = [sum(part) / len(part) for part in (losses[i : i + width] for i in range(0, len(losses), width))]
+            tokens = [min(len(losses), (i + 1) * width) * line.tokens for i in range(len(means))]
+            axes.plot(tokens, means, color=color, label=line.row)
+            low.append(means[-1])
+    if low:
+        axes.set_ylim(min(low) - 0.1, min(low) + 2.0)
+    axes.set(xlabel="tokens", ylabel="training loss, nats a token")
+
+
+def against_state(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
+    """Best validation loss against bytes of state for an element of the matrices."""
+    for line, color in zip(lines, colors, strict=True):
+        if line.loss is not None and line.matrix_state is not None:
+            axes.errorbar(line.matrix_state, line.loss, yerr=line.spread or 0.0, fmt="o", color=color, label=line.row)
+            axes.annotate(
+                line.row, (line.matrix_state, line.loss), fontsize="x-small", xytext=(4, 3), textcoords="offset points"
+            )
+    axes.set_xscale("symlog", base=2, linthresh=0.0625)
+    axes.set(xlabel="optimizer state, bytes for an element of the matrices", ylabel="validation loss at the best rate")
+
+
+def against_rate(
+    axes: Axes, study: Study, shared: str, lines: list[Line], colors: list[Any], batch: Batch, results: Results
+) -> None:
+    """Validation loss against the rate: dashed at part of the length, full marks at full length; first seed."""
+    rows = {row.name: row for row in study.rows}
+    for line, color in zip(lines, colors, strict=True):
+        for stage, style in ((SHORT, "--"), (FULL, "o-")):
+            runs = [
+                make_run(study, shared, rows[line.row], batch, lr, study.seeds[0], stage) for lr in line.found.rates
+            ]
+            ended = [results[run.key] for run in runs if results.get(run.key, {}).get("status") == "ok"]
+            label = line.row if stage == FULL or not line.found.runs else None
+            axes.plot(
+                [run["lr"] for run in ended], [run["validation_loss"] for run in ended], style, color=color, label=label
+            )
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate of the matrices", ylabel="validation loss (dashed: part of the length)")

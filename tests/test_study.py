@@ -1,0 +1,249 @@
+"""A study of optimizers: which runs come next, what a run measures, what is kept, and the command around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gwt_dist.cli.app import main
+from gwt_dist.study import compare as whole
+from gwt_dist.study.compare import compare, identity
+from gwt_dist.study.config import Study, read_study, study_from
+from gwt_dist.study.held import bytes_held
+from gwt_dist.study.optimizers import ENTRIES, build, options_of, split
+from gwt_dist.study.plan import FULL, SEEDS, SHORT, next_rate, outcome, ranked, wanted
+from gwt_dist.study.results import read_results
+from gwt_dist.study.run import rate_factor
+from gwt_dist.study.table import lines_of, unequal
+
+SHAPES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 258,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}
+ROWS = [
+    {"name": "energy", "optimizer": "gwt", "lr": [0.01, 0.02]},
+    {"name": "adamw", "optimizer": "adamw", "lr": [0.004]},
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """A study of two rows that takes a second."""
+    words = random.Random(0).choices(("one", "two", "three", "four", "five"), k=12_000)
+    for i in range(12):  # documents: some of them validate
+        (tmp_path / f"{i}.txt").write_text(" ".join(words[1000 * i : 1000 * (i + 1)]))
+    (tmp_path / "model.json").write_text(json.dumps(SHAPES))
+    return {
+        "model": str(tmp_path / "model.json"),
+        "corpus": str(tmp_path / "*.txt"),
+        "sequence_length": 16,
+        "micro_batch": 2,
+        "eval_tokens": 128,
+        "seeds": [0, 1],
+        "extend": 0,
+        "batches": [{"tokens": 64, "steps": 8}],
+        "rows": ROWS,
+    }
+
+
+def numbers(path: Path) -> dict[str, Any]:
+    """What training gave, by run: all that must not depend on when and where it ran."""
+    keys = (
+        "row",
+        "lr",
+        "seed",
+        "steps",
+        "losses",
+        "validation_loss",
+        "state_bytes",
+        "data_checksum",
+        "weights_checksum",
+    )
+    return {key: [line.get(k) for k in keys] for key, line in read_results(path / "results.jsonl")[0].items()}
+
+
+def test_rates_by_halving_then_the_other_seeds(settings: dict[str, Any]) -> None:
+    rows = [{"name": "a", "optimizer": "gwt", "lr": [0.01, 0.02, 0.04, 0.08]}]
+    study = study_from(settings | {"rows": rows, "extend": 1, "batches": [{"tokens": 64, "steps": 8}]}, "here")
+    results: dict[str, dict[str, Any]] = {}
+
+    def end(losses: dict[float, float], **more: Any) -> list[tuple[float, int, int, int]]:
+        runs = wanted(study, "shared", results)
+        for run in runs:
+            results[run.key] = {"status": "ok", "validation_loss": losses[run.lr], **more}
+        return [(run.lr, run.seed, run.steps, run.stage) for run in runs]
+
+    assert end({0.01: 2.0, 0.02: 3.0, 0.04: 4.0, 0.08: 5.0}) == [(lr, 0, 2, SHORT) for lr in (0.01, 0.02, 0.04, 0.08)]
+    assert end({0.005: 2.5}) == [(0.005, 0, 2, SHORT)]  # the best was the lowest: one further
+    assert end({0.01: 1.9, 0.005: 1.8}) == [(0.01, 0, 8, FULL), (0.005, 0, 8, FULL)]
+    assert end({0.005: 1.7}) == [(0.005, 1, 8, SEEDS)]
+    assert end({}) == []
+    found = outcome(study, "shared", study.rows[0], study.batches[0], results)
+    assert (found.best, found.added, found.edge) == (0.005, 1, False)
+    assert [run["validation_loss"] for run in found.runs] == [1.8, 1.7]
+
+
+def test_the_order_of_rates() -> None:
+    ok = [{"status": "ok", "validation_loss": loss} for loss in (3.0, 2.0, 2.0)]
+    assert ranked((0.1, 0.2, 0.4), ok) == [0.2, 0.4, 0.1]
+    assert ranked((0.1, 0.2), [{"status": "diverged"}, ok[0]]) == [0.2]
+    assert next_rate((0.1, 0.2, 0.4), [0.2, 0.1], 2) is None
+    assert next_rate((0.1, 0.2), [0.2, 0.1], 2) == 0.4
+    assert next_rate((0.1, 0.2), [], 2) == 0.05  # all diverged: lower
+
+
+def test_rows_of_priority_1_come_first_and_whole(settings: dict[str, Any]) -> None:
+    rows = [dict(row, priority=priority) for row, priority in zip(ROWS, (3, 1), strict=True)]
+    study = study_from(settings | {"rows": rows}, "here")
+    assert [run.row for run in wanted(study, "", {})] == ["adamw", "energy", "energy"]
+    assert [run.row for run in wanted(study, "", {}, "energy")] == ["energy", "energy"]
+
+
+def test_a_study_that_was_interrupted_equals_one_that_was_not(settings: dict[str, Any], tmp_path: Path) -> None:
+    study = study_from(settings, "here", "small")
+    ended = compare(study, tmp_path / "whole", jobs=0)
+    assert (ended.made, ended.left) == (2 + 2 + 1 + 1 + 1, 0)
+    assert compare(study, tmp_path / "whole", jobs=0).made == 0
+
+    lines = (tmp_path / "whole" / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "results.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:50])
+    assert compare(study, tmp_path / "cut", jobs=2, budget_seconds=0).left > 0
+    assert compare(study, tmp_path / "cut", jobs=2).made == 4  # in processes of their own
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert read_results(tmp_path / "cut" / "results.jsonl")[1] == 1  # the line that was cut
+
+    # All rows began alike and read alike.
+    results = read_results(tmp_path / "whole" / "results.jsonl")[0]
+    assert unequal(results.values()) == []
+    assert len({line["weights_checksum"] for line in results.values()}) == 2  # seeds
+    damaged = [dict(line) for line in results.values()]
+    damaged[-1]["data_checksum"] += 1
+    assert len(unequal(damaged)) == 1
+
+    by_row = {line.row: line for line in lines_of(study, identity(study), results, study.batches[0])}
+    matrices = 4 * 16 * 16 + 3 * 16 * 24
+    rest = 2 * 258 * 16 + 3 * 16
+    tensors = 7 + 5  # matrices and the rest; a step of 4 bytes each, and a norm of 4 where GWT has one
+    assert by_row["adamw"].state == pytest.approx((8 * (matrices + rest) + 4 * tensors) / (matrices + rest))
+    assert 2.0 <= by_row["energy"].matrix_state < 2.0 + 8 * 7 / matrices + 1e-9
+    assert [line.seeds for line in by_row.values()] == [2, 2]
+
+
+def test_a_row_that_fails_is_told_and_the_others_go_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "strange.py").write_text(
+        "import torch\n"
+        "def broken(matrices, rest, lr, rest_lr, options):\n    raise RuntimeError('no such thing')\n"
+        "def wild(matrices, rest, lr, rest_lr, options):\n"
+        "    return torch.optim.SGD([*matrices.values(), *rest.values()], lr=1e30)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [
+        {"name": "broken", "optimizer": "strange:broken", "lr": [0.1, 0.2]},
+        {"name": "wild", "optimizer": "strange:wild", "lr": [0.1]},
+        {"name": "absent", "optimizer": "no_such_package:thing", "lr": [0.1]},
+        ROWS[1],
+    ]
+    study = study_from(settings | {"rows": rows, "seeds": [0]}, "here")
+    compare(study, tmp_path / "out", jobs=0)
+    results = read_results(tmp_path / "out" / "results.jsonl")[0]
+    lines = {line.row: line for line in lines_of(study, identity(study), results, study.batches[0])}
+    assert lines["adamw"].loss is not None and lines["broken"].loss is None
+    assert "RuntimeError: no such thing" in lines["broken"].notes
+    assert "loss" in lines["wild"].notes and {r["status"] for r in results.values() if r["row"] == "wild"} == {
+        "diverged"
+    }
+    assert "cannot be imported" in lines["absent"].notes
+
+
+def test_what_is_held_counts_projections_and_not_weights() -> None:
+    class Projector:
+        def __init__(self) -> None:
+            self.matrix = torch.zeros(10, 3)
+
+    weight = torch.nn.Parameter(torch.zeros(10, 10))
+    weight.grad = torch.ones(10, 10)
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    optimizer.step()
+    assert bytes_held([vars(optimizer)], [weight]) == 800 + 4
+    optimizer.state[weight]["projector"] = Projector()
+    optimizer.state[weight]["again"] = optimizer.state[weight]["exp_avg"][0]  # a view of what is counted
+    assert bytes_held([vars(optimizer)], [weight]) == 800 + 4 + 120
+
+
+def test_every_entry_is_built_over_all_parameters_or_says_what_it_lacks() -> None:
+    model = torch.nn.ModuleDict({"attn": torch.nn.Linear(8, 8), "head": torch.nn.Linear(8, 4)})
+    assert [sorted(part) for part in split(model)] == [["attn.weight"], ["attn.bias", "head.bias", "head.weight"]]
+    for name in ("gwt", "adamw", "sgd", "muon", "adafactor"):
+        optimizers = build(name, model, 0.01, 0.02, options_of(name, {}, "a row"))
+        rates = {id(p): g["lr"] for one in optimizers for g in one.param_groups for p in g["params"]}
+        assert [float(rates[id(p)]) for p in model.parameters()] == [0.01, 0.02, 0.02, 0.02], name
+    with pytest.raises(ValueError, match="did you mean 'galore'"):
+        options_of("galor", {}, "a row")
+    with pytest.raises(ValueError, match="did you mean 'rank'"):
+        options_of("galore", {"rnk": 3}, "a row")
+    assert all(entry.package for entry in ENTRIES.values())
+
+
+def test_the_rate_rises_and_falls() -> None:
+    factors = [rate_factor(step, 100, 0.1, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 == max(factors)
+    assert factors[55] == pytest.approx(0.55, abs=0.01) and 0.1 <= factors[-1] < 0.101
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rowz": []}, "did you mean 'rows'"),
+        ({"rows": []}, "no rows"),
+        ({"rows": [{"name": "a", "optimizer": "gwt", "lr": [0.2, 0.1]}]}, "larger than the one before"),
+        ({"rows": [{"name": "a", "optimizer": "gwt", "lr": [0.1], "prio": 1}]}, "did you mean 'priority'"),
+        ({"rows": [*ROWS, ROWS[0]]}, "two rows of here are called 'energy'"),
+        ({"batches": [{"tokens": 65, "steps": 8}]}, "no multiple of sequence_length=16"),
+        ({"seeds": [0, 0]}, "different numbers"),
+        ({"warmup": 1.5}, "outside 0 to 1"),
+    ],
+)
+def test_mistakes_are_told(settings: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study_from(settings | change, "here")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_studies_of_the_tree(path: Path) -> None:
+    study = read_study(path.stem)
+    for row in study.rows:
+        options_of(row.optimizer, row.options, row.name)
+    assert isinstance(study, Study) and dataclasses.asdict(study)["name"] == path.stem
+
+
+def test_the_command(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file, out = tmp_path / "small.json", tmp_path / "out"
+    file.write_text(json.dumps(settings | {"seeds": [0]}))
+    assert main(["compare", str(file), "--report", "--output", str(out)]) == 2
+    assert "run the study first" in capsys.readouterr().err
+    assert main(["compare", str(file), "--jobs", "0", "--output", str(out), "--row", "adamw"]) == 0
+    assert [line["row"] for line in read_results(out / "results.jsonl")[0].values()] == ["adamw"]
+    assert main(["compare", str(file), "--jobs", "0", "--output", str(out)]) == 0
+    table = (out / "table.md").read_text()
+    assert "| energy |" in table and "| adamw |" in table and "same weights and saw the same text" in table
+    assert (out / "plots-64.png").stat().st_size > 10_000
+    assert main(["compare", str(file), "--row", "nothing", "--output", str(out)]) == 2
+    assert "rows: energy, adamw" in capsys.readouterr().err
+    with whole.Writer(out / "results.jsonl"):
+        assert main(["compare", str(file), "--output", str(out)]) == 2
+    assert "another study writes" in capsys.readouterr().err
