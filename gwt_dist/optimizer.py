@@ -50,9 +50,10 @@ class GWTAdamW(torch.optim.Optimizer):
         scale: Factor on the update of tensors with level > 0.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
         recipe: ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or ``"energy"``
-            (second moment of the unit's energy, details weighted by ``1 - beta1``, no limiter, no collective).
+            (second moment of the unit's energy, details weighted by their coherence, no limiter, no collective).
         second_moment: ``"approximation"`` or ``"energy"``; None as the recipe says.
-        detail_gain: Factor on the details, 0 to 1; None as the recipe says.
+        detail_gain: Factor on the details, 0 to 1, or ``"coherence"``: at least ``1 - beta1``, and more for units
+            whose gradients are steady, see `update.coherence`; None as the recipe says.
         limiter: Largest growth of the update's norm in one step, at least 1, or 0 for none; None as the recipe says.
 
     Raises:
@@ -72,7 +73,7 @@ class GWTAdamW(torch.optim.Optimizer):
         wavelet: str = "haar",
         recipe: str = "paper",
         second_moment: str | None = None,
-        detail_gain: float | None = None,
+        detail_gain: float | str | None = None,
         limiter: float | None = None,
     ) -> None:
         self._forget_layout()

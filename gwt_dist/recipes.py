@@ -18,16 +18,16 @@ class Recipe:
     """What the keys `second_moment`, `detail_gain` and `limiter` are where they are None."""
 
     second_moment: str
-    detail_gain: float | None  # None: 1 - beta1
+    detail_gain: float | str
     limiter: float
 
 
 RECIPES = {
     # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
     "paper": Recipe(second_moment="approximation", detail_gain=1.0, limiter=1.01),
-    # A detail contributes what one fresh gradient contributes to Adam's momentum, over the energy of its own unit.
-    # Bounded, so it needs no norm and no collective.
-    "energy": Recipe(second_moment="energy", detail_gain=None, limiter=0.0),
+    # A detail contributes what one fresh gradient contributes to Adam's momentum, or more where gradients are steady,
+    # over the energy of its own unit. Bounded, so it needs no norm and no collective.
+    "energy": Recipe(second_moment="energy", detail_gain="coherence", limiter=0.0),
 }
 SECOND_MOMENTS = ("approximation", "energy")
 
@@ -56,7 +56,8 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
         weight_decay=group["weight_decay"],
         scale=group["scale"],
         energy=(group["second_moment"] or recipe.second_moment) == "energy",
-        detail_gain=1 - group["betas"][0] if detail_gain is None else detail_gain,
+        detail_gain=1 - group["betas"][0] if isinstance(detail_gain, str) else detail_gain,
+        coherent=isinstance(detail_gain, str),
         limiter=recipe.limiter if group["limiter"] is None else group["limiter"],
     )
 
@@ -86,8 +87,10 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{key}={group[key]!r} in {where} must be a finite number >= 0")
     if not (_within(group["eps"], 0, math.inf) and group["eps"] > 0):
         raise ValueError(f"eps={group['eps']!r} in {where} must be a finite number > 0")
-    if group["detail_gain"] is not None and not _within(group["detail_gain"], 0, 1):
-        raise ValueError(f"detail_gain={group['detail_gain']!r} in {where} must be in [0, 1] or None (as the recipe)")
+    if group["detail_gain"] not in (None, "coherence") and not _within(group["detail_gain"], 0, 1):
+        raise ValueError(
+            f"detail_gain={group['detail_gain']!r} in {where} must be in [0, 1], 'coherence' or None (as the recipe)"
+        )
     limiter = group["limiter"]
     if limiter not in (None, 0) and not _within(limiter, 1, math.inf):
         raise ValueError(f"limiter={limiter!r} in {where} must be 0 (none), at least 1, or None (as the recipe)")

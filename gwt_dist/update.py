@@ -4,14 +4,15 @@
     m    = b1*m + (1-b1)*a
     v    = b2*v + (1-b2)*e        e = a**2 ("approximation") or the mean square of the unit ("energy")
     d    = sqrt(v) + eps
-    u    = synthesis of m/d and detail_gain * details / d
+    g    = detail_gain, or the coherence of the unit where that is more
+    u    = synthesis of m/d and g * details / d
     rho  = max(||m/d|| / (prev + 1e-8), limiter) / limiter        the norm-growth limiter, one number a tensor
     prev = ||m/d|| / rho
     W   -= lr * sqrt(1-b2**t)/(1-b1**t) * scale/rho * u
     W   -= lr * weight_decay * W
 
 Source: Gradient Wavelet Transform (arXiv 2501.07237), Adam with ``eps`` beside the uncorrected ``sqrt(v)``. At level 0
-``a = x`` and the details vanish, which leaves AdamW.
+``a = x`` and the details vanish, which leaves AdamW. The coherence is this project's own, see `coherence`.
 
 Shapes: N coefficients, U elements of a unit, see `wavelet`. Mathematics is in the dtype of the arguments: fp32, or fp64
 for fp64 parameters.
@@ -37,7 +38,8 @@ class Rule:
     weight_decay: float
     scale: float  # factor on the update where level > 0
     energy: bool  # second moment from the energy of the unit, not from its approximation
-    detail_gain: float  # factor on the details
+    detail_gain: float  # factor on the details; with `coherent` the least one
+    coherent: bool  # details of a unit have its coherence as their factor where that is more
     limiter: float  # growth of ||m/d|| allowed in one step, 0: unlimited
 
 
@@ -94,6 +96,31 @@ def step_size(step: Tensor, rule: Rule) -> Tensor:
     return (1 - beta2**t).sqrt_() / (1 - beta1**t) * rule.lr
 
 
+def coherence(
+    exp_avg_N: Tensor,  # (N,) after update_moments
+    a_N: Tensor,  # (N,) this step's approximation
+    d_N: Tensor,  # (N,) denominator
+    step: Tensor,  # 0-d, t
+    rule: Rule,
+) -> Tensor:
+    """How steady the gradient of each unit has been, 0 to 1, times ``1-b1**t``: a gain of its details, (N,).
+
+    With ``M`` and ``V`` the bias-corrected moments, M being of the steps before this one, it is ``M**2 / V``. Where a
+    gradient is signal of power S and noise of power N, its expectation is S / (S+N) + (1-b1)/(1+b1) * N / (S+N). The
+    first term is the factor that takes the signal best out of a single noisy gradient (Wiener's), which is all that is
+    known of a detail. This step's own approximation is left out of M, or an outlier would call itself steady.
+
+    The factor ``1-b1**t`` cancels that of `step_size`, which is meant for a moment.
+    """
+    beta1, beta2 = rule.betas
+    t = step.double()
+    whole = 1 - beta1**t
+    before = whole - (1 - beta1)  # b1 * (1 - b1**(t-1)): none at the first step
+    factor = torch.where((t > 1) & (before > 0), whole * (1 - beta2**t) / (before * before), 0.0)
+    steady_N = (exp_avg_N - a_N * (1 - beta1)) / d_N
+    return torch.minimum(steady_N * steady_N * factor.to(d_N), whole.to(d_N))
+
+
 def decay(rule: Rule, like: Tensor) -> Tensor:
     """``lr * weight_decay``, taken in fp64, as a 0-d tensor in dtype and on the device of `like`."""
     if isinstance(rule.lr, Tensor) and rule.lr.device == like.device:
@@ -106,6 +133,7 @@ def change(
     exp_avg_N: Tensor,  # (N,) after update_moments
     exp_avg_sq_N: Tensor,  # (N,) after update_moments
     size: Tensor,  # 0-d, ``step_size * scale / rho``
+    step: Tensor,  # 0-d, t
     transform: Transform,
     rule: Rule,
 ) -> Tensor:
@@ -113,4 +141,8 @@ def change(
 
     One division a unit: ``size / d`` is a factor of its approximation and of all its details.
     """
-    return transform.synthesis(x_NU, exp_avg_N, size / denominator(exp_avg_sq_N, rule.eps), rule.detail_gain)
+    d_N = denominator(exp_avg_sq_N, rule.eps)
+    gain_N = torch.full_like(d_N, rule.detail_gain)
+    if rule.coherent:
+        gain_N = torch.maximum(gain_N, coherence(exp_avg_N, transform.approximation(x_NU), d_N, step, rule))
+    return transform.synthesis(x_NU, exp_avg_N, size / d_N, gain_N)

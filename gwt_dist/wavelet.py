@@ -48,8 +48,8 @@ class Transform(Protocol):
         """
         ...
 
-    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, detail_gain: float) -> Tensor:
-        """Synthesis of the approximations ``m * size`` and the details ``detail_gain * detail * size``, as `x_NU`."""
+    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, gain_N: Tensor) -> Tensor:
+        """Synthesis of the approximations ``m * size`` and the details ``gain * detail * size``, as `x_NU`."""
         ...
 
 
@@ -84,12 +84,12 @@ class HaarTransform:
         """See `Transform.energy`."""
         return unit_sum(x_NU * x_NU) / count_N
 
-    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, detail_gain: float) -> Tensor:
+    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, gain_N: Tensor) -> Tensor:
         """See `Transform.synthesis`."""
         # u = (g * (x - s*a) + s*m) / d, design: the closed form of one Haar-GWT Adam step, as x * (g / d) and what is
         # one number a unit. Units of level 0 have no details.
         mean_N = self.approximation(x_NU) * self._gain()
-        detail_size_N = size_N * (detail_gain if self.level else 0.0)
+        detail_size_N = size_N * (gain_N if self.level else 0.0)
         rest_N = m_N * self._gain() * size_N - mean_N * detail_size_N
         return (x_NU * detail_size_N[:, None]).add_(rest_N[:, None])
 
@@ -122,13 +122,13 @@ class FilterBankTransform:
             total = total + unit_sum((detail * detail).unflatten(-1, (-1, 1 << j)))
         return total.reshape(-1) / count_N
 
-    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, detail_gain: float) -> Tensor:
+    def synthesis(self, x_NU: Tensor, m_N: Tensor, size_N: Tensor, gain_N: Tensor) -> Tensor:
         """See `Transform.synthesis`."""
         _, *details = wavedec(self._padded(x_NU), self.bank, self.level)
-        size = size_N.view(x_NU.shape[0], -1)
-        scaled = [m_N.view(x_NU.shape[0], -1) * size]
+        rows = x_NU.shape[0]
+        scaled = [(m_N * size_N).view(rows, -1)]
         for j, detail in enumerate(details):
-            scaled.append(detail * (size * detail_gain).repeat_interleave(1 << j, dim=-1))
+            scaled.append(detail * (size_N * gain_N).view(rows, -1).repeat_interleave(1 << j, dim=-1))
         return waverec(scaled, self.bank)[:, : x_NU.shape[1]].contiguous()
 
     def _padded(self, x_NU: Tensor) -> Tensor:

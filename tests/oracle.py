@@ -24,7 +24,7 @@ class Oracle:
     weight_decay: float = 0.0
     scale: float = 0.25
     energy: bool = False
-    detail_gain: float = 1.0
+    detail_gain: float | str = 1.0  # or "coherence"
     limiter: float = 1.01
     step_count: int = 0
     exp_avg: np.ndarray | float = 0.0
@@ -39,6 +39,7 @@ class Oracle:
         columns = gradient.shape[1]
         padded = np.pad(gradient, ((0, 0), (0, -columns % unit)))
         approximation, *details = pywt.wavedec(padded, self.wavelet, mode="periodization", level=self.level, axis=-1)
+        before, t = self.exp_avg, self.step_count
         self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * approximation
         second = approximation**2
         if self.energy:
@@ -55,8 +56,17 @@ class Oracle:
                 rho = max(norm / (self.limited_norm + 1e-8), self.limiter) / self.limiter
             self.limited_norm = norm / rho
         self.rhos.append(rho)
+        gain = self.detail_gain
+        if gain == "coherence":
+            steady = (before / (1 - beta1 ** (t - 1)) / d) ** 2 * (1 - beta2**t) if t > 1 else 0.0 * d
+            gain = np.maximum(1 - beta1, np.minimum(1.0, steady) * (1 - beta1**t))
+        gain = np.broadcast_to(gain, d.shape)
         update = pywt.waverec(
-            [normed] + [self.detail_gain * detail / np.repeat(d, 2**j, axis=-1) for j, detail in enumerate(details)],
+            [normed]
+            + [
+                np.repeat(gain, 2**j, axis=-1) * detail / np.repeat(d, 2**j, axis=-1)
+                for j, detail in enumerate(details)
+            ],
             self.wavelet,
             mode="periodization",
             axis=-1,

@@ -215,6 +215,7 @@ def test_a_level_changed_after_the_first_step_is_refused() -> None:
         {"recipe": "papper"},
         {"second_moment": "energie"},
         {"detail_gain": 1.5},
+        {"detail_gain": "coherent"},
         {"limiter": 0.5},
     ],
     ids=str,

@@ -21,7 +21,7 @@ GOLDEN = np.load(Path(__file__).parent / "data" / "haar_adamw.npz")
 CASES = json.loads(bytes(GOLDEN["meta"]))
 RECIPES = {
     "paper": dict(energy=False, detail_gain=1.0, limiter=1.01),
-    "energy": dict(energy=True, detail_gain=1 - 0.9, limiter=0.0),
+    "energy": dict(energy=True, detail_gain="coherence", limiter=0.0),
 }
 
 
@@ -119,6 +119,26 @@ def test_the_first_energy_step_is_adam_with_a_second_moment_per_unit() -> None:
     found = run(GWTAdamW([weight], lr=1.0, level=2, eps=1e-30, recipe="energy"), weight, [gradient])
     rms = np.sqrt((gradient.reshape(2, 2, 4) ** 2).mean(-1, keepdims=True))
     assert np.abs(found + 0.25 * (gradient.reshape(2, 2, 4) / rms).reshape(2, 8)).max() < 1e-12
+
+
+def test_details_weigh_as_much_as_the_gradient_has_been_steady() -> None:
+    """``M**2 / V`` where the gradient never changes; where approximations alternate ``1 - beta1``, which is what Adam's
+    momentum takes from one gradient. An outlier in a unit that was still does not call itself steady.
+    """
+    steps, beta1, beta2 = 400, 0.9, 0.999
+    x = np.array([[1.0, -0.5, 1.0, 2.0, 1e-3, 2e-3]])  # three units of two: steady, alternating, an outlier at the end
+    weight = torch.nn.Parameter(torch.zeros(1, 6, dtype=torch.float64))
+    optimizer = GWTAdamW([weight], lr=1.0, level=1, scale=1.0, eps=1e-30, recipe="energy")
+    for t in range(1, steps + 1):
+        signs = np.repeat([1.0, (-1.0) ** t, (-1.0) ** t * (1e6 if t == steps else 1.0)], 2)
+        before = weight.detach().numpy().copy()
+        run(optimizer, weight, [x * signs])
+    step = (before - weight.detach().numpy()).reshape(3, 2)
+    denominators = np.sqrt(optimizer.state[weight]["exp_avg_sq"].numpy()[0])
+    size = np.sqrt(1 - beta2**steps) / (1 - beta1**steps)
+    gains = np.diff(step)[:, 0] / (np.diff((x * signs).reshape(3, 2))[:, 0] / denominators * size)
+    assert gains[0] == pytest.approx(0.2 * (1 - beta1**steps), rel=1e-9)  # M**2 / V = (0.5**2 / 2) / (1.25 / 2)
+    assert gains[1:] == pytest.approx([1 - beta1] * 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(7,), (), (2, 3, 5), (0, 4), (3, 0)])

@@ -27,7 +27,8 @@ from gwt_dist.update import Rule
 
 SLOW = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-PAPER, ENERGY = dict(energy=False, detail_gain=1.0, limiter=1.01), dict(energy=True, detail_gain=0.1, limiter=0.0)
+PAPER = dict(energy=False, detail_gain=1.0, coherent=False, limiter=1.01)
+ENERGY = dict(energy=True, detail_gain=0.1, coherent=True, limiter=0.0)
 
 
 @contextmanager
@@ -237,10 +238,10 @@ def step_sizes(betas: tuple[float, float], steps: list[int]) -> tuple[list[float
     counts = [torch.tensor(float(t)) for t in steps]
     parameters = torch.tensor([[0, 0, 0, 0, t.data_ptr(), 0] for t in counts])
     rules = torch.tensor([triton._row(numbers, torch.device("cpu"))], dtype=torch.float64)
-    found = torch.zeros(len(steps), dtype=torch.float64)
+    found = torch.zeros((len(steps), 3), dtype=torch.float64)
     with interpreter():
         triton._kernels().step_sizes[(-(-len(steps) // 32),)](parameters, rules, found, len(steps), BLOCK=32)
-    return found.tolist(), [update.step_size(t, numbers).item() for t in counts]
+    return found[:, 0].tolist(), [update.step_size(t, numbers).item() for t in counts]
 
 
 def uploads() -> dict[str, Any]:

@@ -37,9 +37,9 @@ struct Item {
 constexpr int64_t FIELDS = sizeof(Item) / sizeof(int64_t);
 
 struct Rule {
-  float beta1, rest1, beta2, rest2, eps, gain, decay;
+  float beta1, rest1, beta2, rest2, eps, gain, steady, most, decay;  // steady, most: factor and limit of the coherence
   double size, scale, limiter;
-  bool energy;
+  bool energy, coherent;
 };
 
 // Items first..last of the table, and their norms; none (-1) without a limiter.
@@ -187,8 +187,9 @@ void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups,
          Lanes* norm) {
   constexpr int64_t U = 1 << L;
   const Vec gain_of_mean(std::pow(2.0, -L / 2.0)), one_of_unit(std::pow(2.0, -L)), size(factor), decay(rule.decay);
-  const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps), gain(L ? rule.gain : 0.f);
-  const bool decays = rule.decay != 0;
+  const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps);
+  const Vec least(L ? rule.gain : 0.f), steady(rule.steady), most(rule.most);
+  const bool decays = rule.decay != 0, coherent = L && rule.coherent;
   Lanes lanes{};
   for (int64_t g = 0; g < groups; ++g, x += U * V, w += U * V, m += V, v += V) {
     const Sums sums = unit_sums<L, ENERGY>(x);
@@ -212,6 +213,11 @@ void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups,
     }
     if constexpr (PHASE & WRITE) {
       const Vec size_of_unit = size / d, mean = a * gain_of_mean;
+      Vec gain = least;
+      if (coherent) {  // `update.coherence`
+        const Vec before = (exp_avg - a * rest1) / d;
+        gain = at::vec::maximum(least, at::vec::minimum(before * before * steady, most));
+      }
       const Vec detail_size = size_of_unit * gain;
       const Vec rest = exp_avg * gain_of_mean * size_of_unit - mean * detail_size;
       const auto written = [&](Vec weight, const Vec& gradient, const Vec& details, const Vec& others) __attribute__((always_inline)) {
@@ -377,15 +383,18 @@ void* data(const at::Tensor& t, bool bf16_too) {
   return t.data_ptr();
 }
 
-// lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy, limiter.
-using Numbers = std::array<double, 9>;
+// lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy, limiter, coherent.
+using Numbers = std::array<double, 10>;
 
 Rule rule_of(const Numbers& r, double t) {
   const double lr = r[0], beta1 = r[1], beta2 = r[2];
   Rule rule;
   rule.beta1 = beta1, rule.rest1 = 1 - beta1, rule.beta2 = beta2, rule.rest2 = 1 - beta2;
   rule.eps = r[3], rule.decay = lr * r[4], rule.gain = r[6], rule.energy = r[7] != 0;
-  rule.size = std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t)) * lr;
+  const double whole1 = 1 - std::pow(beta1, t), whole2 = 1 - std::pow(beta2, t), before = whole1 - (1 - beta1);
+  rule.size = std::sqrt(whole2) / whole1 * lr;
+  rule.coherent = r[9] != 0, rule.most = whole1;
+  rule.steady = t > 1 && before > 0 ? whole1 * whole2 / (before * before) : 0;
   rule.scale = r[5], rule.limiter = r[8];
   return rule;
 }

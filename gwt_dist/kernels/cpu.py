@@ -64,8 +64,9 @@ def _run(phase: int, work: Work, tensors: Tensors, squared_norms: Tensor, rho: T
 
 def _row(rule: Rule) -> tuple[float, ...]:
     beta1, beta2 = rule.betas
-    lr, gain, energy = float(rule.lr), float(rule.detail_gain), float(rule.energy)
-    return lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, gain, energy, rule.limiter
+    lr, energy, coherent = float(rule.lr), float(rule.energy), float(rule.coherent)
+    numbers = lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, float(rule.detail_gain)
+    return *numbers, energy, rule.limiter, coherent
 
 
 def prepare() -> None:

@@ -37,13 +37,14 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
     """Phase B: write the weights in place, `rho` (fp64) holding the limiter of each part at the place of its norm."""
     for part in work.parts:
         rule, weight = tensors.rules[part.parameter], tensors.weights[part.parameter].view(-1)
-        size = update.step_size(tensors.steps[part.parameter], rule)
+        t = tensors.steps[part.parameter]
+        size = update.step_size(t, rule)
         if part.piece.level > 0:
             size = size * rule.scale
         if part.norm >= 0:
             size = size.to(rho.device) / rho[part.norm]
         x_NU, moments = _gather(part, tensors), _moments(part, tensors)
-        change = update.change(x_NU, *moments, size.to(x_NU), part.piece.transform, rule).view(-1)
+        change = update.change(x_NU, *moments, size.to(x_NU), t, part.piece.transform, rule).view(-1)
         for source, padded in _blocks(part.piece, weight, change):
             w = source.to(x_NU.dtype)
             w -= padded

@@ -181,7 +181,7 @@ def _launch(
     kernels, count, (moments, write) = _kernels(), len(tensors.weights), phase
     rules, which = _rules(tensors.rules, kept)
     parameters, programs = _tables(work, tensors, which, kept)
-    sizes = kept.get("sizes", count, lambda: torch.empty(count, dtype=torch.float64, device=kept.device))
+    sizes = kept.get("sizes", count, lambda: torch.empty((count, 3), dtype=torch.float64, device=kept.device))
     if write:
         programs_of_sizes = (-(-count // _SIZES),)
         kernels.step_sizes[programs_of_sizes](
@@ -211,7 +211,7 @@ def _launch(
 
 
 def _rules(rules: Sequence[Rule], kept: _Kept) -> tuple[Tensor, list[int]]:
-    """The numbers of the rules that differ, ``[rules, 8]`` fp64, and which of them each parameter has."""
+    """The numbers of the rules that differ, ``[rules, 9]`` fp64, and which of them each parameter has."""
     distinct = {id(rule): rule for rule in rules}
     numbers = {key: i for i, key in enumerate(distinct)}
     rows = tuple(_row(rule, kept.device) for rule in distinct.values())
@@ -225,7 +225,8 @@ def _rules(rules: Sequence[Rule], kept: _Kept) -> tuple[Tensor, list[int]]:
 def _row(rule: Rule, device: torch.device) -> tuple[float, ...]:
     beta1, beta2 = rule.betas
     lr = 0.0 if _on_device(rule.lr, device) else float(rule.lr)
-    return lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, rule.detail_gain, float(rule.energy)
+    numbers = lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, float(rule.detail_gain)
+    return *numbers, float(rule.energy), float(rule.coherent)
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:

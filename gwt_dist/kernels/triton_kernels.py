@@ -12,7 +12,8 @@ import triton.language as tl
 
 ITEM: tl.constexpr = tl.constexpr(14)  # fields of an item: those of `work.Item`, and the place of its partial norm
 POINTERS: tl.constexpr = tl.constexpr(6)  # of a parameter: weight, gradient, both moments, step; number of its rule
-RULE: tl.constexpr = tl.constexpr(8)  # lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy
+RULE: tl.constexpr = tl.constexpr(9)  # lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy, coherent
+SIZES: tl.constexpr = tl.constexpr(3)  # of a parameter: its step size; factor and limit of the coherence
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def phase(
     items,  # [programs, ITEM] int64
     parameters,  # [P, POINTERS] int64
     rules,  # [R, RULE] fp64
-    sizes,  # [P] fp64, of `step_sizes`
+    sizes,  # [P, SIZES] fp64, of `step_sizes`
     exchange,  # elements of cut units, fp32 or fp64
     rho,  # [T] fp64
     partials,  # [places] fp64, squared norms of items
@@ -70,8 +71,11 @@ def phase(
     decay = (tl.load(rule) * weight_decay).to(tl.float32)
     beta1, beta2, eps = beta1.to(tl.float32), beta2.to(tl.float32), tl.load(rule + 3).to(tl.float32)
     detail_gain, energy = tl.load(rule + 6).to(tl.float32), tl.load(rule + 7) != 0
+    coherent = tl.load(rule + 8) != 0
     if WRITE:
-        size = tl.load(sizes + number)
+        size = tl.load(sizes + number * SIZES)
+        steady = tl.load(sizes + number * SIZES + 1).to(tl.float32)
+        most = tl.load(sizes + number * SIZES + 2).to(tl.float32)
         if LEVEL > 0:
             size = size * tl.load(rule + 5)
         if not MOMENTS:
@@ -121,7 +125,12 @@ def phase(
         d = tl.sqrt_rn(exp_avg_sq) + eps
         if WRITE:
             size_of_unit = tl.div_rn(factor, d)
-            detail_size = size_of_unit * (detail_gain if LEVEL > 0 else 0.0)
+            # `update.coherence`
+            before = tl.div_rn(exp_avg - a * rest1, d)
+            most_steady = tl.minimum(before * before * steady, most, propagate_nan=tl.PropagateNan.ALL)
+            gain = tl.maximum(detail_gain, most_steady, propagate_nan=tl.PropagateNan.ALL)
+            gain = tl.where(coherent, gain, detail_gain)
+            detail_size = size_of_unit * (gain if LEVEL > 0 else 0.0)
             rest = exp_avg * GAIN * size_of_unit - a * GAIN * detail_size
             change = x * detail_size[:, None] + rest[:, None]
             weight = tl.load(w + at, mask=owned, other=0.0).to(tl.float32) - change
@@ -189,7 +198,7 @@ def _power(base, n):
 
 @triton.jit(do_not_specialize=["count"])
 def step_sizes(parameters, rules, sizes, count, BLOCK: tl.constexpr):
-    """``lr * sqrt(1-b2**t)/(1-b1**t)`` of each parameter, fp64, as `update.step_size`."""
+    """Numbers of each parameter that change from step to step, fp64, as `update.step_size` and `update.coherence`."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < count
     parameter = parameters + i * POINTERS
@@ -197,5 +206,10 @@ def step_sizes(parameters, rules, sizes, count, BLOCK: tl.constexpr):
     t = tl.load(step, mask=live, other=1.0).to(tl.int32)
     rule = rules + tl.load(parameter + 5, mask=live, other=0) * RULE
     lr, beta1, beta2 = tl.load(rule), tl.load(rule + 1), tl.load(rule + 2)
-    size = tl.sqrt(1 - _power(beta2, t)) / (1 - _power(beta1, t)) * lr
-    tl.store(sizes + i, size, mask=live)
+    whole1, whole2 = 1 - _power(beta1, t), 1 - _power(beta2, t)
+    before = whole1 - (1 - beta1)
+    later = (t > 1) & (before > 0)
+    steady = tl.where(later, whole1 * whole2 / tl.where(later, before * before, 1.0), 0.0)
+    tl.store(sizes + i * SIZES, tl.sqrt(whole2) / whole1 * lr, mask=live)
+    tl.store(sizes + i * SIZES + 1, steady, mask=live)
+    tl.store(sizes + i * SIZES + 2, whole1, mask=live)
