@@ -1,12 +1,10 @@
-"""`gwt-dist doctor`: what it refuses is what a run refuses, in the same words; and docs/plan.md, whose commands run."""
+"""`gwt-dist doctor`: what it refuses is what a run refuses, in the same words."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,19 +204,3 @@ def test_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["kernel"] == "eager" and "'no-such-compiler' is not on the PATH" in found["why"]
     assert diagnosis.machine()["C++ compiler"] is None
     assert list(other.parent.iterdir()) == [other]  # it looks, and compiles nothing
-
-
-def documented() -> list[str]:
-    text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
-    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-
-
-@pytest.mark.parametrize("command", documented())
-def test_the_commands_of_the_page_run(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    program, *words = shlex.split(command)
-    assert program == "gwt-dist" and main(words) == 0, capsys.readouterr().err
-    assert os.path.exists("plan.html") == ("--html" in words)

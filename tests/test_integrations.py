@@ -20,7 +20,6 @@ from gwt_dist.integrations.engaged import engage, how_held, warn_of_one_process
 from gwt_dist.integrations.transformers import AttachCallback, optimizer_cls_and_kwargs, parse_optim_args
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
 @pytest.fixture
@@ -195,24 +194,6 @@ def test_lightning_refuses_what_is_not_tested(llama) -> None:
         start(DDPStrategy, 2)
     with pytest.raises(ValueError, match="no parameter of the optimizer is a DTensor"):
         start(ModelParallelStrategy)
-
-
-def test_code_of_the_switching_page_is_that_of_the_examples() -> None:
-    def plain(code: str) -> str:
-        return "\n" + "\n".join(line.strip() for line in code.strip().splitlines()) + "\n"
-
-    page = (ROOT / "docs" / "switching.md").read_text()
-    seen = 0
-    for section in page.split("\n## ")[1:]:
-        scripts = [
-            plain((ROOT / "examples" / name).read_text())
-            for name in re.findall(r"\(\.\./examples/(\w+\.py)\)", section)
-        ]
-        for language, code in BLOCK.findall(section):
-            if language == "python":
-                assert any(plain(code) in script for script in scripts), f"in no script of this section:\n{code}"
-                seen += 1
-    assert seen == 7
 
 
 def test_commands_of_the_examples_exist() -> None:
