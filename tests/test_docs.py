@@ -54,6 +54,7 @@ ELSEWHERE = {
         EXAMPLE + "lightning_module.py --strategy fsdp2": "test_examples.py::test_lightning_fsdp2",
         EXAMPLE + "torchtitan_container.py": "test_examples.py::test_torchtitan",
     },
+    "configs/README.md": {"accelerate launch": "test_examples.py::test_accelerate_launched_by_the_file"},
     "docs/resume.md": {
         "python launch/pretrain.py ... --resume latest": (
             "test_resume.py::test_killed_and_resumed_run_has_the_same_curve"
