@@ -97,7 +97,7 @@ model(input_ids=tokens, labels=tokens).loss.backward()
 optimizer.step()
 model.config.save_pretrained(".")
 """
-GIVEN = {"docs/checkpoints.md": MODEL_AND_OPTIMIZER}
+GIVEN = {"docs/checkpoints.md": MODEL_AND_OPTIMIZER, "docs/faq.md": MODEL_AND_OPTIMIZER}
 
 
 def elsewhere(page: str, what: str) -> str | None:

@@ -152,7 +152,7 @@ def test_mistakes_are_no_refusals(arguments: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
-def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_versions_and_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     content = examined(capsys, [], 0)
     assert content["versions"]["torch"] == torch.__version__
     for package in diagnosis.PACKAGES:
@@ -162,8 +162,10 @@ def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert content["machine"]["compiled kernels in"] == str(build.folder())
     assert content["findings"] == []
+    monkeypatch.setenv("COLUMNS", "60")
     assert main(["doctor"]) == 0
-    assert "kernels, for fp32 weights" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "kernels, for fp32 weights" in shown and "…" not in shown, "a path is cut"
 
 
 def kernel(level: int, wavelet: str = "haar") -> dict[str, str]:
