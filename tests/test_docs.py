@@ -1,7 +1,7 @@
 """README and docs/: every fenced block is run, or says which test runs it; texts of errors and links are true.
 
 A page is run top to bottom in a folder of its own: Python in one namespace, the commands of ``gwt-dist``, and a block
-of ``text`` behind commands is what they print. ``make`` is asked what it would do. All else is in `ELSEWHERE`, with its
+of ``text`` behind either is what it prints. ``make`` is asked what it would do. All else is in `ELSEWHERE`, with its
 test.
 """
 
@@ -115,7 +115,7 @@ def way(block: Block, command: str | None = None) -> str | None:
     """How a block, or one of its commands, is run; None if nothing runs it."""
     if block.language == "text":
         named = [told for start, told in TEXTS.items() if block.text.startswith(start)]
-        return named[0] if named else "output" if follows_commands(block) else None
+        return named[0] if named else "output" if follows_code(block) else None
     if command is None:
         return elsewhere(block.page, block.language) or ("here" if block.language in ("python", "json") else None)
     if program(command) in ("gwt-dist", "make", "pip"):
@@ -123,10 +123,10 @@ def way(block: Block, command: str | None = None) -> str | None:
     return elsewhere(block.page, command)
 
 
-def follows_commands(block: Block) -> bool:
+def follows_code(block: Block) -> bool:
     page = blocks(block.page)
     place = page.index(block)
-    return place > 0 and page[place - 1].language == "bash"
+    return place > 0 and page[place - 1].language in ("bash", "python")
 
 
 @pytest.mark.parametrize("block", all_blocks(), ids=str)
@@ -174,7 +174,9 @@ def test_a_page_runs(
     for block in blocks(page):
         if block.language == "python" and way(block) == "here":
             # Lines before it are left blank, so that a traceback has the numbers of the page.
+            capsys.readouterr()
             exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), names)
+            printed, _ = capsys.readouterr()
         elif block.language == "bash":
             commands = [c for c in block.commands() if program(c) == "gwt-dist"]
             for command in commands:

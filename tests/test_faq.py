@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from documents import ROOT
 from gwt_dist import GWTAdamW, param_groups
+from gwt_dist.cli.app import main
 
 RECIPES = ("paper", "energy")
 
@@ -200,6 +202,27 @@ def test_experts_in_one_tensor_are_adamw_unless_their_group_says_else() -> None:
     model.experts.square().sum().backward()
     optimizer.step()
     assert optimizer.state[model.experts]["exp_avg"].shape == (4, 15)
+
+
+def test_the_state_of_adamw_is_refused() -> None:
+    model = Net()
+    adamw = torch.optim.AdamW(param_groups(model, level=2))
+    loss_of(model, batches()[0]).backward()
+    adamw.step()
+    optimizer = optimizer_of(model, "paper")
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(adamw.state_dict())
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize(("name", "share"), [("60m", 0.56), ("7b", 0.039)])
+def test_embeddings_are_most_of_a_small_model(name: str, share: float, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = json.loads((ROOT / "configs" / "models" / f"{name}.json").read_text(encoding="utf-8"))
+    assert main(["plan", name, "--engine", "single", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    embeddings = 2 * shapes["vocab_size"] * shapes["hidden_size"]
+    assert embeddings / plan["model"]["weights"] == pytest.approx(share, abs=0.005)
 
 
 def test_every_answer_names_tests_and_measurements_that_there_are() -> None:
