@@ -51,6 +51,7 @@ ELSEWHERE = {
         EXAMPLE + "transformers_trainer.py --engine deepspeed": "test_examples.py::test_trainer_deepspeed",
         EXAMPLE + "transformers_trainer.py --engine fsdp2": "test_examples.py::test_trainer_fsdp2",
         EXAMPLE + "accelerate_loop.py --engine fsdp2": "test_examples.py::test_accelerate_fsdp2",
+        "accelerate launch": "test_examples.py::test_accelerate_launched_by_the_file",
         EXAMPLE + "lightning_module.py --strategy fsdp2": "test_examples.py::test_lightning_fsdp2",
         EXAMPLE + "torchtitan_container.py": "test_examples.py::test_torchtitan",
     },

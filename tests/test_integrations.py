@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
+from fsdp1_cases import through_a_trainer_case
 from gwt_dist import GWTAdamW
 from gwt_dist.integrations.engaged import engage, how_held, warn_of_one_process
 from gwt_dist.integrations.transformers import AttachCallback, optimizer_cls_and_kwargs, parse_optim_args
@@ -194,6 +195,13 @@ def test_lightning_refuses_what_is_not_tested(llama) -> None:
         start(DDPStrategy, 2)
     with pytest.raises(ValueError, match="no parameter of the optimizer is a DTensor"):
         start(ModelParallelStrategy)
+
+
+@pytest.mark.support("FSDP1", "through a trainer", outcome="refused")
+def test_fsdp1_through_a_trainer_is_refused(ranks) -> None:
+    for message in ranks(2, through_a_trainer_case):
+        assert message.startswith("the trainer wrapped the model in FSDP1, where the names of weights no longer say")
+        assert message.endswith("Set the version of FSDP to 2 (fsdp_version or fsdp_config.version)")
 
 
 def test_commands_of_the_examples_exist() -> None:
