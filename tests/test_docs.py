@@ -37,10 +37,12 @@ ELSEWHERE = {
     },
     "launch/README.md": {
         "run=": LAUNCHERS,
-        "NPROC_PER_NODE=2 launch/torchrun.sh": LAUNCHERS,
+        "NPROC_PER_NODE=2 launch/torchrun.sh": (
+            "test_two_hosts.py::test_host_that_is_cut_off_ends_the_run_which_goes_on_later"
+        ),
         "NPROC_PER_NODE=2 launch/deepspeed.sh": LAUNCHERS,
         "NPROC=2 launch/mpirun.sh": LAUNCHERS,
-        "python launch/pretrain.py": LAUNCHERS,
+        "python launch/pretrain.py": "test_pretrain.py::test_one_plain_process_with_zero3_and_bpe",
         "NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh": HOSTS[0],
         "HOSTFILE=hosts launch/deepspeed.sh": HOSTS[2],
         "HOSTFILE=hosts INTERFACE=eth0 launch/mpirun.sh": HOSTS[1],
@@ -267,7 +269,7 @@ def test_the_recipe_starts_as_written(page: str, tmp_path: Path, inputs: Path, t
     given = [c for c in commands if c.startswith("run=")]
     small = f"--corpus {inputs / 'text'} --sequence_length 32 --eval_tokens 64 --warmup_steps 0 --save_every 0"
     runs = [c for c in commands if c not in given]
-    assert len(runs) == {"README.md": 3, "launch/README.md": 4}[page]
+    assert len(runs) == {"README.md": 3, "launch/README.md": 2}[page]
     for number, command in enumerate(runs, 1):
         output = "" if "--output" in command or page == "README.md" else f"--output runs/{number}"
         port = free_port()
@@ -277,7 +279,7 @@ def test_the_recipe_starts_as_written(page: str, tmp_path: Path, inputs: Path, t
         with started(["bash", "-euc", script]) as process:
             code, printed = finish(process)
         assert code == 0, f"{command}\n{printed}"
-    assert len(list(tmp_path.glob("runs/*/summary.json"))) == {"README.md": 2, "launch/README.md": 4}[page]
+    assert len(list(tmp_path.glob("runs/*/summary.json"))) == {"README.md": 2, "launch/README.md": 2}[page]
     shutil.rmtree(tmp_path / "runs")
 
 
