@@ -1,11 +1,13 @@
 """A loop of one's own with Accelerate: DeepSpeed or FSDP2.
 
 torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py --engine fsdp2
+accelerate launch --config_file configs/fsdp2.yaml examples/accelerate_loop.py
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -18,17 +20,19 @@ from gwt_dist.integrations.accelerate import prepare
 
 
 def accelerator_of(engine: str) -> Accelerator:
-    """An Accelerator for DeepSpeed or FSDP2; `accelerate launch` and its questions are the other way to get one."""
+    """An Accelerator for DeepSpeed or FSDP2. The file of `accelerate launch` wins over the settings of FSDP2 here."""
     if engine == "deepspeed":
         config = {"train_micro_batch_size_per_gpu": BATCH, "gradient_clipping": 0, "zero_optimization": {"stage": 2}}
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
         spread_on_cpus()
         return accelerator
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-    )
+    settings = {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "transformer_based_wrap",
+        "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"],
+    }
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    plugin = FullyShardedDataParallelPlugin(**({} if launched else settings))
     accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
     spread_on_cpus(plugin)
     return accelerator

@@ -123,3 +123,15 @@ def unreduced_case(use_orig_params: bool) -> str:
     with model.no_sync():
         backward(model, next(gradients(shapes_of(Net()), 1)), "")
     return refusal(optimizer.step)
+
+
+def through_a_trainer_case() -> str:
+    """What the integrations say of a model that a trainer wrapped in FSDP1."""
+    from gwt_dist.integrations.engaged import engage
+
+    model = FullyShardedDataParallel(Net(), **unit_options("FULL_SHARD", True))
+    optimizer = GWTAdamW(model.parameters())
+    try:
+        return engage(optimizer, model, "FSDP")
+    except ValueError as error:
+        return str(error)

@@ -178,6 +178,7 @@ def main(case: str, folder: str) -> None:
     groups = find_optimizer(optimizer).param_groups
     result = {
         "engaged": engaged,
+        "sharded_layers": sum(type(m).__name__ == "FSDPLlamaDecoderLayer" for m in model.modules()),
         "dtensors": all(isinstance(p, DTensor) for p in model.parameters()),
         "losses": losses,
         "error": error,

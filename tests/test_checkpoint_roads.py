@@ -118,7 +118,8 @@ def test_one_rank_finds_damage_and_all_raise(ranks, tmp_path) -> None:
 
 def test_the_disk_of_one_rank_is_full_and_all_raise(ranks, tmp_path) -> None:
     for result in ranks(3, one_rank_fails_case, str(tmp_path), "save"):
-        assert result["message"] == "rank 1: OSError(28, 'No space left on device')"
+        file = tmp_path / "save-float32-3" / ".step-00000005.saving" / "rank-00001.safetensors"
+        assert result["message"] == f"rank 1: {file}: No space left on device"
         assert result["folder"] == ["latest", "step-00000002"]
         assert result["changed"] == []
         assert result["error"] < 1e-6

@@ -38,6 +38,23 @@ def test_run(path: Path) -> None:
     assert all("#" in line for line in lines), "each key has a comment"
 
 
+def test_fsdp2() -> None:
+    """`tests/test_examples.py` starts two ranks with it."""
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    path = CONFIGS / "fsdp2.yaml"
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    assert (config.distributed_type.value, config.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+    # Accelerate takes any key of fsdp_config, and leaves those alone that it does not know.
+    assert set(config.fsdp_config) <= vars(launch_command_parser().parse_args(["script"])).keys()
+    written = read_mapping(path)
+    assert {*written, *written["fsdp_config"]} <= DOCUMENTED
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line != "fsdp_config:"]
+    assert all("#" in line for line in lines), "each key has a comment"
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda p: p.name)
 def test_deepspeed(path: Path, world_size: int) -> None:
@@ -85,3 +102,9 @@ def test_model(path: Path) -> None:
 
 def test_model_of_one_billion_has_an_odd_width() -> None:
     assert read_mapping(CONFIGS / "models" / "1b.json")["intermediate_size"] == 5461
+
+
+def test_every_file_is_loaded_here() -> None:
+    known = {*CONFIGS.glob("pretrain/*"), *CONFIGS.glob("models/*"), *CONFIGS.glob("*.json")}
+    known |= {CONFIGS / "fsdp2.yaml", CONFIGS / "README.md"}
+    assert {path for path in CONFIGS.rglob("*") if path.is_file()} - known == set()

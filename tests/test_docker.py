@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from documents import blocks
 from gwt_dist.train.config import find_file, parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -97,3 +98,18 @@ def test_compose_starts_a_launcher_with_options_that_exist(name: str) -> None:
     assert volume in made, "an engine would make the folder for root"
     for variable in services()[name]["environment"]:
         assert f"{variable}=${{{variable}:-" in content or variable == "GLOO_SOCKET_IFNAME"
+
+
+def test_the_commands_of_the_page_start_what_the_image_has() -> None:
+    commands = next(b for b in blocks("docker/README.md") if b.language == "bash").commands()
+    (build,), (run,), (compose,) = (
+        [c for c in commands if c.split()[1] == kind] for kind in ("build", "run", "compose")
+    )
+    assert (ROOT / build.split("-f ")[1].split()[0]) == DOCKERFILE
+    assert (ROOT / compose.split("-f ")[1].split()[0]).is_file()
+    tag = build.split("-t ")[1].split()[0]
+    script, *arguments = run.split(f"{tag} ")[1].split()
+    copied = {s for name, rest in instructions() if name == "COPY" for s in shlex.split(rest)[1:-1]}
+    assert script.split("/")[0] in copied and (ROOT / script).is_file()
+    config, _ = parse_arguments(arguments)
+    assert find_file(config.deepspeed_config).resolve().is_relative_to(ROOT / "configs")

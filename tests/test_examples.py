@@ -14,9 +14,13 @@ import pytest
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
+FSDP2 = TESTS.parent / "configs" / "fsdp2.yaml"
 
 
-def run(case: str, folder: Path) -> list[dict[str, Any]]:
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(case: str, folder: Path, launcher: list[str] = TORCHRUN) -> list[dict[str, Any]]:
     """What the two ranks report of a case."""
     environment = {
         **os.environ,
@@ -27,7 +31,6 @@ def run(case: str, folder: Path) -> list[dict[str, Any]]:
     }
     if case in ("trainer-deepspeed", "resumed-deepspeed", "accelerate-deepspeed"):
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` does
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, str(TESTS / "integration_cases.py"), case, str(folder)],
         env=environment,
@@ -56,8 +59,10 @@ def state_of_one_process() -> int:
     return total
 
 
-def check(case: str, folder: Path, engaged: str, sharded: bool, steps: int = 20) -> None:
-    results = run(case, folder)
+def check(
+    case: str, folder: Path, engaged: str, sharded: bool, steps: int = 20, launcher: list[str] = TORCHRUN
+) -> list[dict[str, Any]]:
+    results = run(case, folder, launcher)
     bytes_of_one = state_of_one_process()
     for result in results:
         assert result["engaged"] == engaged
@@ -71,6 +76,7 @@ def check(case: str, folder: Path, engaged: str, sharded: bool, steps: int = 20)
     first, *_, last = results[0]["losses"]
     assert last < first - 0.5
     assert results[0]["error"] < 1e-6
+    return results
 
 
 @pytest.mark.support("DeepSpeed", "transformers' Trainer, ZeRO-2")
@@ -98,6 +104,15 @@ def test_trainer_ddp(tmp_path: Path) -> None:
     check("trainer-ddp", tmp_path, "whole tensors DistributedDataParallel", sharded=False)
 
 
+@pytest.mark.support("FSDP2", "Accelerate, by `accelerate launch` and `configs/fsdp2.yaml`")
+def test_accelerate_launched_by_the_file(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2)]
+    results = check("accelerate-fsdp2", tmp_path, "FSDPLlamaForCausalLM", sharded=True, launcher=launcher)
+    # The file says so; the example's own settings are not taken then.
+    assert [result["sharded_layers"] for result in results] == [2, 2]
+
+
+@pytest.mark.matrix
 @pytest.mark.support("FSDP2", "Accelerate")
 def test_accelerate_fsdp2(tmp_path: Path) -> None:
     check("accelerate-fsdp2", tmp_path, "FSDPLlamaForCausalLM", sharded=True)

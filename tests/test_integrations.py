@@ -15,12 +15,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
+from fsdp1_cases import through_a_trainer_case
 from gwt_dist import GWTAdamW
 from gwt_dist.integrations.engaged import engage, how_held, warn_of_one_process
 from gwt_dist.integrations.transformers import AttachCallback, optimizer_cls_and_kwargs, parse_optim_args
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
 @pytest.fixture
@@ -197,22 +197,11 @@ def test_lightning_refuses_what_is_not_tested(llama) -> None:
         start(ModelParallelStrategy)
 
 
-def test_code_of_the_switching_page_is_that_of_the_examples() -> None:
-    def plain(code: str) -> str:
-        return "\n" + "\n".join(line.strip() for line in code.strip().splitlines()) + "\n"
-
-    page = (ROOT / "docs" / "switching.md").read_text()
-    seen = 0
-    for section in page.split("\n## ")[1:]:
-        scripts = [
-            plain((ROOT / "examples" / name).read_text())
-            for name in re.findall(r"\(\.\./examples/(\w+\.py)\)", section)
-        ]
-        for language, code in BLOCK.findall(section):
-            if language == "python":
-                assert any(plain(code) in script for script in scripts), f"in no script of this section:\n{code}"
-                seen += 1
-    assert seen == 7
+@pytest.mark.support("FSDP1", "through a trainer", outcome="refused")
+def test_fsdp1_through_a_trainer_is_refused(ranks) -> None:
+    for message in ranks(2, through_a_trainer_case):
+        assert message.startswith("the trainer wrapped the model in FSDP1, where the names of weights no longer say")
+        assert message.endswith("Set the version of FSDP to 2 (fsdp_version or fsdp_config.version)")
 
 
 def test_commands_of_the_examples_exist() -> None:

@@ -129,7 +129,7 @@ def test_a_save_that_fails_ends_the_run_in_one_line(inputs: Path, ranks: Ranks, 
     (run / "checkpoints" / ".step-00000004.saving").touch()  # no folder, so it cannot be cleared
     (code, error), _ = ranks(2, fails, arguments(inputs, run, resume="latest"), 1, timeout=120)
     assert code == 4, error
-    assert "error: rank 0: NotADirectoryError" in error
+    assert "error: rank 0: " in error and ".step-00000004.saving: Not a directory" in error
     assert not checkpoints(run / "checkpoints")
 
 

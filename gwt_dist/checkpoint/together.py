@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -31,18 +32,18 @@ def gather(mine: T) -> list[T]:
     return everyone
 
 
-def each(what: Callable[[], T]) -> T:
+def each(what: Callable[[], T], path: Path | None = None) -> T:
     """``what()`` of this rank; if it raises on any rank, all raise `CheckpointError`.
 
-    So that nobody waits for a rank that failed, and nobody goes on without it.
+    So that nobody waits for a rank that failed, and nobody goes on without it. `path` is what it writes, for errors of
+    the system that name no file, as that of a full disk.
     """
     failure: Exception | None = None
     message, value = "", None
     try:
         value = what()
     except Exception as error:
-        # Errors of ours say what was found; of others the type is the half of what they say.
-        failure, message = error, str(error) if isinstance(error, ValueError) else repr(error)
+        failure, message = error, _told(error, path)
         message = message if len(message) <= 2000 else f"{message[:2000]}..."  # what is read may be as long as it likes
     failed = [(number, text) for number, text in enumerate(gather(message)) if text]
     if failed:
@@ -52,8 +53,15 @@ def each(what: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
-def from_rank_0(what: Callable[[], T]) -> T:
-    """``what()``, run on rank 0 alone, for all; if it raises, all raise `CheckpointError`."""
-    value = gather(each(lambda: what() if rank() == 0 else None))[0]
+def _told(error: Exception, path: Path | None) -> str:
+    """Errors of ours say what was found; of others the type is the half of what they say."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or path or type(error).__name__}: {error.strerror}"
+    return str(error) if isinstance(error, ValueError) else repr(error)
+
+
+def from_rank_0(what: Callable[[], T], path: Path | None = None) -> T:
+    """``what()``, run on rank 0 alone, for all; if it raises, all raise `CheckpointError`. `path` is as in `each`."""
+    value = gather(each(lambda: what() if rank() == 0 else None, path))[0]
     assert value is not None
     return value

@@ -104,7 +104,8 @@ def save(
     holdings = together.each(run.holdings)
     reports = together.gather(together.each(lambda: _report(run, holdings, step, keep)))
     mine = together.each(lambda: _assign(reports))[together.rank()]
-    saving = Path(together.from_rank_0(lambda: str(folder.start(Path(path), step))))
+    saving = Path(together.from_rank_0(lambda: str(folder.start(Path(path), step)), Path(path)))
+    file = saving / folder.file_of(together.rank())
 
     def finish() -> str:
         index = Index(
@@ -122,8 +123,8 @@ def save(
         return str(folder.finish(saving, dump(index), keep))
 
     try:
-        written = together.gather(together.each(lambda: _write(saving, holdings, mine, step, random_states)))
-        return Path(together.from_rank_0(finish))
+        written = together.gather(together.each(lambda: _write(file, holdings, mine, step, random_states), file))
+        return Path(together.from_rank_0(finish, saving))
     except CheckpointError:
         if together.rank() == 0:
             shutil.rmtree(saving, ignore_errors=True)  # a full disk is none for whoever comes next
@@ -206,7 +207,7 @@ def _assign(reports: Sequence[_Report]) -> list[set[tuple[str, str, _Interval]]]
 
 
 def _write(
-    saving: Path,
+    path: Path,
     holdings: Sequence[Holding],
     mine: set[tuple[str, str, _Interval]],
     step: int,
@@ -226,8 +227,8 @@ def _write(
     for kind, state in states.items():
         fragment = Fragment(kind, (state.numel(),), 0, state.numel())
         parts.append(Part(f"random:{together.rank()}", kind, "U8", fragment, fragment, state))
-    name = folder.file_of(together.rank())
-    file, pieces = write_file(saving / name, parts, {"format": "gwt_dist", "step": str(step), "file": name})
+    name = path.name
+    file, pieces = write_file(path, parts, {"format": "gwt_dist", "step": str(step), "file": name})
     stored: dict[tuple[str, str], Stored] = {}
     for part, piece in zip(parts, pieces, strict=True):
         before = stored.get((part.kind, part.name))

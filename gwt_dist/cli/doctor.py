@@ -77,6 +77,8 @@ def _show(content: dict[str, Any]) -> None:
     console = Console()
     for title, key, purposes in (("versions", "versions", PACKAGES), ("this machine", "machine", PROGRAMS)):
         table = Table(title=title, title_justify="left", show_header=False)
+        for _ in range(3):
+            table.add_column(overflow="fold")  # a path is not cut
         for name, value in content[key].items():
             table.add_row(name, "-" if value is None else value, purposes.get(name, ""))
         console.print(table)

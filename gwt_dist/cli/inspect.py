@@ -16,6 +16,7 @@ from gwt_dist.checkpoint.format import EXP_AVG, EXP_AVG_SQ, ITEM_BYTES, WEIGHT, 
 from gwt_dist.checkpoint.verify import Damage, damages
 
 GOOD, DAMAGED = 0, 1
+_WIDEST = 1000  # letters in a row of a table
 _RANK = re.compile(r"rank-0*([0-9]+)\.safetensors")
 
 
@@ -151,18 +152,29 @@ def _show(console: Any, told: dict[str, Any]) -> None:
         table.add_row(*map(printable, cells), *_bytes(one))
     table.add_section()
     table.add_row("total", *[""] * 6, *_bytes(told["totals"]), style="bold")
-    console.print(table)
+    _print_whole(console, table)
     files = Table("file", "rank", title="who wrote what", title_style="bold")
     for column in ("weights and masters", "moments", "random states", "in all"):
         files.add_column(f"{column}, bytes", justify="right")
     for one in told["files"]:
         sizes = (one[key] for key in ("weight_bytes", "moment_bytes", "random_bytes", "bytes"))
         files.add_row(one["name"], "-" if one["rank"] is None else str(one["rank"]), *(f"{size:,}" for size in sizes))
-    console.print(files)
+    _print_whole(console, files)
     totals = told["totals"]
     if totals["adamw_moment_bytes"]:
         share = totals["moment_bytes"] / totals["adamw_moment_bytes"]
         console.print(f"moments: {share:.4f} of AdamW's")
+
+
+def _print_whole(console: Any, table: Any) -> None:
+    """No name and no number is cut: a table without room for them has no frame, and the terminal folds its rows."""
+    width = console.width
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    if needed > width:
+        table.box = None
+        console.width = needed
+    console.print(table)
+    console.width = width
 
 
 def _bytes(one: dict[str, Any]) -> list[str]:
