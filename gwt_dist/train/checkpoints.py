@@ -2,7 +2,7 @@
 
     output/
       run.json                  settings of the run, as last started
-      metrics.jsonl             the curve
+      metrics.jsonl             the curve, see `gwt-dist report`
       tensorboard/
       tokenizer.json            where the tokenizer was trained for this run
       summary.json              written at the end
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gwt_dist.train.session import Session
 
 RECORD = "run.json"
+FORMAT = 1  # of run.json, metrics.jsonl and summary.json, raised when a reader of the one before would go wrong
 FOLDER = "checkpoints"
 
 

@@ -116,8 +116,11 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         if begun.streams is not None:
             batches.load_state_dict(begun.streams[ranks.rank])
     record = {
+        "format": checkpoints.FORMAT,
         "identity": identity,
         "batch": begun.batch if begun else {"sequences": sizes.train, "ranks": world_size},
+        "ranks": world_size,
+        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type,
         "train": dataclasses.asdict(config),
         "deepspeed": engine_config,
         "model": {"file": model_file.name, **read_mapping(model_file)},
