@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"engines", "integrations", ""},
-    "cli": MATH | RUNTIME | STATE | {"engines", "integrations", "train", ""},
+    "report": {"train"},
+    "cli": MATH | RUNTIME | STATE | {"engines", "integrations", "train", "report", ""},
     "__main__": {"cli"},
 }
 
@@ -59,12 +60,13 @@ THIRD_PARTY: dict[str, set[str]] = {
     "config": {"yaml"},
     "integrations": EVERYTHING,
     "train": EVERYTHING,
+    "report": {"jinja2", "plotly"},
     "cli": EVERYTHING,
 }
 # ... and of these, what any part may import at module level. The rest is imported inside functions,
 # so that `import gwt_dist` needs torch and PyWavelets alone.
 LIGHT = {"torch", "pywt"}
-ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "cli", "__main__"}  # `import gwt_dist` never loads them
+ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "cli", "__main__"}  # `import gwt_dist` never loads them
 LAZY = {"kernels/triton_kernels.py"}  # nor these: functions import them
 
 

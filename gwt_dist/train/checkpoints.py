@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from gwt_dist.train.session import Session
 
 RECORD = "run.json"
-FORMAT = 1  # of run.json, metrics.jsonl and summary.json, raised when a reader of the one before would go wrong
 FOLDER = "checkpoints"
 
 

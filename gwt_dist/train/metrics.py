@@ -10,6 +10,10 @@ from typing import Any
 
 # What another run of the same settings, or the same run resumed, has different in its lines: all else is the same.
 TIMINGS = ("tokens_per_second", "seconds")
+# The keys of `seconds`, in the order of a step. "engine" is what DeepSpeed's step does around the optimizer: clipping,
+# gathering weights.
+PHASES = ("first step", "data", "forward", "backward", "optimizer", "engine", "evaluation", "checkpoint", "other")
+FORMAT = 1  # of run.json, metrics.jsonl and summary.json, raised when a reader of the one before would go wrong
 
 
 def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
@@ -62,7 +66,9 @@ class Metrics:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            parts = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+            parts = (
+                {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+            )
             for tag, number in parts.items():
                 if isinstance(number, int | float):
                     self._board.add_scalar(tag, number, step)

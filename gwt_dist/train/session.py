@@ -26,7 +26,7 @@ from gwt_dist.train.batches import Batches, ShuffledBatches, Validation
 from gwt_dist.train.config import TrainConfig, find_file, read_mapping
 from gwt_dist.train.corpus import Corpus, is_dataset_name, load_corpus
 from gwt_dist.train.identity import run_identity
-from gwt_dist.train.metrics import Metrics, read_metrics
+from gwt_dist.train.metrics import FORMAT, Metrics, read_metrics
 from gwt_dist.train.ranks import Ranks, init_method, limit_waiting
 
 
@@ -116,7 +116,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         if begun.streams is not None:
             batches.load_state_dict(begun.streams[ranks.rank])
     record = {
-        "format": checkpoints.FORMAT,
+        "format": FORMAT,
         "identity": identity,
         "batch": begun.batch if begun else {"sequences": sizes.train, "ranks": world_size},
         "ranks": world_size,

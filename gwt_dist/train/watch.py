@@ -11,9 +11,8 @@ from torch import Tensor
 
 from gwt_dist import GWTAdamW
 from gwt_dist.recipes import rule_of
+from gwt_dist.train.metrics import PHASES
 
-# In the order of a step. "engine" is what DeepSpeed's step does around the optimizer: clipping, gathering weights.
-PHASES = ("first step", "data", "forward", "backward", "optimizer", "engine", "evaluation", "checkpoint", "other")
 # A limiter that acts leaves exactly its factor of growth, which fp32 rounds: closer to it than this is the same.
 _ROUNDING = 1e-6
 
