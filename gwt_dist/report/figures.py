@@ -30,13 +30,15 @@ PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A figure under its title. `curve`: its x axis is that of the other curves, and its lines are of runs."""
+    """A figure under its title. `legend` has a name and a colour for each part of bars; curves have none of their own:
+    their x axis is that of the other curves, and their lines are of runs.
+    """
 
     id: str
     title: str
     note: str
     figure: go.Figure
-    curve: bool = True
+    legend: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +48,36 @@ class _Line:
     key: str
     name: str = ""
     validation: bool = False
+    mode: str = "lines"
     faint: bool = False
 
 
-# id, title, note, label of the y axis, log scale, lines
-_CURVES: tuple[tuple[str, str, str, str, bool, tuple[_Line, ...]], ...] = (
+# id, title, note, label of the y axis, its scale, lines
+_CURVES: tuple[tuple[str, str, str, str, str, tuple[_Line, ...]], ...] = (
     (
         "loss",
         "Loss",
         "Of the training batch; points: validation.",
         "nats a token",
-        False,
-        (_Line("loss", "training"), _Line("validation_loss", "validation", validation=True)),
+        "free",
+        (_Line("loss", "training"), _Line("validation_loss", "validation", validation=True, mode="markers")),
     ),
     (
         "bits_per_byte",
         "Bits per byte",
         "Of the validation text, comparable between tokenizers.",
         "bits a byte",
-        False,
-        (_Line("bits_per_byte", validation=True),),
+        "free",
+        (_Line("bits_per_byte", validation=True, mode="lines+markers"),),
     ),
-    ("lr", "Learning rate", "As given to the optimizer.", "learning rate", False, (_Line("lr"),)),
-    ("gradient_norm", "Gradient norm", "Of all weights, before clipping.", "norm", True, (_Line("gradient_norm"),)),
+    ("lr", "Learning rate", "As given to the optimizer.", "learning rate", "zero", (_Line("lr"),)),
+    ("gradient_norm", "Gradient norm", "Of all weights, before clipping.", "norm", "log", (_Line("gradient_norm"),)),
     (
         "limited_norm",
         "Norm that the limiter remembers",
         "Of the update of a tensor: mean over tensors; faint: the largest.",
         "norm",
-        True,
+        "log",
         (_Line("limited_norm_mean", "mean"), _Line("limited_norm_max", "largest", faint=True)),
     ),
     (
@@ -82,7 +85,7 @@ _CURVES: tuple[tuple[str, str, str, str, bool, tuple[_Line, ...]], ...] = (
         "Tensors held back",
         "Share of the tensors with a limiter whose update it shortened in the step.",
         "share",
-        False,
+        "zero",
         (_Line("limited_share"),),
     ),
     (
@@ -90,7 +93,7 @@ _CURVES: tuple[tuple[str, str, str, str, bool, tuple[_Line, ...]], ...] = (
         "Speed",
         "Of each logged step, of all ranks together.",
         "tokens a second",
-        False,
+        "zero",
         (_Line("tokens_per_second"),),
     ),
 )
@@ -104,13 +107,14 @@ def drawings(runs: Sequence[Run]) -> list[Drawing]:
         return int(line["step"]) * (run.tokens_per_step if by_tokens else 1)
 
     label = "tokens" if by_tokens else "step"
+    end = max(x(run, run.training[-1]) for run in runs)
     found = []
-    for id_, title, note, unit, log, lines in _CURVES:
+    for id_, title, note, unit, scale, lines in _CURVES:
         figure = _curves(runs, lines, x)
         if figure.data:
             figure.update_layout(**_layout(300))
-            figure.update_xaxes(title_text=label, **_AXIS)
-            figure.update_yaxes(title_text=unit, type="log" if log else "linear", **_AXIS)
+            figure.update_xaxes(title_text=label, range=[0, 1.02 * end], **_AXIS)
+            figure.update_yaxes(title_text=unit, **_SCALES[scale], **_AXIS)
             found.append(Drawing(id_, title, note, figure))
     found += [drawing for drawing in (_time(runs), _memory(runs)) if drawing.figure.data]
     return found
@@ -130,18 +134,26 @@ def plain(text: str, most: int = 60) -> str:
 
 _AXIS = {"gridcolor": "#8883", "zeroline": False, "linecolor": "#888", "ticks": "outside", "tickcolor": "#888"}
 
+_TICKS = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 2, 5)]
+_SCALES: dict[str, dict[str, Any]] = {
+    "free": {},
+    "zero": {"rangemode": "tozero"},
+    "log": {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:g}" for tick in _TICKS]},
+}
+
 
 def _layout(height: int) -> dict[str, Any]:
     return {
         "template": "none",
         "height": height,
-        "margin": {"l": 62, "r": 12, "t": 12, "b": 46},
+        "margin": {"l": 62, "r": 12, "t": 26, "b": 46},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, 'Liberation Sans', sans-serif", "size": 12},
         "showlegend": False,
         "hovermode": "x unified",
         "hoverlabel": {"bgcolor": "#fff", "font": {"color": "#222"}},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888", "activecolor": "#4477aa"},
     }
 
 
@@ -153,13 +165,12 @@ def _curves(runs: Sequence[Run], lines: Sequence[_Line], x: Callable[[Run, dict[
             values = [finite(row[line.key]) for row in rows]
             if all(value is None for value in values):
                 continue
-            markers = line.validation or len(rows) == 1
             figure.add_scatter(
                 x=[x(run, row) for row in rows],
                 y=values,
                 name=" ".join(part for part in (plain(run.name), line.name) if part),
                 meta={"run": number, "key": line.key},
-                mode="lines+markers" if markers else "lines",
+                mode=line.mode if len(rows) > 1 else "markers",
                 opacity=0.45 if line.faint else 1,
                 line={"color": colour(number), "width": 1.8, "dash": DASHES[number // len(RUN_COLOURS) % len(DASHES)]},
                 marker={"size": 7},
@@ -186,7 +197,7 @@ def _time(runs: Sequence[Run]) -> Drawing:
             )
     _stack(figure, len(timed), "% of the time")
     note = "Of the whole training loop. Engine: what DeepSpeed's step does around the optimizer's."
-    return Drawing("time", "Where the time goes", note, figure, curve=False)
+    return Drawing("time", "Where the time goes", note, figure, _legend(figure))
 
 
 _PHASE_COLOURS = ("#bbbbbb", "#ccbb44", "#4477aa", "#66ccee", "#ee6677", "#aa3377", "#228833", "#99cc66", "#888888")
@@ -220,7 +231,7 @@ def _memory(runs: Sequence[Run]) -> Drawing:
     )
     if any(len(run.ranks) > MOST_RANKS for run in runs):
         note += " Of many ranks: those with most and with least."
-    return Drawing("memory", "Memory of each rank", note, figure, curve=False)
+    return Drawing("memory", "Memory of each rank", note, figure, _legend(figure))
 
 
 def shown_ranks(ranks: Sequence[dict[str, int]]) -> list[dict[str, int]]:
@@ -237,10 +248,13 @@ def held(rank: dict[str, int], adamw: bool = False) -> int:
 
 
 def _stack(figure: go.Figure, bars: int, label: str) -> None:
-    layout = _layout(90 + 30 * bars)
-    layout |= {"barmode": "stack", "hovermode": "closest", "bargap": 0.25, "showlegend": True}
-    layout["legend"] = {"orientation": "h", "y": -46 / max(30 * bars, 30), "yanchor": "top", "traceorder": "normal"}
-    layout["margin"] = {"l": 8, "r": 12, "t": 4, "b": 86}
+    layout = _layout(80 + 30 * bars)
+    layout |= {"barmode": "stack", "hovermode": "closest", "bargap": 0.25}
+    layout["margin"] |= {"l": 8}
     figure.update_layout(**layout)
     figure.update_xaxes(title_text=label, **_AXIS)
     figure.update_yaxes(autorange="reversed", automargin=True, ticks="", type="category")
+
+
+def _legend(figure: go.Figure) -> tuple[tuple[str, str], ...]:
+    return tuple((html.unescape(trace.name), trace.marker.color) for trace in figure.data)

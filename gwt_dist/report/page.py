@@ -19,13 +19,14 @@ _PAGE = """
 {% block policy %}; script-src 'unsafe-inline'; img-src data: blob:{% endblock %}
 {% block style %}
  body { max-width: 76rem; }
- .wide { overflow-x: auto; } td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
- td:first-child { overflow-wrap: normal; }
+ .wide { overflow-x: auto; }
+ td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 6rem; vertical-align: top; }
+ td:first-child { min-width: 9rem; }
  .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 2rem; }
  figure { margin: 1rem 0 0; min-width: 0; } figcaption { line-height: 1.3; } figcaption span { opacity: .75; }
- .legend { position: sticky; top: 0; z-index: 2; background: Canvas; padding: .5rem 0; }
+ .runs { position: sticky; top: 0; z-index: 2; background: Canvas; padding: .5rem 0; margin-top: 1.5rem; }
  .notes { border-left: 3px solid #ccbb44; padding-left: .8rem; }
- .xtick text, .ytick text, .g-xtitle text, .g-ytitle text, .legendtext { fill: CanvasText !important; }
+ .xtick text, .ytick text, .g-xtitle text, .g-ytitle text { fill: CanvasText !important; }
  details { margin-top: 1rem; } summary { cursor: pointer; }
 {% endblock %}
 {% block body %}
@@ -34,18 +35,17 @@ _PAGE = """
 <div class="wide"><table id="overview"><tr><th></th>{% for name, _ in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for label, cells in overview %}<tr><td>{{ label }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
-{% if differing is not none %}<h2>Settings that differ</h2>
-{% if differing %}{{ table("differing", differing) }}{% else %}<p>None.</p>{% endif %}{% endif %}
-<h2>Curves</h2>
 <noscript><p>The curves need JavaScript; the tables do not.</p></noscript>
-<p class="legend">{% for name, colour in names %}<label><input type="checkbox" checked data-run="{{ loop.index0 }}">
+<p class="legend runs">{% for name, colour in names %}<label>
+<input type="checkbox" checked data-run="{{ loop.index0 }}">
 <i style="background:{{ colour }}"></i>{{ name }}</label>{% endfor %}</p>
-<div class="curves">{% for drawing in drawings if drawing.curve %}{{ figure(drawing) }}{% endfor %}</div>
-{% for drawing in drawings if not drawing.curve %}{{ figure(drawing) }}{% endfor %}
+<div class="curves">{% for drawing in drawings %}{{ figure(drawing) }}{% endfor %}</div>
 {% if memory %}<details><summary>Bytes of every rank</summary><div class="wide"><table id="ranks">
 <tr>{% for name in memory[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in memory[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div></details>{% endif %}
+{% if differing is not none %}<h2>Settings that differ</h2>
+{% if differing %}{{ table("differing", differing) }}{% else %}<p>None.</p>{% endif %}{% endif %}
 <h2>Versions</h2>
 {{ table("versions", versions) }}
 <details><summary>All settings</summary>{{ table("settings", settings) }}</details>
@@ -59,7 +59,9 @@ _PAGE = """
 {% endfor %}</table></div>{% endmacro %}
 {% macro figure(drawing) %}<figure>
 <figcaption><b>{{ drawing.title }}</b><br><span>{{ drawing.note }}</span></figcaption>
-<div id="{{ drawing.id }}" class="drawing{{ ' curve' if drawing.curve }}"></div></figure>
+<div id="{{ drawing.id }}" class="{{ 'bars' if drawing.legend else 'curve' }}"></div>
+{% if drawing.legend %}<p class="legend">{% for name, colour in drawing.legend %}<span>
+<i style="background:{{ colour }}"></i>{{ name }}</span>{% endfor %}</p>{% endif %}</figure>
 {% endmacro %}
 """
 
@@ -67,7 +69,8 @@ _PAGE = """
 _SCRIPT = """
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
-const config = {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+const config = {displaylogo: false, responsive: true, modeBarButtons:
+  [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]]};
 const curves = [];
 let following = false;
 for (const [id, figure] of Object.entries(figures)) {

@@ -9,11 +9,11 @@ from typing import Any
 # Distinct for most kinds of colour blindness, on white and on black.
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#888888")
 
-# The policy makes the browser refuse to fetch anything, whatever a page holds.
+# The policy makes the browser refuse to fetch or to send anything, whatever a page holds.
 _FRAME = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'{% block policy %}{% endblock %}">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; form-action 'none'; base-uri 'none';
+ style-src 'unsafe-inline'{% block policy %}{% endblock %}">
 <title>{{ title }}</title>
 <style>
  :root { color-scheme: light dark; }
