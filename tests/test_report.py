@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gwt_dist.cli.app import main
 from gwt_dist.report.run import NUMBERS, RANK_BYTES
 from gwt_dist.train.metrics import FORMAT, PHASES
 
-HOSTILE = "<script>document.title='ran'</script><b>bold</b>&amp;"
+HOSTILE = "<b>x</b>&lt;<script>document.title='ran'</script>"
 CURVES = ["loss", "bits_per_byte", "lr", "gradient_norm", "limited_norm", "limited_share", "tokens_per_second"]
 
 
@@ -57,7 +58,7 @@ def report(output: Path, *runs: Path) -> str:
 def figures(page: str) -> dict[str, dict[str, Any]]:
     """The drawings in a page, as plotly gets them."""
     found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
-    assert found
+    assert found and "<" not in found[1]  # no text in it can end the script element
     return json.loads(found[1])
 
 
@@ -301,6 +302,16 @@ def test_a_page_is_not_overwritten_in_silence(tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.glob("*.new"))
 
 
+def test_the_commands_of_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    commands = re.findall(r"^gwt-dist (report .*)$", text, re.MULTILINE)
+    make(tmp_path / "runs" / "tiny")
+    make(tmp_path / "runs" / "adamw")
+    monkeypatch.chdir(tmp_path)
+    assert [main(shlex.split(command)) for command in commands] == [0] * 3
+    assert sorted(path.name for path in tmp_path.glob("*.html")) == ["compared.html", "report.html"]
+
+
 # ---- the page itself, and a browser that opens it
 
 
@@ -311,9 +322,9 @@ def test_it_reaches_for_nothing_and_holds_no_tags_of_others(tmp_path: Path) -> N
     text = report(tmp_path / "page.html", run)
     assert time.perf_counter() - started < 10
     page = Document(text)
-    assert page.outside == []
+    assert page.outside == [] and figures(text)
     assert "connect-src" not in text.split("<title>")[0] and "default-src 'none'" in text.split("<title>")[0]
-    assert len(page.find("script")) == 3 and not [e for e in page.find("b") if e.text == "bold"]
+    assert len(page.find("script")) == 3 and not [e for e in page.find("b") if e.text == "x"]
     assert table(text, "versions")[HOSTILE] == [HOSTILE]
 
 
@@ -363,7 +374,7 @@ def test_a_browser_draws_it(whole_run: tuple[Path, str], tmp_path: Path) -> None
     assert lengths == pytest.approx([x * max(lengths) / max(values) for x in values], abs=1)
     # Names stay text, wherever plotly writes them.
     ticks = seen.texts("text", within="ytick")
-    assert any(tick.startswith("<script>") for tick in ticks), ticks
+    assert sum(tick.startswith("<b>x<-b>&l") for tick in ticks) == 1 + 4, ticks
 
 
 def test_zoom_and_boxes_work_and_the_browser_lets_nothing_out(tmp_path: Path) -> None:
