@@ -18,6 +18,8 @@ from unittest import mock
 
 import pytest
 
+from gwt_dist.train.metrics import TIMINGS
+
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "launch" / "pretrain.py"
 BIN = Path(sys.executable).parent
@@ -150,9 +152,10 @@ def rows(run: Path, *keys: str) -> list[list[Any]]:
     return [[row.get(key) for key in keys] for row in map(json.loads, lines)]
 
 
-def curve(run: Path) -> list[list[Any]]:
-    keys = ("step", "loss", "lr", "gradient_norm", "validation_loss", "bits_per_byte", "batch", "tokens")
-    return rows(run, *keys)
+def curve(run: Path) -> list[dict[str, Any]]:
+    """All that is logged but the speed."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +182,8 @@ def run_session(argv: list[str], probe: str = "") -> dict[str, Any]:
     from gwt_dist.train.config import parse_arguments
     from gwt_dist.train.ranks import ranks_from_environment
     from gwt_dist.train.session import open_session
-    from gwt_dist.train.summary import OptimizerWatch, measure
+    from gwt_dist.train.summary import measure
+    from gwt_dist.train.watch import OptimizerWatch
 
     config, _ = parse_arguments(argv)
     session = open_session(config, ranks_from_environment(None))

@@ -58,6 +58,12 @@ ELSEWHERE = {
         EXAMPLE + "torchtitan_container.py": "test_examples.py::test_torchtitan",
     },
     "configs/README.md": {"accelerate launch": "test_examples.py::test_accelerate_launched_by_the_file"},
+    "docs/compare.md": {
+        "gwt-dist compare smoke": "test_study.py::test_the_command",
+        "yaml": "test_study.py::test_study_of_the_page",
+    },
+    "docs/quality.md": {"gwt-dist compare": "test_study.py::test_rows_of_the_quality_page_are_in_the_study"},
+    "docs/report.md": {"gwt-dist report": "test_report.py::test_the_commands_of_the_documentation_work"},
     "docs/resume.md": {
         "python launch/pretrain.py ... --resume latest": (
             "test_resume.py::test_killed_and_resumed_run_has_the_same_curve"
@@ -121,9 +127,14 @@ def way(block: Block, command: str | None = None) -> str | None:
         return named[0] if named else "output" if follows_code(block) else None
     if command is None:
         return elsewhere(block.page, block.language) or ("here" if block.language in ("python", "json") else None)
-    if program(command) in ("gwt-dist", "make", "pip"):
-        return "here"
-    return elsewhere(block.page, command)
+    return elsewhere(block.page, command) or ("here" if program(command) in ("gwt-dist", "make", "pip") else None)
+
+
+def commands_here(block: Block) -> list[str]:
+    """The commands of ``gwt-dist`` that `test_a_page_runs` runs."""
+    if block.language != "bash":
+        return []
+    return [c for c in block.commands() if program(c) == "gwt-dist" and way(block, c) == "here"]
 
 
 def follows_code(block: Block) -> bool:
@@ -156,9 +167,7 @@ def test_tests_that_run_something_exist_and_what_they_run_too() -> None:
             assert name in functions, f"{test} of {page} is not there"
 
 
-RUN_HERE = [
-    page for page in PAGES if any(way(b) == "here" or "gwt-dist" in map(program, b.commands()) for b in blocks(page))
-]
+RUN_HERE = [page for page in PAGES if any(way(b) == "here" or commands_here(b) for b in blocks(page))]
 
 
 @pytest.mark.parametrize("page", RUN_HERE)
@@ -181,8 +190,7 @@ def test_a_page_runs(
             exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), names)
             printed, _ = capsys.readouterr()
         elif block.language == "bash":
-            commands = [c for c in block.commands() if program(c) == "gwt-dist"]
-            for command in commands:
+            for command in commands_here(block):
                 capsys.readouterr()
                 code = main(shlex.split(command)[1:])
                 printed, errors = capsys.readouterr()

@@ -42,8 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"engines", "integrations", ""},
+    "report": {"train"},
     "study": MATH | RUNTIME | STATE | {"engines", "integrations", "train", ""},
-    "cli": MATH | RUNTIME | STATE | {"engines", "integrations", "train", "study", ""},
+    "cli": MATH | RUNTIME | STATE | {"engines", "integrations", "train", "report", "study", ""},
     "__main__": {"cli"},
 }
 
@@ -60,14 +61,16 @@ THIRD_PARTY: dict[str, set[str]] = {
     "config": {"yaml"},
     "integrations": EVERYTHING,
     "train": EVERYTHING,
+    "report": {"jinja2", "markupsafe", "plotly"},
     "study": EVERYTHING,
     "cli": EVERYTHING,
 }
 # ... and of these, what any part may import at module level. The rest is imported inside functions,
 # so that `import gwt_dist` needs torch and PyWavelets alone.
 LIGHT = {"torch", "pywt"}
-ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "study", "cli", "__main__"}  # `import gwt_dist` never loads them
-LAZY = {"kernels/triton_kernels.py"}  # nor these: functions import them
+# `import gwt_dist` never loads these.
+ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
+LAZY = {"kernels/triton_kernels.py"}  # Nor this: a function imports it.
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,33 @@ def test_summary_counts_a_quarter_of_adamw(whole_run: tuple[Path, str]) -> None:
     assert summary["tokens_per_second"] > 0
 
 
+def test_limiter_norms_and_times_are_logged(whole_run: tuple[Path, str]) -> None:
+    """The norms are those of the checkpoints; each tensor grew by 1.01 at most, and just so where it was held back."""
+    run, _ = whole_run
+    lines = {row["step"]: row for row in curve(run) if "loss" in row}
+    kept = {step: read_index(run / "checkpoints" / f"step-{step:08}") for step in (8, 12)}
+    for step, index in kept.items():
+        norms = [entry.limited_norm for entry in index.tensors.values() if entry.limited_norm]
+        assert len(norms) == 7 * MODEL["num_hidden_layers"]
+        assert lines[step]["limited_norm_mean"] == pytest.approx(sum(norms) / len(norms), rel=1e-12)
+        assert lines[step]["limited_norm_max"] == max(norms)
+    shares = [lines[step]["limited_share"] for step in range(1, STEPS + 1)]
+    assert shares[0] == 0 and len(set(shares)) > 2
+    assert all(share == pytest.approx(round(share * len(norms)) / len(norms)) for share in shares)
+    for step in range(2, STEPS + 1):
+        grown = lines[step]["limited_norm_mean"] / lines[step - 1]["limited_norm_mean"]
+        assert grown <= 1.01 + 1e-6
+        assert (grown > 1.01 - 1e-6) == (shares[step - 1] == 1)
+    seconds = [times for (times,) in rows(run, "seconds")]
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    phases = [set(times) for times in seconds]
+    assert phases[0] == {"first step"}
+    step = {"data", "forward", "backward", "optimizer", "engine", "other"}
+    assert all(step <= found for found in phases[1:6]) and {"evaluation"} < phases[6]
+    assert "checkpoint" in phases[4] and set(summary["seconds_after_last_line"]) == {"checkpoint", "other"}
+    assert all(0 <= time < 60 for times in seconds for time in times.values())
+
+
 ENDLESS = {"steps": 10**6, "save_every": 0, "eval_every": 0}
 
 

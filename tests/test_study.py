@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from documents import blocks
 from gwt_dist.cli.app import main
 from gwt_dist.study import compare as whole
 from gwt_dist.study.compare import compare, identity
@@ -228,6 +230,20 @@ def test_studies_of_the_tree(path: Path) -> None:
     for row in study.rows:
         options_of(row.optimizer, row.options, row.name)
     assert isinstance(study, Study) and dataclasses.asdict(study)["name"] == path.stem
+
+
+def test_rows_of_the_quality_page_are_in_the_study() -> None:
+    commands = [c for b in blocks("docs/quality.md") if b.language == "bash" for c in b.commands()]
+    for words in map(shlex.split, commands):
+        assert words[:2] == ["gwt-dist", "compare"] and words[3] == "--row"
+        assert words[4] in {row.name for row in read_study(words[2]).rows}
+    assert commands
+
+
+def test_study_of_the_page(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks("docs/compare.md") if block.language == "yaml"]
+    (tmp_path / "page.yaml").write_text(block.text)
+    assert [row.name for row in read_study(str(tmp_path / "page.yaml")).rows] == ["energy-2", "adamw"]
 
 
 def test_the_command(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

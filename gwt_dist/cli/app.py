@@ -14,7 +14,7 @@ DONE, FAILED, USER_ERROR = 0, 1, 2
 
 # Functions in modules of their names. A module is imported when its command is asked for: a plan is there before the
 # torch that other commands need would be.
-COMMANDS = ("plan", "inspect", "export", "doctor", "compare")
+COMMANDS = ("plan", "inspect", "export", "report", "compare", "doctor")
 
 
 class Commands(TyperGroup):

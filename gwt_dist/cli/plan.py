@@ -19,6 +19,7 @@ from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import ENGINES, Setup
 from gwt_dist.memory.state import LIMITED
+from gwt_dist.report.pages import check_free, write_page
 
 TARGETS = ["attn", "mlp"]
 ENGINE, LEVEL = "zero2", 2
@@ -61,9 +62,12 @@ def plan(
     reserve: Annotated[str, typer.Option(help="Bytes that --fit leaves for what is not counted.")] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with bars to this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --html.")] = False,
 ) -> None:
     """Bytes of each rank for weights, gradients, masters and moments, and what is sent in a step. Allocates nothing."""
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    if html is not None:
+        check_free(html, force)
     spec = read_model(model)
     options: dict[str, Any] = {
         "level": level,
@@ -127,7 +131,7 @@ def plan(
     from gwt_dist.cli import plan_show
 
     if html is not None and found is not None:
-        html.write_text(plan_show.page(content), encoding="utf-8")
+        write_page(html, plan_show.page(content), force=force)
     if as_json:
         print(json.dumps(content, indent=1))
     else:

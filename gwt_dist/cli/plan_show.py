@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gwt_dist.report.pages import COLOURS, human, render
+
 NAMES = {
     "single": "one process",
     "ddp": "DDP",
@@ -15,16 +17,6 @@ NAMES = {
     **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},
 }
 COLUMNS = (("worst rank", "worst_rank"), ("least", "min"), ("median", "median"), ("most", "max"))
-
-
-def human(number: int) -> str:
-    """Bytes in powers of 1024, three figures."""
-    value, unit = float(number), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{number} B" if unit == "B" else f"{value:.4g} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
 
 
 def title(content: dict[str, Any]) -> str:
@@ -119,20 +111,12 @@ def show(content: dict[str, Any]) -> None:
     console.print(grid)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ title }}</title>
-<style>
- :root { color-scheme: light dark; }
- body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
- h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
- table { border-collapse: collapse; width: 100%; } td, th { padding: .2rem .6rem; text-align: right; }
- td:first-child, th:first-child, td.text { text-align: left; } tr { border-bottom: 1px solid #8884; }
+_PAGE = """
+{% block style %}
  svg { width: 100%; height: auto; display: block; } svg text { font-size: 13px; fill: currentColor; }
- .legend span { display: inline-block; margin-right: 1rem; } .legend i { display: inline-block; width: .8em;
- height: .8em; margin-right: .3em; }
-</style></head><body>
-<h1>{{ title }}</h1><p>{{ levels }}</p>
+{% endblock %}
+{% block body %}
+<p>{{ levels }}</p>
 <h2>The worst rank ({{ worst_rank }}), beside AdamW</h2>
 <svg viewBox="0 0 900 {{ 40 * bars|length }}" role="img" aria-label="bytes of the worst rank">
 {%- for bar in bars %}{% set y = 40 * loop.index0 %}
@@ -162,25 +146,22 @@ not divide them in this way.</p>
 <h2>Further</h2>
 <table>{% for name, text in details %}<tr><td>{{ name }}</td><td class="text">{{ text }}</td></tr>
 {% endfor %}</table>
-</body></html>
+{% endblock %}
 """
-_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#888888")
 _LEFT, _WIDTH = 110, 640  # of the bars, in units of the drawing, which leaves room for a number to their right
 
 
 def page(content: dict[str, Any]) -> str:
     """A page that needs nothing beside itself."""
-    from jinja2 import Environment
-
     parts = [(row["name"], row["worst_rank"]) for row in content["rows"]]
     states = ("exp_avg", "exp_avg_sq", "steps, limiter norms")
     adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
     beside = [(n, adamw // 2 if n in states[:2] else 0 if n == states[2] else value) for n, value in parts]
-    legend = {name: colour for (name, _), colour in zip(parts, _COLOURS, strict=False)}
+    legend = {name: colour for (name, _), colour in zip(parts, COLOURS, strict=False)}
     largest = max(sum(v for _, v in parts), sum(v for _, v in beside), 1)
     most = max(other["rank"] for other in content["beside"]) or 1
-    template = Environment(autoescape=True).from_string(_PAGE)
-    return template.render(
+    return render(
+        _PAGE,
         title=title(content),
         levels=levels(content),
         worst_rank=content["worst_rank"],
@@ -193,7 +174,7 @@ def page(content: dict[str, Any]) -> str:
                 "name": other["name"],
                 "width": round(500 * other["rank"] / most, 1),
                 "text": human(other["rank"]),
-                "colour": _COLOURS[0] if other["formula"] == "exact" else _COLOURS[-1],
+                "colour": COLOURS[0] if other["formula"] == "exact" else COLOURS[-1],
             }
             for other in content["beside"]
         ],

@@ -2,7 +2,7 @@
 
     output/
       run.json                  settings of the run, as last started
-      metrics.jsonl             the curve
+      metrics.jsonl             the curve, see `gwt-dist report`
       tensorboard/
       tokenizer.json            where the tokenizer was trained for this run
       summary.json              written at the end

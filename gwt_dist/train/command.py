@@ -55,7 +55,8 @@ def _run(config: TrainConfig, ranks: Ranks) -> int:
     from gwt_dist.train.checkpoints import RunComplete, write_json
     from gwt_dist.train.loop import NonFiniteLoss, train
     from gwt_dist.train.session import open_session
-    from gwt_dist.train.summary import OptimizerWatch, summarise
+    from gwt_dist.train.summary import summarise
+    from gwt_dist.train.watch import OptimizerWatch
 
     try:
         session = open_session(config, ranks)

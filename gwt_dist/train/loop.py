@@ -16,7 +16,7 @@ from gwt_dist.train.checkpoints import keep_state
 from gwt_dist.train.model import token_losses
 from gwt_dist.train.ranks import StopRequest
 from gwt_dist.train.session import Session
-from gwt_dist.train.summary import OptimizerWatch
+from gwt_dist.train.watch import OptimizerWatch
 
 
 class NonFiniteLoss(RuntimeError):
@@ -56,17 +56,20 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
     )
     with bar, StopRequest() as stop:
         for step in range(session.start_step, config.steps):
-            watch.timing = step > session.start_step
+            done, last = step + 1, step + 1 == config.steps
+            logged = done % config.log_every == 0 or last
+            watch.clock.lap("other")
             started = time.perf_counter()
             lr = float(session.engine.get_lr()[0])
-            loss, batch, stopping = _one_step(session, step, outcome.saved, stop)
+            loss, batch, stopping = _one_step(session, watch, step, outcome.saved, stop, logged=logged and rank == 0)
             seconds = time.perf_counter() - started
-            if watch.timing:
+            if step > session.start_step:
                 outcome.timed_tokens += tokens_per_step
                 outcome.timed_seconds += seconds
-            done = outcome.steps_done = step + 1
-            last = done == config.steps
-            if done % config.log_every == 0 or last:
+            else:
+                watch.clock.merge("first step")
+            outcome.steps_done = done
+            if logged:
                 session.metrics.write(
                     done,
                     loss=loss,
@@ -75,10 +78,14 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
                     skipped_steps=session.engine.skipped_steps,
                     tokens=done * tokens_per_step,
                     batch=batch,
+                    **(watch.limited_norms() if rank == 0 else {}),
                     tokens_per_second=tokens_per_step / seconds,
+                    seconds=watch.clock.take(),
                 )
+                watch.clock.lap("other")
             if last or (config.eval_every and done % config.eval_every == 0):
                 outcome.validation_loss, outcome.bits_per_byte = evaluate(session)
+                watch.clock.lap("evaluation")
                 if not math.isfinite(outcome.validation_loss):
                     raise NonFiniteLoss(
                         f"the validation loss is {outcome.validation_loss} after step {done}; {_kept(outcome.saved)}"
@@ -87,6 +94,7 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
                     done,
                     validation_loss=outcome.validation_loss,
                     bits_per_byte=outcome.bits_per_byte,
+                    seconds=watch.clock.take(),
                 )
             bits = outcome.bits_per_byte
             bar.set_postfix_str(
@@ -96,7 +104,9 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
             bar.update()
             due = last or stopping or (config.save_every and done % config.save_every == 0)
             if due and session.saves:
+                watch.clock.lap("other")
                 keep_state(session, done)
+                watch.clock.lap("checkpoint")
                 outcome.saved = done
             if stopping and not last:
                 outcome.stopped = True
@@ -104,15 +114,21 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
     return outcome
 
 
-def _one_step(session: Session, step: int, saved: int, stop: StopRequest) -> tuple[float, str, bool]:
-    """Mean loss over the train batch, the checksum of its text, and whether any rank was asked to stop."""
-    engine, accumulation = session.engine, session.sizes.accumulation
+def _one_step(
+    session: Session, watch: OptimizerWatch, step: int, saved: int, stop: StopRequest, *, logged: bool
+) -> tuple[float, str, bool]:
+    """Mean loss over the train batch, the checksum of its text, and whether any rank was asked to stop.
+
+    `logged`: the limiter norms of this step will be asked for.
+    """
+    engine, accumulation, lap = session.engine, session.sizes.accumulation, watch.clock.lap
     # Loss of this rank, its wish to stop and the checksum of its text (whole numbers, exact in fp64), in one vector:
     # the only all-reduce of the loop.
     report = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for micro_step in range(accumulation):
         batch = session.batches.batch(step, micro_step)
         report[2] += checksum(batch)
+        lap("data")
         loss = token_losses(engine, torch.from_numpy(batch).to(engine.device)).mean()
         report[0] += loss.detach().double() / accumulation
         if micro_step == accumulation - 1:
@@ -125,8 +141,13 @@ def _one_step(session: Session, step: int, saved: int, stop: StopRequest) -> tup
                     f"the loss is {mean} at step {step + 1}; the run stops before this step "
                     f"changes the weights, {_kept(saved)}"
                 )
+            if logged:
+                watch.remember_norms()
+        lap("forward")
         engine.backward(loss)
+        lap("backward")
         engine.step()
+        lap("engine")
     return mean, f"{int(report[2]):x}", bool(report[1] > 0)
 
 

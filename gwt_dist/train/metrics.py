@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+# What another run of the same settings, or the same run resumed, has different in its lines: all else is the same.
+TIMINGS = ("tokens_per_second", "seconds")
+# The keys of `seconds`, in the order of a step. "engine" is what DeepSpeed's step does around the optimizer: clipping,
+# gathering weights.
+PHASES = ("first step", "data", "forward", "backward", "optimizer", "engine", "evaluation", "checkpoint", "other")
+FORMAT = 1  # of run.json, metrics.jsonl and summary.json, raised when a reader of the one before would go wrong
 
 
 def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
@@ -51,15 +59,19 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
-    def write(self, step: int, **values: float | int | str | None) -> None:
+    def write(self, step: int, **values: float | int | str | Mapping[str, float] | None) -> None:
         """One line with `step` and `values`, on disk when this returns; text is not for TensorBoard."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+            parts = (
+                {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+            )
+            for tag, number in parts.items():
+                if isinstance(number, int | float):
+                    self._board.add_scalar(tag, number, step)
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""

@@ -26,7 +26,7 @@ from gwt_dist.train.batches import Batches, ShuffledBatches, Validation
 from gwt_dist.train.config import TrainConfig, find_file, read_mapping
 from gwt_dist.train.corpus import Corpus, is_dataset_name, load_corpus
 from gwt_dist.train.identity import run_identity
-from gwt_dist.train.metrics import Metrics, read_metrics
+from gwt_dist.train.metrics import FORMAT, Metrics, read_metrics
 from gwt_dist.train.ranks import Ranks, init_method, limit_waiting
 
 
@@ -116,8 +116,11 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         if begun.streams is not None:
             batches.load_state_dict(begun.streams[ranks.rank])
     record = {
+        "format": FORMAT,
         "identity": identity,
         "batch": begun.batch if begun else {"sequences": sizes.train, "ranks": world_size},
+        "ranks": world_size,
+        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type,
         "train": dataclasses.asdict(config),
         "deepspeed": engine_config,
         "model": {"file": model_file.name, **read_mapping(model_file)},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gwt_dist.memory import StateBytes
+from gwt_dist.train.watch import OptimizerWatch
 
 if TYPE_CHECKING:
     from gwt_dist.train.loop import Outcome
@@ -17,47 +17,6 @@ if TYPE_CHECKING:
 
 ADAMW_MOMENTS = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class OptimizerWatch:
-    """Times the inner optimizer and sees what it is given, by torch's own step hooks.
-
-    DeepSpeed hides which flat buffer belongs to which parameter group outside of a step (ZeRO-3
-    even empties the groups), so the level of each buffer is taken down during the steps.
-
-    Args:
-        engine: DeepSpeed engine.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self.optimizer: torch.optim.Optimizer = engine.basic_optimizer or engine.optimizer
-        self.levels: dict[torch.Tensor, int] = {}
-        self.gradient_bytes: dict[torch.Tensor, int] = {}
-        self.timing = False
-        self.seconds = 0.0
-        self._synchronize = engine.device.type != "cpu"
-        self._started = 0.0
-        self.optimizer.register_step_pre_hook(self._before)
-        self.optimizer.register_step_post_hook(self._after)
-
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter not in self.levels:
-                    self.levels[parameter] = int(group.get("level", 0))
-                    gradient = parameter.grad
-                    self.gradient_bytes[parameter] = 0 if gradient is None else _bytes(gradient)
-        if self.timing:
-            self._started = self._now()
-
-    def _after(self, *_: Any) -> None:
-        if self.timing:
-            self.seconds += self._now() - self._started
-
-    def _now(self) -> float:
-        if self._synchronize:
-            torch.accelerator.synchronize()
-        return time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +70,17 @@ def measure(engine: Any, watch: OptimizerWatch) -> RankBytes:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The end of a run; all of it goes into `summary.json`."""
+    """The end of a run; all of it goes into `summary.json`.
+
+    `seconds_after_last_line` is of the last checkpoint: what each line of `metrics.jsonl` has under `seconds`.
+    """
 
     steps: int
     validation_loss: float
     bits_per_byte: float
     tokens_per_second: float
     optimizer_time_share: float
+    seconds_after_last_line: dict[str, float]
     optimizer: str
     world_size: int
     ranks: tuple[RankBytes, ...]
@@ -179,7 +142,8 @@ def summarise(session: Session, watch: OptimizerWatch, outcome: Outcome) -> Summ
         validation_loss=outcome.validation_loss,
         bits_per_byte=outcome.bits_per_byte,
         tokens_per_second=outcome.timed_tokens / seconds if seconds else 0.0,
-        optimizer_time_share=watch.seconds / seconds if seconds else 0.0,
+        optimizer_time_share=watch.clock.total("optimizer") / seconds if seconds else 0.0,
+        seconds_after_last_line=watch.clock.take(),
         optimizer=session.record["deepspeed"]["optimizer"]["type"],
         world_size=len(gathered),
         ranks=tuple(bytes_ for bytes_, _ in gathered),

@@ -1,0 +1,260 @@
+"""The drawings of a report, by plotly: curves with a line a run, and bars."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from gwt_dist.report.pages import COLOURS, human
+from gwt_dist.report.run import Run, finite
+from gwt_dist.train.metrics import PHASES
+
+# Of runs: what is next to each other differs most.
+RUN_COLOURS = tuple(COLOURS[i] for i in (0, 4, 2, 3, 5, 1, 6))
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+MOST_RANKS = 8  # with bars of their own
+# (name, its bytes, those of AdamW in its place)
+PARTS = (
+    ("weights", "weights", "weights"),
+    ("gradients", "gradients", "gradients"),
+    ("masters", "masters", "masters"),
+    ("moments, level > 0", "wavelet_moments", "wavelet_adamw"),
+    ("moments, level 0", "plain_moments", "plain_adamw"),
+    ("steps, limiter norms", "scalars", ""),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure under its title. `legend` has a name and a colour for each part of bars; curves have none of their own:
+    their x axis is that of the other curves, and their lines are of runs.
+    """
+
+    id: str
+    title: str
+    note: str
+    figure: go.Figure
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What is drawn of each run: values by key from its lines."""
+
+    key: str
+    name: str = ""
+    validation: bool = False
+    mode: str = "lines"
+    faint: bool = False
+
+
+# id, title, note, label of the y axis, its scale, lines
+_CURVES: tuple[tuple[str, str, str, str, str, tuple[_Line, ...]], ...] = (
+    (
+        "loss",
+        "Loss",
+        "Of the training batch; points: validation.",
+        "nats a token",
+        "free",
+        (_Line("loss", "training"), _Line("validation_loss", "validation", validation=True, mode="markers")),
+    ),
+    (
+        "bits_per_byte",
+        "Bits per byte",
+        "Of the validation text, comparable between tokenizers.",
+        "bits a byte",
+        "free",
+        (_Line("bits_per_byte", validation=True, mode="lines+markers"),),
+    ),
+    ("lr", "Learning rate", "As given to the optimizer.", "learning rate", "zero", (_Line("lr"),)),
+    ("gradient_norm", "Gradient norm", "Of all weights, before clipping.", "norm", "log", (_Line("gradient_norm"),)),
+    (
+        "limited_norm",
+        "Norm that the limiter remembers",
+        "Of the update of a tensor: mean over tensors; faint: the largest.",
+        "norm",
+        "log",
+        (_Line("limited_norm_mean", "mean"), _Line("limited_norm_max", "largest", faint=True)),
+    ),
+    (
+        "limited_share",
+        "Tensors held back",
+        "Share of the tensors with a limiter whose update it shortened in the step.",
+        "share",
+        "zero",
+        (_Line("limited_share"),),
+    ),
+    (
+        "tokens_per_second",
+        "Speed",
+        "Of each logged step, of all ranks together.",
+        "tokens a second",
+        "zero",
+        (_Line("tokens_per_second"),),
+    ),
+)
+
+
+def drawings(runs: Sequence[Run]) -> list[Drawing]:
+    """All that the runs have numbers for, in the order of the page."""
+    by_tokens = len({run.tokens_per_step for run in runs}) > 1
+
+    def x(run: Run, line: dict[str, Any]) -> int:
+        return int(line["step"]) * (run.tokens_per_step if by_tokens else 1)
+
+    label = "tokens" if by_tokens else "step"
+    end = max(x(run, run.training[-1]) for run in runs)
+    found = []
+    for id_, title, note, unit, scale, lines in _CURVES:
+        figure = _curves(runs, lines, x)
+        if figure.data:
+            figure.update_layout(**_layout(300))
+            figure.update_xaxes(title_text=label, range=[0, 1.02 * end], **_AXIS)
+            figure.update_yaxes(title_text=unit, **_SCALES[scale], **_AXIS)
+            found.append(Drawing(id_, title, note, figure))
+    found += [drawing for drawing in (_time(runs), _memory(runs)) if drawing.figure.data]
+    return found
+
+
+def colour(number: int) -> str:
+    """Of the run of that number."""
+    return RUN_COLOURS[number % len(RUN_COLOURS)]
+
+
+def plain(text: str, most: int = 60) -> str:
+    """Text for plotly, which takes some tags of HTML as such; shortened in the middle."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
+    return html.escape(text)
+
+
+_AXIS = {"gridcolor": "#8883", "zeroline": False, "linecolor": "#888", "ticks": "outside", "tickcolor": "#888"}
+
+_TICKS = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 2, 5)]
+_SCALES: dict[str, dict[str, Any]] = {
+    "free": {},
+    "zero": {"rangemode": "tozero"},
+    "log": {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:g}" for tick in _TICKS]},
+}
+
+
+def _layout(height: int) -> dict[str, Any]:
+    return {
+        "template": "none",
+        "height": height,
+        "margin": {"l": 62, "r": 12, "t": 26, "b": 46},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, 'Liberation Sans', sans-serif", "size": 12},
+        "showlegend": False,
+        "hovermode": "x unified",
+        "hoverlabel": {"bgcolor": "#fff", "font": {"color": "#222"}},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888", "activecolor": "#4477aa"},
+    }
+
+
+def _curves(runs: Sequence[Run], lines: Sequence[_Line], x: Callable[[Run, dict[str, Any]], int]) -> go.Figure:
+    figure = go.Figure()
+    for number, run in enumerate(runs):
+        for line in lines:
+            rows = [row for row in (run.validation if line.validation else run.training) if line.key in row]
+            values = [finite(row[line.key]) for row in rows]
+            if all(value is None for value in values):
+                continue
+            figure.add_scatter(
+                x=[x(run, row) for row in rows],
+                y=values,
+                name=" ".join(part for part in (plain(run.name), line.name) if part),
+                meta={"run": number, "key": line.key},
+                mode=line.mode if len(rows) > 1 else "markers",
+                opacity=0.45 if line.faint else 1,
+                line={"color": colour(number), "width": 1.8, "dash": DASHES[number // len(RUN_COLOURS) % len(DASHES)]},
+                marker={"size": 7},
+            )
+    return figure
+
+
+def _time(runs: Sequence[Run]) -> Drawing:
+    """Shares of the time of the loop, a bar a run."""
+    figure = go.Figure()
+    timed = [(run, run.seconds()) for run in runs]
+    timed = [(run, seconds) for run, seconds in timed if seconds]
+    for number, phase in enumerate(PHASES):
+        parts = [(seconds.get(phase, 0.0), sum(seconds.values())) for _, seconds in timed]
+        if any(part for part, _ in parts):
+            figure.add_bar(
+                y=[plain(run.name, 24) for run, _ in timed],
+                x=[100 * part / total for part, total in parts],
+                customdata=[[part, total] for part, total in parts],
+                name=phase,
+                orientation="h",
+                marker={"color": _PHASE_COLOURS[number]},
+                hovertemplate=phase + ": %{x:.1f} %, %{customdata[0]:.2f} of %{customdata[1]:.2f} s<extra></extra>",
+            )
+    _stack(figure, len(timed), "% of the time")
+    note = "Of the whole training loop. Engine: what DeepSpeed's step does around the optimizer's."
+    return Drawing("time", "Where the time goes", note, figure, _legend(figure))
+
+
+_PHASE_COLOURS = ("#bbbbbb", "#ccbb44", "#4477aa", "#66ccee", "#ee6677", "#aa3377", "#228833", "#99cc66", "#888888")
+
+
+def _memory(runs: Sequence[Run]) -> Drawing:
+    """Bytes of ranks, each above what it would hold with AdamW."""
+    figure = go.Figure()
+    bars: list[tuple[str, dict[str, int], int]] = []  # label, bytes, which key of PARTS
+    for run in runs:
+        for rank in shown_ranks(run.ranks):
+            label = f"{plain(run.name, 20)}, rank {rank['rank']}"
+            bars.append((label, rank, 1))
+            if any(rank[ours] != rank.get(adamw, 0) for _, ours, adamw in PARTS[:5]):
+                bars.append((f"{label} with AdamW", rank, 2))
+    for number, part in enumerate(PARTS):
+        values = [rank.get(str(part[key]), 0) for _, rank, key in bars]
+        if any(values):
+            figure.add_bar(
+                y=[label for label, _, _ in bars],
+                x=[value / 2**20 for value in values],
+                customdata=[human(value) for value in values],
+                name=plain(part[0]),
+                orientation="h",
+                marker={"color": COLOURS[number]},
+                hovertemplate=f"{plain(part[0])}: %{{customdata}}<extra></extra>",
+            )
+    _stack(figure, len(bars), "MiB")
+    note = (
+        "Counted on the live tensors at the end of the run; AdamW's two fp32 moments by formula. Without activations."
+    )
+    if any(len(run.ranks) > MOST_RANKS for run in runs):
+        note += " Of many ranks: those with most and with least."
+    return Drawing("memory", "Memory of each rank", note, figure, _legend(figure))
+
+
+def shown_ranks(ranks: Sequence[dict[str, int]]) -> list[dict[str, int]]:
+    """All of few ranks; of many, the one with most bytes and the one with least."""
+    if len(ranks) <= MOST_RANKS:
+        return list(ranks)
+    in_order = sorted(ranks, key=held)
+    return [in_order[-1], in_order[0]]
+
+
+def held(rank: dict[str, int], adamw: bool = False) -> int:
+    """All that is counted of a rank, or that would be with AdamW."""
+    return sum(rank.get(part[2 if adamw else 1], 0) for part in PARTS)
+
+
+def _stack(figure: go.Figure, bars: int, label: str) -> None:
+    layout = _layout(80 + 30 * bars)
+    layout |= {"barmode": "stack", "hovermode": "closest", "bargap": 0.25}
+    layout["margin"] |= {"l": 8}
+    figure.update_layout(**layout)
+    figure.update_xaxes(title_text=label, **_AXIS)
+    figure.update_yaxes(autorange="reversed", automargin=True, ticks="", type="category")
+
+
+def _legend(figure: go.Figure) -> tuple[tuple[str, str], ...]:
+    return tuple((html.unescape(trace.name), trace.marker.color) for trace in figure.data)
