@@ -19,7 +19,7 @@ from gwt_dist.study.compare import compare, identity
 from gwt_dist.study.config import Study, read_study, study_from
 from gwt_dist.study.held import bytes_held
 from gwt_dist.study.optimizers import ENTRIES, build, options_of, split
-from gwt_dist.study.plan import FULL, SEEDS, SHORT, next_rate, outcome, ranked, wanted
+from gwt_dist.study.plan import FULL, SEEDS, SHORT, beside, outcome, ranked, wanted
 from gwt_dist.study.results import read_results
 from gwt_dist.study.run import rate_factor
 from gwt_dist.study.table import lines_of, unequal
@@ -75,9 +75,12 @@ def numbers(path: Path) -> dict[str, Any]:
     return {key: [line.get(k) for k in keys] for key, line in read_results(path / "results.jsonl")[0].items()}
 
 
-def test_rates_by_halving_then_the_other_seeds(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("last", "best"), [(1.9, 0.02), (1.7, 0.04)])
+def test_rates_until_both_neighbours_are_worse_then_the_other_seeds(
+    settings: dict[str, Any], last: float, best: float
+) -> None:
     rows = [{"name": "a", "optimizer": "gwt", "lr": [0.01, 0.02, 0.04, 0.08]}]
-    study = study_from(settings | {"rows": rows, "extend": 1, "batches": [{"tokens": 64, "steps": 8}]}, "here")
+    study = study_from(settings | {"rows": rows, "extend": 1}, "here")
     results: dict[str, dict[str, Any]] = {}
 
     def end(losses: dict[float, float], **more: Any) -> list[tuple[float, int, int, int]]:
@@ -87,22 +90,21 @@ def test_rates_by_halving_then_the_other_seeds(settings: dict[str, Any]) -> None
         return [(run.lr, run.seed, run.steps, run.stage) for run in runs]
 
     assert end({0.01: 2.0, 0.02: 3.0, 0.04: 4.0, 0.08: 5.0}) == [(lr, 0, 2, SHORT) for lr in (0.01, 0.02, 0.04, 0.08)]
-    assert end({0.005: 2.5}) == [(0.005, 0, 2, SHORT)]  # the best was the lowest: one further
-    assert end({0.01: 1.9, 0.005: 1.8}) == [(0.01, 0, 8, FULL), (0.005, 0, 8, FULL)]
-    assert end({0.005: 1.7}) == [(0.005, 1, 8, SEEDS)]
+    assert end({0.005: 2.1, 0.01: 1.9, 0.02: 1.8}) == [(lr, 0, 8, FULL) for lr in (0.005, 0.01, 0.02)]
+    assert end({0.04: last}) == [(0.04, 0, 8, FULL)]  # the best was the highest: one further
+    assert end({best: 1.6}) == [(best, 1, 8, SEEDS)]
     assert end({}) == []
     found = outcome(study, "shared", study.rows[0], study.batches[0], results)
-    assert (found.best, found.added, found.edge) == (0.005, 1, False)
-    assert [run["validation_loss"] for run in found.runs] == [1.8, 1.7]
+    assert (found.best, found.edge, found.rates) == (best, best == 0.04, (0.005, 0.01, 0.02, 0.04, 0.08))
+    assert [run["validation_loss"] for run in found.runs] == [min(last, 1.8), 1.6]
 
 
 def test_the_order_of_rates() -> None:
     ok = [{"status": "ok", "validation_loss": loss} for loss in (3.0, 2.0, 2.0)]
     assert ranked((0.1, 0.2, 0.4), ok) == [0.2, 0.4, 0.1]
     assert ranked((0.1, 0.2), [{"status": "diverged"}, ok[0]]) == [0.2]
-    assert next_rate((0.1, 0.2, 0.4), [0.2, 0.1], 2) is None
-    assert next_rate((0.1, 0.2), [0.2, 0.1], 2) == 0.4
-    assert next_rate((0.1, 0.2), [], 2) == 0.05  # all diverged: lower
+    assert [beside(0.2, (0.1, 0.2, 0.5), 2, towards) for towards in (-1, 1)] == [0.1, 0.5]
+    assert [beside(lr, (0.1, 0.2, 0.5), 2, towards) for lr, towards in ((0.1, -1), (0.5, 1))] == [0.05, 1.0]
 
 
 def test_rows_of_priority_1_come_first_and_whole(settings: dict[str, Any]) -> None:
@@ -115,14 +117,14 @@ def test_rows_of_priority_1_come_first_and_whole(settings: dict[str, Any]) -> No
 def test_a_study_that_was_interrupted_equals_one_that_was_not(settings: dict[str, Any], tmp_path: Path) -> None:
     study = study_from(settings, "here", "small")
     ended = compare(study, tmp_path / "whole", jobs=0)
-    assert (ended.made, ended.left) == (2 + 2 + 1 + 1 + 1, 0)
+    assert (ended.made, ended.left) == ((2 + 3 + 1) + (1 + 1), 0)
     assert compare(study, tmp_path / "whole", jobs=0).made == 0
 
     lines = (tmp_path / "whole" / "results.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "results.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:50])
     assert compare(study, tmp_path / "cut", jobs=2, budget_seconds=0).left > 0
-    assert compare(study, tmp_path / "cut", jobs=2).made == 4  # in processes of their own
+    assert compare(study, tmp_path / "cut", jobs=2).made == 5  # in processes of their own
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     assert read_results(tmp_path / "cut" / "results.jsonl")[1] == 1  # the line that was cut
 

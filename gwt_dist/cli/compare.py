@@ -26,7 +26,7 @@ def compare(
         bool, typer.Option("--report", help="Run nothing; write table and plots of what is there.")
     ] = False,
 ) -> None:
-    """Compare optimizers: rates by halving on one seed, then all seeds at the best. Goes on where it was stopped."""
+    """Compare optimizers: rates on one seed, then all seeds at the best. Goes on where it was stopped."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

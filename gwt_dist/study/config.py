@@ -51,8 +51,9 @@ class Row:
 class Study:
     """What a study file says; the defaults of its keys stand here.
 
-    `short` is the share of the steps after which rates are compared, `keep` how many of them go to full length, and
-    `extend` how often the rates go on by `factor` where the best one is the first or the last.
+    All rates of a row are tried at `short`, a share of the steps. The best of them and its two neighbours are tried at
+    full length, and further ones, at most `extend`, until both neighbours of the best are worse; beyond the row's own
+    rates they go on by `factor`.
     """
 
     rows: tuple[Row, ...]
@@ -69,8 +70,7 @@ class Study:
     clipping: float = 1.0
     seeds: tuple[int, ...] = (0, 1, 2)
     short: float = 0.25
-    keep: int = 2
-    extend: int = 2
+    extend: int = 3
     factor: float = 2.0
 
     def batches_of(self, row: Row) -> tuple[Batch, ...]:

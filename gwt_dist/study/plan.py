@@ -1,4 +1,4 @@
-"""Which runs come next: rates by successive halving, then the other seeds at the best. Pure functions."""
+"""Which runs come next: rates at part of the length, the best and its neighbours, the other seeds. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gwt_dist.study.config import Batch, Row, Study
 from gwt_dist.study.optimizers import options_of
 
 SHORT, FULL, SEEDS = 0, 1, 2  # stages
-STAGES = ("rates at part of the length", "best rates at full length", "other seeds")
+STAGES = ("rates at part of the length", "rates at full length", "other seeds")
 Results = Mapping[str, Mapping[str, Any]]  # by `Run.key`
 FINISHED = ("ok", "diverged", "failed")
 
@@ -44,16 +44,15 @@ class Run:
 class Outcome:
     """What is known of one row at one batch size.
 
-    `rates` are those tried at part of the length, `best` the one that the seeds are for (None: no run at full length
-    has ended well), `runs` those at full length and the best rate that ended well, `edge` whether the best rate of the
-    first stage is still the first or the last, `added` how many rates were added, `wanted` what is still to be run.
+    `rates` are those tried at any length, `best` the one that the seeds are for (None: no run at full length has ended
+    well yet), `runs` those at full length and the best rate that ended well, `edge` whether the best rate is the first
+    or the last of those tried at full length, `wanted` what is still to be run.
     """
 
     rates: tuple[float, ...]
     best: float | None
     runs: tuple[Mapping[str, Any], ...]
     edge: bool
-    added: int
     wanted: tuple[Run, ...]
     reasons: tuple[str, ...]
 
@@ -98,33 +97,36 @@ def outcome(study: Study, shared: str, row: Row, batch: Batch, results: Results)
     def reasons(runs: list[Run]) -> tuple[str, ...]:
         return tuple(f"{r.lr:g}: {results[r.key]['reason']}" for r in runs if "reason" in results.get(r.key, {}))
 
-    rates, edge, added, tried = row.lr, False, 0, []
-    chosen = list(rates)
-    if len(row.lr) > 1:
-        while True:
-            tried = [run(lr, first, SHORT) for lr in rates]
-            missing = tuple(r for r in tried if r.key not in results)
-            if missing:
-                return Outcome(rates, None, (), False, added, missing, reasons(tried))
-            chosen = ranked(rates, [results[r.key] for r in tried])
-            further = next_rate(rates, chosen, study.factor)
-            edge = further is not None
-            if further is None or added >= study.extend or _cannot(tried, results):
-                break
-            rates, added = tuple(sorted((*rates, further))), added + 1
-        chosen = chosen[: study.keep]
-    full = [run(lr, first, FULL) for lr in chosen]
-    missing = tuple(r for r in full if r.key not in results)
-    if missing:
-        return Outcome(rates, None, (), edge, added, missing, reasons(tried + full))
-    best = next(iter(ranked(chosen, [results[r.key] for r in full])), None)
+    short = [run(lr, first, SHORT) for lr in row.lr] if len(row.lr) > 1 else []
+    missing = tuple(r for r in short if r.key not in results)
+    if missing or (short and _cannot(short, results)):
+        return Outcome(row.lr, None, (), False, missing, reasons(short))
+    begin = next(iter(ranked(row.lr, [results[r.key] for r in short])), row.lr[0]) if short else row.lr[0]
+    chosen: tuple[float, ...] = (begin,)
+    if short:
+        chosen = (beside(begin, row.lr, study.factor, -1), begin, beside(begin, row.lr, study.factor, 1))
+    further = study.extend
+    while True:
+        rates = tuple(sorted({*row.lr, *chosen}))
+        full = [run(lr, first, FULL) for lr in chosen]
+        missing = tuple(r for r in full if r.key not in results)
+        if missing:
+            return Outcome(rates, None, (), False, missing, reasons(short + full))
+        best = next(iter(ranked(chosen, [results[r.key] for r in full])), None)
+        edge = bool(short) and best in (None, chosen[0], chosen[-1])
+        if not edge or not further or _cannot(full, results):
+            break
+        towards = 1 if best == chosen[-1] else -1
+        chosen = tuple(sorted((*chosen, beside(chosen[-1 if towards > 0 else 0], row.lr, study.factor, towards))))
+        further -= 1
     if best is None:
-        return Outcome(rates, None, (), edge, added, (), reasons(tried + full))
+        return Outcome(rates, None, (), edge, (), reasons(short + full))
     seeds = [run(best, seed, SEEDS) for seed in others]
-    all_seeds = [run(best, first, FULL), *seeds]
-    ended = tuple(results[r.key] for r in all_seeds if results.get(r.key, {}).get("status") == "ok")
+    ended = tuple(
+        results[r.key] for r in (run(best, first, FULL), *seeds) if results.get(r.key, {}).get("status") == "ok"
+    )
     missing = tuple(r for r in seeds if r.key not in results)
-    return Outcome(rates, best, ended, edge, added, missing, reasons(tried + full + seeds))
+    return Outcome(rates, best, ended, edge, missing, reasons(short + full + seeds))
 
 
 def _cannot(tried: list[Run], results: Results) -> bool:
@@ -138,11 +140,12 @@ def ranked(rates: tuple[float, ...] | list[float], results: list[Mapping[str, An
     return [lr for _, lr in sorted(losses)]
 
 
-def next_rate(rates: tuple[float, ...], best_first: list[float], factor: float) -> float | None:
-    """The rate beyond the edge where the best one lies there, or below all where none ended well; None inside."""
-    if not best_first or best_first[0] == rates[0]:
-        return _rounded(rates[0] / factor)
-    return _rounded(rates[-1] * factor) if best_first[0] == rates[-1] else None
+def beside(rate: float, rates: tuple[float, ...], factor: float, towards: int) -> float:
+    """The next of `rates` above (`towards=1`) or below (-1) a rate, beyond them that rate times or over `factor`."""
+    further = [lr for lr in rates if (lr - rate) * towards > 0]
+    if further:
+        return min(further) if towards > 0 else max(further)
+    return _rounded(rate * factor**towards)
 
 
 def _rounded(rate: float) -> float:
@@ -150,12 +153,15 @@ def _rounded(rate: float) -> float:
 
 
 def wanted(study: Study, shared: str, results: Results, only: str = "") -> list[Run]:
-    """All runs that can be started now, in the order of work: priority, stage, order of rows, order of batches."""
+    """All runs that can be started now, in the order of work: priority, order of rows, order of batches.
+
+    A row is thus finished as far as it can be before the next begins, and a study that is cut short has whole rows.
+    """
     runs: dict[str, Run] = {}
     for row, batch in _pairs(study, only):
         for run in outcome(study, shared, row, batch, results).wanted:
             runs.setdefault(run.key, run)
-    return sorted(runs.values(), key=lambda run: (run.priority, run.stage))
+    return sorted(runs.values(), key=lambda run: run.priority)
 
 
 def tokens_to_go(study: Study, shared: str, results: Results, only: str = "") -> int:
@@ -168,7 +174,7 @@ def tokens_to_go(study: Study, shared: str, results: Results, only: str = "") ->
             continue
         stage = now.wanted[0].stage
         later = (len(study.seeds) - 1) * (stage < SEEDS)
-        later += min(study.keep, len(row.lr)) * (stage < FULL)
+        later += (3 if len(row.lr) > 1 else 1) * (stage < FULL)
         total += later * batch.tokens * batch.steps
     return total
 

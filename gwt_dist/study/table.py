@@ -60,8 +60,6 @@ def lines_of(study: Study, shared: str, results: Results, batch: Batch) -> list[
 
 def _line(study: Study, shared: str, name: str, batch: Batch, found: Outcome, results: Results) -> Line:
     notes = []
-    if found.added:
-        notes.append(f"{found.added} rate{'s' * (found.added > 1)} added")
     if found.edge:
         notes.append("best rate is the last one tried")
     if found.wanted:
