@@ -176,7 +176,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(
 def test_what_is_held_counts_projections_and_not_weights() -> None:
     class Projector:
         def __init__(self) -> None:
-            self.matrix = torch.zeros(10, 3)
+            self.matrix = torch.zeros(10, 10)[:, :3]  # GaLore: a view of a whole decomposition
 
     weight = torch.nn.Parameter(torch.zeros(10, 10))
     weight.grad = torch.ones(10, 10)

@@ -31,8 +31,10 @@ _REFERENCES = (weakref.ref, weakref.ProxyType)
 
 
 def bytes_held(roots: Iterable[Any], weights: Iterable[Tensor]) -> int:
-    """Bytes of the storages of all tensors that can be reached from `roots`, each storage once.
+    """Bytes of all tensors that can be reached from `roots`; of those in one storage no more than it has.
 
+    A view counts with its own elements: GaLore's projections are views of a whole decomposition, of which the method
+    needs a quarter, and an optimizer is not charged with what its package keeps alive by accident.
     Dictionaries, lists, attributes and slots are followed, so a projection inside an object of its own counts, and so
     do the parts of a tensor subclass (8-bit values, their scales and tables). `weights` and their gradients do not.
     """
@@ -41,13 +43,15 @@ def bytes_held(roots: Iterable[Any], weights: Iterable[Tensor]) -> int:
         known.add(weight.untyped_storage().data_ptr())
         if weight.grad is not None:
             known.add(weight.grad.untyped_storage().data_ptr())
-    total = 0
+    views: dict[int, dict[tuple[Any, ...], int]] = {}
+    sizes: dict[int, int] = {}
     for tensor in tensors_in(roots):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            total += storage.nbytes()
-    return total
+            sizes[storage.data_ptr()] = storage.nbytes()
+            place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+            views.setdefault(storage.data_ptr(), {})[place] = tensor.numel() * tensor.element_size()
+    return sum(min(sizes[storage], sum(places.values())) for storage, places in views.items())
 
 
 def tensors_in(roots: Iterable[Any]) -> Iterator[Tensor]:
