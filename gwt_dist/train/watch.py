@@ -55,7 +55,7 @@ class Clock:
 
     def total(self, phase: str) -> float:
         """Seconds in `phase` from the start on."""
-        return self._total[phase] + self._since[phase]
+        return self._total.get(phase, 0.0) + self._since.get(phase, 0.0)
 
 
 class OptimizerWatch:
