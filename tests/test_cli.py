@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from gwt_dist.cli.app import main
+from gwt_dist.cli import EXTRAS
+from gwt_dist.cli.app import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,3 +37,58 @@ def test_train_is_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean '--steps'?" in capsys.readouterr().err
     assert main(["train", "--help"]) == 0
     assert "--sequence_length" in capsys.readouterr().out
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from gwt_dist.cli import start
+sys.argv[1:] = {arguments!r}
+start()
+"""
+OF_HF = ("yaml", "tqdm", "transformers", "tokenizers", "datasets", "safetensors", "tensorboard")
+
+
+def without(missing: tuple[str, ...], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of gwt-dist where packages are not installed."""
+    code = WITHOUT.format(missing=missing, arguments=list(arguments))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_and_plan_work_without_the_recipes_packages() -> None:
+    """As the README installs it: an extra that is left out takes its own commands away, not the help."""
+    code, out, err = without(OF_HF, "--help")
+    assert (code, err) == (0, "")
+    assert all(f" {command} " in out for command in (*COMMANDS, "train"))
+    for command in COMMANDS:
+        assert without(OF_HF, command, "--help")[::2] == (0, ""), command
+    assert without(OF_HF, "plan", str(ROOT / "configs/models/7b.json"), "--world", "24")[::2] == (0, "")
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_command_whose_packages_are_not_there_says_what_to_install(command: str) -> None:
+    code, out, err = without(OF_HF, command, "smoke")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: gwt-dist {command} needs the package yaml, which is not installed: "
+        f'pip install -c constraints.txt -e ".[cli,hf]"\n'
+    )
+    assert without(("typer",), "plan")[2] == (
+        "error: gwt-dist plan needs the package typer, which is not installed: "
+        'pip install -c constraints.txt -e ".[cli]"\n'
+    )
+
+
+def test_extras_bring_what_the_message_says() -> None:
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    for package, extra in EXTRAS.items():
+        names = extras["options.extras_require"][extra].replace(">", " ").split()
+        assert {"yaml": "pyyaml"}.get(package, package) in names, package

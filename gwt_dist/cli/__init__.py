@@ -7,13 +7,31 @@ from typing import NoReturn
 
 __all__ = ["start"]
 
+# What the commands import beyond torch and PyWavelets, and the extra that brings it (setup.cfg). A command whose extra
+# is not installed says so; the others and the help work without it.
+EXTRAS = {
+    **dict.fromkeys(("typer", "rich", "jinja2", "plotly"), "cli"),
+    **dict.fromkeys(("yaml", "numpy", "tqdm", "transformers", "tokenizers", "datasets", "safetensors"), "hf"),
+    "tensorboard": "hf",
+    "deepspeed": "deepspeed",
+}
+
 
 def start() -> NoReturn:
     """Run ``gwt-dist`` with the arguments of this process and leave with its exit code."""
     try:
         from gwt_dist.cli.app import main
+
+        sys.exit(main())
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        sys.exit(f'error: the command gwt-dist needs {error.name}, which is not installed: pip install "gwt_dist[cli]"')
-    sys.exit(main())
+        command = " ".join(("gwt-dist", *sys.argv[1:2]))
+        extras = ",".join(sorted({"cli", EXTRAS[package]}))
+        print(
+            f"error: {command} needs the package {package}, which is not installed: "
+            f'pip install -c constraints.txt -e ".[{extras}]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)

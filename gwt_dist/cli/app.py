@@ -57,7 +57,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 )
 def train(context: typer.Context) -> None:
     """Pre-train a LLaMA: the arguments of launch/pretrain.py, of which `gwt-dist train --help` tells."""
-    from gwt_dist.train import main as pretrain
+    from gwt_dist.train.command import main as pretrain
 
     raise typer.Exit(pretrain(context.args))
 

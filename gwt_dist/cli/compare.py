@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from gwt_dist.study.config import read_study
-
 
 def compare(
     study: Annotated[str, typer.Argument(help="A study's YAML file, or a name in configs/studies.")],
@@ -31,6 +29,7 @@ def compare(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from gwt_dist.study import compare as whole
+    from gwt_dist.study.config import read_study
     from gwt_dist.study.report import write_report
 
     plan = read_study(study)
