@@ -4,7 +4,7 @@
 //   OMP_NUM_THREADS=2 OMP_PROC_BIND=true /tmp/traffic
 //
 // Prints milliseconds (medians) for 16.8 M fp32 elements and the median of ratios to AdamW's traffic in the same round.
-// A kernel whose ratio to fused AdamW is the one printed here has nothing left to gain but by touching fewer bytes.
+// A guide and no bound: loops of another form move the same bytes at up to a quarter less speed.
 
 #include <algorithm>
 #include <chrono>
