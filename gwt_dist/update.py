@@ -9,7 +9,7 @@
     rho  = max(||m/d|| / (prev + 1e-8), limiter) / limiter        the norm-growth limiter, one number a tensor
     prev = ||m/d|| / rho
     W   -= lr * sqrt(1-b2**t)/(1-b1**t) * scale/rho * u
-    W   -= lr * weight_decay * W
+    W   *= 1 - lr * weight_decay
 
 Source: Gradient Wavelet Transform (arXiv 2501.07237), Adam with ``eps`` beside the uncorrected ``sqrt(v)``. At level 0
 ``a = x`` and the details vanish, which leaves AdamW. The coherence is this project's own, see `coherence`.
@@ -99,7 +99,7 @@ def step_size(step: Tensor, rule: Rule) -> Tensor:
 def coherence(
     exp_avg_N: Tensor,  # (N,) after update_moments
     a_N: Tensor,  # (N,) this step's approximation
-    d_N: Tensor,  # (N,) denominator
+    inverse_N: Tensor,  # (N,) 1 / denominator
     step: Tensor,  # 0-d, t
     rule: Rule,
 ) -> Tensor:
@@ -117,15 +117,18 @@ def coherence(
     whole = 1 - beta1**t
     before = whole - (1 - beta1)  # b1 * (1 - b1**(t-1)): none at the first step
     factor = torch.where((t > 1) & (before > 0), whole * (1 - beta2**t) / (before * before), 0.0)
-    steady_N = (exp_avg_N - a_N * (1 - beta1)) / d_N
-    return torch.minimum(steady_N * steady_N * factor.to(d_N), whole.to(d_N))
+    steady_N = (exp_avg_N - a_N * (1 - beta1)) * inverse_N
+    return torch.minimum(steady_N * steady_N * factor.to(steady_N), whole.to(steady_N))
 
 
-def decay(rule: Rule, like: Tensor) -> Tensor:
-    """``lr * weight_decay``, taken in fp64, as a 0-d tensor in dtype and on the device of `like`."""
+def kept(rule: Rule, like: Tensor) -> Tensor:
+    """What weight decay leaves of a weight, ``1 - lr * weight_decay``, taken in fp64, as a 0-d tensor.
+
+    In dtype and on the device of `like`.
+    """
     if isinstance(rule.lr, Tensor) and rule.lr.device == like.device:
-        return (rule.lr.double() * rule.weight_decay).to(like.dtype)
-    return like.new_full((), float(rule.lr) * rule.weight_decay)  # a fill: a copy to a GPU would wait for it
+        return (1 - rule.lr.double() * rule.weight_decay).to(like.dtype)
+    return like.new_full((), 1 - float(rule.lr) * rule.weight_decay)  # a fill: a copy to a GPU would wait for it
 
 
 def change(
@@ -139,10 +142,10 @@ def change(
 ) -> Tensor:
     """``size * u``, what weight loses, (N, U).
 
-    One division a unit: ``size / d`` is a factor of its approximation and of all its details.
+    One division a unit: ``1 / d`` is in the factor of its approximation, of all its details and in its coherence.
     """
-    d_N = denominator(exp_avg_sq_N, rule.eps)
-    gain_N = torch.full_like(d_N, rule.detail_gain)
+    inverse_N = denominator(exp_avg_sq_N, rule.eps).reciprocal_()
+    gain_N = torch.full_like(inverse_N, rule.detail_gain)
     if rule.coherent:
-        gain_N = torch.maximum(gain_N, coherence(exp_avg_N, transform.approximation(x_NU), d_N, step, rule))
-    return transform.synthesis(x_NU, exp_avg_N, size / d_N, gain_N)
+        gain_N = torch.maximum(gain_N, coherence(exp_avg_N, transform.approximation(x_NU), inverse_N, step, rule))
+    return transform.synthesis(x_NU, exp_avg_N, inverse_N * size, gain_N)

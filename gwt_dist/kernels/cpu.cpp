@@ -37,7 +37,8 @@ struct Item {
 constexpr int64_t FIELDS = sizeof(Item) / sizeof(int64_t);
 
 struct Rule {
-  float beta1, rest1, beta2, rest2, eps, gain, steady, most, decay;  // steady, most: factor and limit of the coherence
+  float beta1, rest1, beta2, rest2, eps, gain, kept;  // kept: 1 - lr * weight_decay
+  float steady, most;                                 // factor and limit of the coherence
   double size, scale, limiter;
   bool energy, coherent;
 };
@@ -155,9 +156,58 @@ INLINE Vec spread(const Vec& units, int j) {
 #endif
 }
 
+// Elements 0, 2, 4 ... of both, and 1, 3, 5 ..., in whatever order takes the fewest shuffles; `in_order` puts right what
+// `times` such steps have done to the order.
+INLINE Pairs neighbours(const Vec& low, const Vec& high) {
+#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
+  return {_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xdd)};
+#else
+  const auto [even, odd] = at::vec::deinterleave2(low, high);
+  return {even, odd};
+#endif
+}
+
+template <int times>
+INLINE Vec in_order(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
+  if constexpr (times == 1) return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
+  if constexpr (times == 2) return _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#endif
+  return x;
+}
+
 struct Sums {
   Vec x, squares;
 };
+
+template <int times, bool SQUARES>
+INLINE Sums in_order(const Sums& sums) {
+  return {in_order<times>(sums.x), SQUARES ? in_order<times>(sums.squares) : sums.x};
+}
+
+template <bool SQUARES>
+INLINE Sums added(const Sums& low, const Sums& high) {
+  const Pairs x = neighbours(low.x, high.x);
+  if constexpr (!SQUARES) return {x.even + x.odd, x.even};
+  const Pairs squares = neighbours(low.squares, high.squares);
+  return {x.even + x.odd, squares.even + squares.odd};
+}
+
+// Sums of V pairs, and of their squares, as `neighbours` orders them.
+template <bool SQUARES>
+INLINE Sums pair_sums(const float* x) {
+  const Pairs pair = neighbours(load(x), load(x + V));
+  return {pair.even + pair.odd, SQUARES ? pair.even * pair.even + pair.odd * pair.odd : pair.even};
+}
+
+template <int L, bool SQUARES, typename G>
+INLINE Sums unit_sums(const G* x);
+
+// As `unit_sums`, in one place for all phases: the compiler takes long over a large unit, and a call is nothing beside it.
+template <int L, bool SQUARES, typename G>
+C10_NOINLINE Sums unit_sums_called(const G* x) {
+  return unit_sums<L, SQUARES>(x);
+}
 
 // Sums of V units of 2**L elements, and of their squares, each a tree of neighbours as `wavelet.unit_sum`.
 template <int L, bool SQUARES, typename G>
@@ -165,81 +215,115 @@ INLINE Sums unit_sums(const G* x) {
   if constexpr (L == 0) {
     const Vec one = load(x);
     return {one, SQUARES ? one * one : one};
+  } else if constexpr (L == 1 && std::is_same_v<G, float>) {
+    return in_order<1, SQUARES>(pair_sums<SQUARES>(x));
   } else if constexpr (L == 1) {
     const auto [even, odd] = load_pairs(x);
     return {even + odd, SQUARES ? even * even + odd * odd : even};
+  } else if constexpr (L == 2 && std::is_same_v<G, float>) {
+    return in_order<2, SQUARES>(added<SQUARES>(pair_sums<SQUARES>(x), pair_sums<SQUARES>(x + 2 * V)));
   } else {
-    const Sums low = unit_sums<L - 1, SQUARES>(x), high = unit_sums<L - 1, SQUARES>(x + (V << (L - 1)));
-    const auto [even, odd] = at::vec::deinterleave2(low.x, high.x);
-    if constexpr (!SQUARES) return {even + odd, even};
-    const auto [even_squares, odd_squares] = at::vec::deinterleave2(low.squares, high.squares);
-    return {even + odd, even_squares + odd_squares};
+    constexpr auto half = L > 4 ? unit_sums_called<L - 1, SQUARES, G> : unit_sums<L - 1, SQUARES, G>;
+    return in_order<1, SQUARES>(added<SQUARES>(half(x), half(x + (V << (L - 1)))));
   }
 }
 
 // Squares are added in double, lane by lane; the order depends on nothing but the item.
 using Lanes = std::array<double, V>;
 
-// `groups` groups of V units each: x, w [groups * V * 2**L], m, v [groups * V]. With COUNTED, `count` holds the number of
-// real elements of each unit; without, all have 2**L.
-template <int L, int64_t PHASE, bool ENERGY, bool COUNTED, typename W, typename G>
-void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups, const Vec& count, float factor,
+// Groups between reading gradients and writing weights: enough for the latencies of one unit's root and division to hide
+// behind other units, few enough for the gradients to stay in the L1 cache.
+template <int L>
+constexpr int BLOCK = std::clamp(256 / (V << L), 1, 32);
+
+// Fetches a group that lies `ahead` elements further on, past the end or not: the processor's own prefetching stops at
+// the end of a page, and does not know that weights follow gradients.
+template <int L, int ahead, typename T>
+INLINE void prefetch(const T* p) {
+  for (size_t i = 0; i < V << L; i += 64 / sizeof(T)) __builtin_prefetch(p + ahead + i);
+}
+
+// What the elements of V units have in common: weight = (weight - (gradient * details + others)) * kept.
+struct Units {
+  std::array<float, V> details, others;
+};
+
+// Weights of V units: x, w [V * 2**L].
+template <int L, typename W, typename G>
+INLINE void write(const Units& units, const Vec& kept, const G* x, W* w) {
+  const Vec details = Vec::loadu(units.details.data()), others = Vec::loadu(units.others.data());
+  if constexpr (L > 0 && std::is_same_v<W, BFloat16>) {
+#pragma GCC unroll 4
+    for (int j = 0; j < (1 << L) / 2; ++j, x += 2 * V, w += 2 * V) {  // both elements of a pair belong to one unit
+      const Vec factor = spread<L - 1>(details, j), term = spread<L - 1>(others, j);
+      const Pairs gradient = load_pairs(x), weight = load_pairs(w);
+      store_pairs(w, {(weight.even - (gradient.even * factor + term)) * kept,
+                      (weight.odd - (gradient.odd * factor + term)) * kept});
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < (1 << L); ++j, x += V, w += V) {
+      const Vec factor = spread<L>(details, j), term = spread<L>(others, j);
+      store(w, (load(w) - (load(x) * factor + term)) * kept);
+    }
+  }
+}
+
+// `groups` groups of V units each: x, w [groups * V * 2**L], m, v [groups * V]. `counts` holds the number of real elements
+// of each unit of a single group; without it all have 2**L.
+template <int L, int64_t PHASE, bool ENERGY, typename W, typename G>
+void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups, const float* counts, float factor,
          Lanes* norm) {
   constexpr int64_t U = 1 << L;
-  const Vec gain_of_mean(std::pow(2.0, -L / 2.0)), one_of_unit(std::pow(2.0, -L)), size(factor), decay(rule.decay);
+  const Vec gain_of_mean(std::pow(2.0, -L / 2.0)), one_of_unit(std::pow(2.0, -L)), size(factor), kept(rule.kept), one(1.f);
   const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps);
   const Vec least(L ? rule.gain : 0.f), steady(rule.steady), most(rule.most);
-  const bool decays = rule.decay != 0, coherent = L && rule.coherent;
+  const bool coherent = L && rule.coherent;
   Lanes lanes{};
-  for (int64_t g = 0; g < groups; ++g, x += U * V, w += U * V, m += V, v += V) {
-    const Sums sums = unit_sums<L, ENERGY>(x);
-    const Vec a = sums.x * gain_of_mean;
-    Vec exp_avg = Vec::loadu(m), exp_avg_sq = Vec::loadu(v);
-    if constexpr (PHASE & MOMENTS) {
-      // A product with a power of two has the bits of the quotient.
-      const Vec e = !ENERGY ? a * a : COUNTED ? sums.squares / count : sums.squares * one_of_unit;
-      exp_avg = exp_avg * beta1 + a * rest1;
-      exp_avg_sq = exp_avg_sq * beta2 + e * rest2;
-      exp_avg.store(m);
-      exp_avg_sq.store(v);
-    }
-    const Vec d = exp_avg_sq.sqrt() + eps;
-    if constexpr (PHASE == MOMENTS) {
-      if (norm) {
-        float values[V];
-        (exp_avg / d).store(values);
-        for (int i = 0; i < V; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  std::array<Units, PHASE & WRITE ? BLOCK<L> : 1> block;
+  for (int64_t first = 0; first < groups; first += BLOCK<L>) {
+    const int64_t n = std::min<int64_t>(BLOCK<L>, groups - first);
+    for (int64_t g = 0; g < n; ++g, m += V, v += V) {
+      // Gradients in bf16 come early enough by themselves, and a step in bf16 has no instruction to spare.
+      if constexpr (std::is_same_v<G, float>) prefetch<L, 1024>(x + g * U * V);
+      if constexpr (PHASE & WRITE) prefetch<L, 512>(w + g * U * V);
+      const Sums sums = unit_sums<L, ENERGY>(x + g * U * V);
+      const Vec a = sums.x * gain_of_mean;
+      Vec exp_avg = Vec::loadu(m), exp_avg_sq = Vec::loadu(v);
+      if constexpr (PHASE & MOMENTS) {
+        // A product with a power of two has the bits of the quotient.
+        const Vec e = !ENERGY ? a * a : counts ? sums.squares / Vec::loadu(counts) : sums.squares * one_of_unit;
+        exp_avg = exp_avg * beta1 + a * rest1;
+        exp_avg_sq = exp_avg_sq * beta2 + e * rest2;
+        exp_avg.store(m);
+        exp_avg_sq.store(v);
+      }
+      const Vec d = exp_avg_sq.sqrt() + eps;
+      if constexpr (PHASE == MOMENTS) {
+        if (norm) {
+          float values[V];
+          (exp_avg / d).store(values);
+          for (int i = 0; i < V; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+        }
+      }
+      if constexpr (PHASE & WRITE) {
+        const Vec inverse = one / d, size_of_unit = inverse * size;
+        Vec gain = least;
+        if (coherent) {  // `update.coherence`
+          const Vec before = (exp_avg - a * rest1) * inverse;
+          gain = at::vec::clamp_min(at::vec::clamp_max(before * before * steady, most), least);
+        }
+        const Vec details = size_of_unit * gain;
+        details.store(block[g].details.data());
+        (exp_avg * gain_of_mean * size_of_unit - a * gain_of_mean * details).store(block[g].others.data());
       }
     }
     if constexpr (PHASE & WRITE) {
-      const Vec size_of_unit = size / d, mean = a * gain_of_mean;
-      Vec gain = least;
-      if (coherent) {  // `update.coherence`
-        const Vec before = (exp_avg - a * rest1) / d;
-        gain = at::vec::maximum(least, at::vec::minimum(before * before * steady, most));
-      }
-      const Vec detail_size = size_of_unit * gain;
-      const Vec rest = exp_avg * gain_of_mean * size_of_unit - mean * detail_size;
-      const auto written = [&](Vec weight, const Vec& gradient, const Vec& details, const Vec& others) __attribute__((always_inline)) {
-        weight = weight - (gradient * details + others);
-        return decays ? weight - weight * decay : weight;
-      };
-      if constexpr (L > 0 && std::is_same_v<W, BFloat16>) {
-#pragma GCC unroll 4
-        for (int j = 0; j < U / 2; ++j) {  // both elements of a pair belong to one unit
-          const Vec details = spread<L - 1>(detail_size, j), others = spread<L - 1>(rest, j);
-          const Pairs gradient = load_pairs(x + j * 2 * V), weight = load_pairs(w + j * 2 * V);
-          store_pairs(w + j * 2 * V, {written(weight.even, gradient.even, details, others),
-                                      written(weight.odd, gradient.odd, details, others)});
-        }
-      } else {
-#pragma GCC unroll 8
-        for (int j = 0; j < U; ++j) {
-          const Vec details = spread<L>(detail_size, j), others = spread<L>(rest, j);
-          store(w + j * V, written(load(w + j * V), load(x + j * V), details, others));
-        }
+      for (int64_t g = 0; g < n; ++g) {
+        write<L>(block[g], kept, x + g * U * V, w + g * U * V);
       }
     }
+    x += BLOCK<L> * U * V, w += BLOCK<L> * U * V;
   }
   if (norm) {
     for (int i = 0; i < V; ++i) (*norm)[i] += lanes[i];
@@ -260,7 +344,7 @@ void run_padded(const Rule& rule, const G* x, int64_t elements, W* w, int64_t le
   std::copy_n(m, units, ms.begin());
   std::copy_n(v, units, vs.begin());
   if constexpr (PHASE & WRITE) std::copy_n(w, held, ws.begin() + lead);
-  run<L, PHASE, ENERGY, true>(rule, xs.data(), ws.data(), ms.data(), vs.data(), 1, Vec::loadu(counts.data()), factor, norm);
+  run<L, PHASE, ENERGY>(rule, xs.data(), ws.data(), ms.data(), vs.data(), 1, counts.data(), factor, norm);
   if constexpr (PHASE & WRITE) std::copy_n(ws.begin() + lead, held, w);
   if constexpr (PHASE & MOMENTS) {
     std::copy_n(ms.begin(), units, m);
@@ -281,9 +365,8 @@ void run_item(const Item& item, const Parameter& p, const float* exchange, float
   }
   const G* x = static_cast<const G*>(p.gradient) + item.element;
   const int64_t whole = item.last == U ? item.units : item.units - 1, groups = whole / V, units = item.units - groups * V;
-  const Vec count(U);
   for (int64_t row = 0; row < item.rows; ++row) {
-    run<L, PHASE, ENERGY, false>(p.rule, x, w, m, v, groups, count, factor, norm);
+    run<L, PHASE, ENERGY>(p.rule, x, w, m, v, groups, nullptr, factor, norm);
     if (units) {
       const int64_t done = groups * V * U, elements = (units - 1) * U + item.last;
       run_padded<L, PHASE, ENERGY>(p.rule, x + done, elements, w + done, 0, elements, m + groups * V, v + groups * V,
@@ -390,7 +473,7 @@ Rule rule_of(const Numbers& r, double t) {
   const double lr = r[0], beta1 = r[1], beta2 = r[2];
   Rule rule;
   rule.beta1 = beta1, rule.rest1 = 1 - beta1, rule.beta2 = beta2, rule.rest2 = 1 - beta2;
-  rule.eps = r[3], rule.decay = lr * r[4], rule.gain = r[6], rule.energy = r[7] != 0;
+  rule.eps = r[3], rule.kept = 1 - lr * r[4], rule.gain = r[6], rule.energy = r[7] != 0;
   const double whole1 = 1 - std::pow(beta1, t), whole2 = 1 - std::pow(beta2, t), before = whole1 - (1 - beta1);
   rule.size = std::sqrt(whole2) / whole1 * lr;
   rule.coherent = r[9] != 0, rule.most = whole1;

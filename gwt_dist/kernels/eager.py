@@ -48,8 +48,7 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
         for source, padded in _blocks(part.piece, weight, change):
             w = source.to(x_NU.dtype)
             w -= padded
-            if rule.weight_decay:
-                w -= w * update.decay(rule, w)
+            w *= update.kept(rule, w)
             if w is not source:
                 source.copy_(w)
 
