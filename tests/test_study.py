@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from documents import blocks
+from gwt_dist import recipes
 from gwt_dist.cli.app import main
 from gwt_dist.study import compare as whole
 from gwt_dist.study.compare import compare, identity
@@ -200,6 +201,20 @@ def test_every_entry_is_built_over_all_parameters_or_says_what_it_lacks() -> Non
     with pytest.raises(ValueError, match="did you mean 'rank'"):
         options_of("galore", {"rnk": 3}, "a row")
     assert all(entry.package for entry in ENTRIES.values())
+
+
+def test_the_key_of_a_run_follows_what_a_recipe_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"recipe": "energy", "detail_gain": 0.5}
+    options = options_of("gwt", given, "a row")
+    assert {key: options[key] for key in ("second_moment", "detail_gain", "limiter")} == {
+        "second_moment": "energy",
+        "detail_gain": 0.5,
+        "limiter": 0.0,
+    }
+    monkeypatch.setitem(recipes.RECIPES, "energy", recipes.Recipe("approximation", 0.2, 1.5))
+    assert options_of("gwt", given, "a row") == options | {"second_moment": "approximation", "limiter": 1.5}
+    with pytest.raises(ValueError, match="did you mean 'energy'"):
+        options_of("gwt", {"recipe": "enery"}, "a row")
 
 
 def test_the_rate_rises_and_falls() -> None:

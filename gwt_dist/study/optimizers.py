@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ TARGETS = ("attn", "mlp")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An optimizer that a study can name: `options` with their defaults; more names where `open` lists them."""
+    """An optimizer that a study can name: `options` with their defaults, `more` names without, and what they imply."""
 
     build: Build
     options: Options
     package: str = "torch"
     more: tuple[str, ...] = field(default=())
+    implied: Callable[[Options], Options] = field(default=lambda options: {})
 
 
 def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -90,6 +91,15 @@ def _gwt(matrices: Parameters, rest: Parameters, lr: float, rest_lr: float, opti
     return GWTAdamW(groups, lr=lr, **options)
 
 
+def _of_the_recipe(options: Options) -> Options:
+    """What the recipe says of keys that are not given: a run that was made with another recipe is another run."""
+    from gwt_dist.recipes import RECIPES
+
+    refuse_unknown_keys([options["recipe"]], RECIPES, "recipes")
+    implied = asdict(RECIPES[options["recipe"]])
+    return {key: value for key, value in implied.items() if options.get(key) is None}
+
+
 def _muon(matrices: Parameters, rest: Parameters, lr: float, rest_lr: float, options: Options) -> Built:
     options = dict(options)
     betas, eps = options.pop("betas"), options.pop("eps")
@@ -127,6 +137,7 @@ ENTRIES: dict[str, Entry] = {
         {"level": 2, "recipe": "energy", "scale": 0.25, "weight_decay": 0.0},
         "gwt_dist",
         ("betas", "eps", "wavelet", "second_moment", "detail_gain", "limiter"),
+        _of_the_recipe,
     ),
     "adamw": Entry(_plain("torch.optim", "AdamW"), _ADAM, more=("amsgrad",)),
     "sgd": Entry(_plain("torch.optim", "SGD"), {"momentum": 0.9, "weight_decay": 0.0}, more=("nesterov", "dampening")),
@@ -179,7 +190,9 @@ ENTRIES: dict[str, Entry] = {
 
 
 def options_of(optimizer: str, given: Options, where: str) -> Options:
-    """All options of a row: those given over the published ones. A function by its path has what is given alone.
+    """All options of a row: those given over the published ones, and what they imply.
+
+    A function by its path has what is given alone.
 
     Raises:
         ValueError: an optimizer or an option that is not known; the nearest is named.
@@ -189,7 +202,8 @@ def options_of(optimizer: str, given: Options, where: str) -> Options:
     refuse_unknown_keys([optimizer], ENTRIES, f"optimizer of {where}")
     entry = ENTRIES[optimizer]
     refuse_unknown_keys(given, (*entry.options, *entry.more), f"options of {where}")
-    return entry.options | given
+    options = entry.options | given
+    return options | entry.implied(options)
 
 
 def package_of(optimizer: str) -> str:
