@@ -1,4 +1,4 @@
-"""A prototype that no release promises, for `gwt-dist compare` alone: momentum in wavelet space, orthogonalized as Muon's.
+"""A prototype that no release promises, for studies alone: momentum in wavelet space, orthogonalized as Muon's.
 
     m   = beta*m + (1-beta)*a          a = approximation of the gradient X, along rows
     M   = m / (1-beta**t)
