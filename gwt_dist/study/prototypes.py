@@ -16,7 +16,7 @@ Sources: K. Jordan, Muon (2024), for the iteration and its coefficients; Liu et 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def newton_schulz(u_RC: Tensor, steps: int = 5) -> Tensor:
     """A matrix ``[R, C]`` with the singular vectors of `u_RC` and singular values of about 1 (0.7 to 1.2)."""
     a, b, c = COEFFICIENTS
     tall = u_RC.shape[0] > u_RC.shape[1]
-    x = u_RC.T if tall else u_RC
+    x: Tensor = u_RC.T if tall else u_RC
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T
@@ -47,8 +47,8 @@ class Orthogonal(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "level": level, "beta": beta})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step of all matrices that have a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all matrices; they all have gradients, and nothing is evaluated again."""
         assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:
@@ -57,6 +57,7 @@ class Orthogonal(torch.optim.Optimizer):
     def _update(self, weight: Tensor, lr: float, level: int, beta: float) -> None:
         haar = HaarTransform(level)
         rows, columns = weight.shape
+        assert weight.grad is not None
         x_NU = weight.grad.reshape(-1, 1 << level)
         a_N = haar.approximation(x_NU)
         state = self.state[weight]
