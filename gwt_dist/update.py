@@ -121,7 +121,7 @@ def coherence(
     return torch.minimum(steady_N * steady_N * factor.to(steady_N), whole.to(steady_N))
 
 
-def kept(rule: Rule, like: Tensor) -> Tensor:
+def decay_factor(rule: Rule, like: Tensor) -> Tensor:
     """What weight decay leaves of a weight, ``1 - lr * weight_decay``, taken in fp64, as a 0-d tensor.
 
     In dtype and on the device of `like`.

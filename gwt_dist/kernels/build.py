@@ -62,7 +62,7 @@ def load(source: str) -> ModuleType:
 def library_of(source: str) -> tuple[str, tuple[str, ...], Path]:
     """Name and flags of the module that `load` would import, and its library, which may not be there yet."""
     flags = (*_BASE, *_BY_CAPABILITY[capability()], *(f"-DCPU_CAPABILITY{x}{capability()}" for x in ("=", "_")))
-    code = (SOURCES / f"{source}.cpp").read_bytes()
+    code = b"".join(path.read_bytes() for path in (SOURCES / f"{source}.cpp", *sorted(SOURCES.glob("*.h"))))
     made_from = (torch.__version__, importlib.util.MAGIC_NUMBER.hex(), *flags)
     digest = hashlib.sha256(code + "\n".join(made_from).encode()).hexdigest()[:16]
     name = f"gwt_dist_{source}_{capability().lower()}"

@@ -45,10 +45,11 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
             size = size.to(rho.device) / rho[part.norm]
         x_NU, moments = _gather(part, tensors), _moments(part, tensors)
         change = update.change(x_NU, *moments, size.to(x_NU), t, part.piece.transform, rule).view(-1)
+        decay_factor = update.decay_factor(rule, x_NU)
         for source, padded in _blocks(part.piece, weight, change):
             w = source.to(x_NU.dtype)
             w -= padded
-            w *= update.kept(rule, w)
+            w *= decay_factor
             if w is not source:
                 source.copy_(w)
 

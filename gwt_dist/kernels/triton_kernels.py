@@ -68,7 +68,7 @@ def phase(
     rule = rules + tl.load(parameter + 5) * RULE
     beta1, beta2, weight_decay = tl.load(rule + 1), tl.load(rule + 2), tl.load(rule + 4)
     rest1, rest2 = (1 - beta1).to(tl.float32), (1 - beta2).to(tl.float32)
-    kept = (1 - tl.load(rule) * weight_decay).to(tl.float32)
+    decay_factor = (1 - tl.load(rule) * weight_decay).to(tl.float32)
     beta1, beta2, eps = beta1.to(tl.float32), beta2.to(tl.float32), tl.load(rule + 3).to(tl.float32)
     detail_gain, energy = tl.load(rule + 6).to(tl.float32), tl.load(rule + 7) != 0
     coherent = tl.load(rule + 8) != 0
@@ -134,7 +134,7 @@ def phase(
             detail_size = size_of_unit * (gain if LEVEL > 0 else 0.0)
             rest = exp_avg * GAIN * size_of_unit - a * GAIN * detail_size
             change = x * detail_size[:, None] + rest[:, None]
-            weight = (tl.load(w + at, mask=owned, other=0.0).to(tl.float32) - change) * kept
+            weight = (tl.load(w + at, mask=owned, other=0.0).to(tl.float32) - change) * decay_factor
             tl.store(w + at, weight.to(WEIGHT), mask=owned)
         else:
             normed = tl.div_rn(exp_avg, d).to(tl.float64)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gwt_dist.groups import first_match
+from gwt_dist.recipes import RECIPES
 from gwt_dist.train.config import refuse_unknown_keys
 
 Parameters = Mapping[str, nn.Parameter]
@@ -93,8 +94,6 @@ def _gwt(matrices: Parameters, rest: Parameters, lr: float, rest_lr: float, opti
 
 def _of_the_recipe(options: Options) -> Options:
     """What the recipe says of keys that are not given: a run that was made with another recipe is another run."""
-    from gwt_dist.recipes import RECIPES
-
     refuse_unknown_keys([options["recipe"]], RECIPES, "recipes")
     implied = asdict(RECIPES[options["recipe"]])
     return {key: value for key, value in implied.items() if options.get(key) is None}

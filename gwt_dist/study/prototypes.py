@@ -28,8 +28,14 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 Parameters = Mapping[str, nn.Parameter]
 
 
-def newton_schulz(u_RC: Tensor, steps: int = 5) -> Tensor:
-    """A matrix ``[R, C]`` with the singular vectors of `u_RC` and singular values of about 1 (0.7 to 1.2)."""
+def newton_schulz(
+    u_RC: Tensor,  # (R, C), fp32 or fp64
+    steps: int = 5,
+) -> Tensor:
+    """A matrix (R, C) with the singular vectors of `u_RC` and singular values of about 1 (0.7 to 1.2), same dtype.
+
+    Each step is ``x = a*x + b*(x x^T) x + c*(x x^T)**2 x`` (Jordan, Muon). torch keeps its own private, and in bf16.
+    """
     a, b, c = COEFFICIENTS
     tall = u_RC.shape[0] > u_RC.shape[1]
     x: Tensor = u_RC.T if tall else u_RC
@@ -41,7 +47,10 @@ def newton_schulz(u_RC: Tensor, steps: int = 5) -> Tensor:
 
 
 class Orthogonal(torch.optim.Optimizer):
-    """The update above for matrices whose columns ``2**level`` divides."""
+    """The update above for matrices (R, C) whose C is divided by ``2**level``.
+
+    State of a matrix: ``step`` (a number) and ``exp_avg`` ([R * C / 2**level], dtype of the matrix).
+    """
 
     def __init__(self, params: Iterable[Any], lr: float, *, level: int, beta: float) -> None:
         super().__init__(params, {"lr": lr, "level": level, "beta": beta})
