@@ -1,132 +1,29 @@
-"""Checkpoints of one process: the format, what is refused, and every kind of damage."""
+"""Checkpoints of one process: the format, what goes on from one, and what does not fit."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import random
 import shutil
 import tracemalloc
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import gwt_dist
-from gwt_dist import CheckpointError, Fragment, GWTAdamW, LayoutError, param_groups
+from checkpoint_runs import Run, built, content, same, saved_run, steps, train
+from gwt_dist import CheckpointError, GWTAdamW, param_groups
 from gwt_dist.checkpoint import checkpoints, files, read_index
-from gwt_dist.layout import Overlap
-from zero_cases import Net, gradients, initial, load, options, shapes_of
-
-Run = tuple[nn.Module, GWTAdamW]
-
-
-def built(level: int = 2, recipe: str = "paper", wavelet: str = "haar", model: nn.Module | None = None) -> Run:
-    model = model or Net()
-    load(model, initial(shapes_of(model)))
-    return model, GWTAdamW(param_groups(model, targets=["attn", "mlp"], **options(level, recipe, wavelet)))
-
-
-def train(run: Run, steps: list[dict[str, Tensor]]) -> None:
-    for step in steps:
-        for name, gradient in step.items():
-            run[0].get_parameter(name).grad = gradient.clone()
-        run[1].step()
-
-
-def steps() -> list[dict[str, Tensor]]:
-    return list(gradients(shapes_of(Net()), 5))
-
-
-def content(run: Run) -> list[Tensor]:
-    """Everything that a load changes."""
-    states = [value for state in run[1].state.values() for value in state.values()]
-    return [t.clone() for t in [*run[0].state_dict().values(), *states]]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+from zero_cases import Net, options
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder with the checkpoint of two steps."""
-    run = built()
-    train(run, steps()[:2])
-    gwt_dist.save(tmp_path / "run", *run, step=2, extra={"tokens": 7})
-    return tmp_path / "run"
-
-
-# --- intervals
-
-
-@st.composite
-def fragments(draw: st.DrawFn, shape: tuple[int, ...]) -> Fragment:
-    """Any interval of a tensor, or the same interval of several of its rows, at some offset of a buffer."""
-    rows, columns = shape[0], prod(shape[1:])
-    if draw(st.booleans()):
-        first, last = sorted(draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
-        low, high = sorted(draw(st.tuples(st.integers(0, columns), st.integers(0, columns))))
-        if first < last and low < high:
-            start = first * columns + low
-            return Fragment("t", shape, start, start + high - low, draw(st.integers(0, 5)), last - first)
-    start, stop = sorted(draw(st.tuples(*[st.integers(0, prod(shape))] * 2)))
-    return Fragment("t", shape, start, stop, draw(st.integers(0, 5)))
-
-
-@st.composite
-def pairs(draw: st.DrawFn) -> tuple[Fragment, Fragment]:
-    shape = draw(st.sampled_from([(5, 7), (1, 9), (6, 1), (3, 2, 4), (4, 5)]))
-    return draw(fragments(shape)), draw(fragments(shape))
-
-
-def elements(fragment: Fragment) -> dict[int, int]:
-    """Element of the tensor -> its place in the buffer."""
-    held = [element for low, high in fragment.intervals for element in range(low, high)]
-    return {element: fragment.offset + i for i, element in enumerate(held)}
-
-
-@given(pairs())
-def test_an_intersection_is_what_both_hold(pair: tuple[Fragment, Fragment]) -> None:
-    a, b = pair
-    mine, others = elements(a), elements(b)
-    found = []
-    for o in a.intersect(b):
-        assert o.rows > 0 and o.columns > 0
-        for row in range(o.rows):
-            for i in range(o.columns):
-                found.append((o.source + row * o.source_stride + i, o.destination + row * o.destination_stride + i))
-    assert sorted(found) == sorted((mine[e], others[e]) for e in mine.keys() & others.keys())
-    assert len(a.intersect(b)) <= 3
-
-
-def test_fragments_of_other_shapes_have_no_intersection() -> None:
-    with pytest.raises(LayoutError, match="have the shapes"):
-        Fragment("t", (2, 3), 0, 6).intersect(Fragment("t", (3, 2), 0, 6))
-
-
-@given(pairs(), st.integers(1, 40))
-def test_pieces_make_up_a_fragment(pair: tuple[Fragment, Fragment], most: int) -> None:
-    whole = pair[0]
-    before, files.PIECE_BYTES = files.PIECE_BYTES, 4 * most
-    try:
-        pieces = list(files.split(whole, 4))
-    finally:
-        files.PIECE_BYTES = before
-    found = [element for piece in pieces for element in elements(piece)]
-    assert found == list(elements(whole))
-    assert all(piece.numel <= max(most, whole.stop - whole.start if whole.rows > 1 else 0) for piece in pieces)
-
-
-# --- there and back
+    return saved_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("recipe", ["paper", "energy"])
@@ -348,152 +245,6 @@ def test_groups_that_were_apart_are_not_joined(tmp_path) -> None:
         gwt_dist.load(tmp_path, *built(0))
 
 
-# --- damage
-
-
-def refused(path: Path, run: Run, before: list[Tensor]) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        gwt_dist.load(path, *run)
-    assert same(before, content(run)), "half of it was loaded"
-    return str(caught.value)
-
-
-def test_every_flipped_bit_is_found(saved) -> None:
-    run = built()
-    train(run, steps()[2:4])
-    before, generator = content(run), random.Random(3)
-    files_of = [saved / "latest", *sorted((saved / "step-00000002").iterdir())]
-    assert len(files_of) == 4
-    for path in files_of:
-        original = path.read_bytes()
-        # Half of them at the start, where the header of a file is; the data is longer than it by far.
-        for length in [8 * min(len(original), 2600)] * 40 + [8 * len(original)] * 40:
-            bit = generator.randrange(length)
-            damaged = bytearray(original)
-            damaged[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(damaged)
-            assert path.name.removesuffix(".sha256") in refused(saved, run, before), bit
-        path.write_bytes(original)
-    assert gwt_dist.load(saved, *run).step == 2
-
-
-@pytest.mark.parametrize("name", ["rank-00000.safetensors", "index.json", "index.json.sha256"])
-@pytest.mark.parametrize("how", ["missing", "empty", "short", "long", "link", "folder", "pipe"])
-def test_files_that_are_not_what_was_written(saved, tmp_path, name, how) -> None:
-    run = built()
-    before, path = content(run), saved / "step-00000002" / name
-    original = path.read_bytes()
-    path.unlink()
-    if how == "link":
-        (tmp_path / "elsewhere").write_bytes(original)
-        path.symlink_to(tmp_path / "elsewhere")
-    elif how == "folder":
-        path.mkdir()
-    elif how == "pipe":
-        os.mkfifo(path)
-    elif how != "missing":
-        path.write_bytes({"empty": b"", "short": original[:-1], "long": original + b"\0"}[how])
-    assert name in refused(saved, run, before)
-
-
-def test_a_file_of_another_run(saved, tmp_path) -> None:
-    """The same layout, so the same header; other numbers."""
-    run = built()
-    train(run, steps()[2:4])
-    gwt_dist.save(tmp_path / "other", *run, step=2)
-    name = "step-00000002/rank-00000.safetensors"
-    shutil.copy(tmp_path / "other" / name, saved / name)
-    assert "rank-00000.safetensors is damaged: bytes" in refused(saved, run, content(run))
-
-
-def forge(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Another index with checksums that are right: what someone could write who means harm."""
-    folder = path / "step-00000002"
-    index = json.loads((folder / "index.json").read_text())
-    changed = change(index)
-    text = json.dumps(index if changed is None else changed).encode() if not isinstance(changed, bytes) else changed
-    sha256 = hashlib.sha256(text).hexdigest()
-    (folder / "index.json").write_bytes(text)
-    (folder / "index.json.sha256").write_text(f"{sha256}  index.json\n")
-    (path / "latest").write_text(f"{sha256}  step-00000002/index.json\n")
-
-
-def renamed(to: str) -> Callable[[dict[str, Any]], None]:
-    def change(index: dict[str, Any]) -> None:
-        text = json.dumps(index).replace("rank-00000.safetensors", to)
-        index.clear()
-        index.update(json.loads(text))
-
-    return change
-
-
-def piece_of(index: dict[str, Any], kind: str = "weight") -> dict[str, Any]:
-    return index["tensors"]["attn_q.weight"]["parts"][kind]["pieces"][0]
-
-
-def void(_: object) -> None:
-    """Nothing, of whatever a change returns."""
-
-
-FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda i: i.update(version=2), "has the format version 2 and this gwt_dist reads 1"),
-    "another format": (lambda i: i.update(format="x"), "is not the index of a checkpoint"),
-    "a list": (lambda i: [1], "is not the index of a checkpoint"),
-    "not JSON": (lambda i: b"{", "is not JSON"),
-    "deep": (lambda i: b"[" * 200000, "is not JSON"),
-    "NaN": (lambda i: i.update(extra=float("nan")), "holds NaN"),
-    "unknown key": (lambda i: i.update(more=1), "the index should have the keys"),
-    "up": (renamed("../step-00000002/rank-00000.safetensors"), "is no plain file name"),
-    "absolute": (renamed("/etc/passwd"), "is no plain file name"),
-    "hidden": (renamed(".."), "is no plain file name"),
-    "not there": (renamed("rank-00001.safetensors"), "rank-00001.safetensors is missing"),
-    "huge": (lambda i: i["files"]["rank-00000.safetensors"].update(bytes=1 << 50), "and the file 58"),
-    "shape": (lambda i: i["tensors"]["attn_q.weight"].update(shape=[1 << 40, 1 << 40]), "is no shape of a tensor"),
-    "beyond": (lambda i: piece_of(i).update(offset=1 << 40), "do not lie in its data"),
-    "header": (lambda i: piece_of(i).update(offset=0), "do not lie in its data"),
-    "rows": (lambda i: piece_of(i).update(rows=1 << 40, stop=0), "do not lie in its data"),
-    "twice": (
-        lambda i: i["tensors"]["attn_q.weight"]["parts"]["weight"]["pieces"].append(piece_of(i)),
-        "do not lie in its data|do not make up the tensor",
-    ),
-    "gap": (lambda i: piece_of(i).update(start=1), "do not make up the tensor"),
-    "negative": (lambda i: piece_of(i).update(start=-1), "is no number of things"),
-    "boolean": (lambda i: piece_of(i).update(start=True), "is a bool"),
-    "checksum": (lambda i: piece_of(i).update(sha256="0" * 64), "rank-00000.safetensors is damaged"),
-    "dtype": (lambda i: i["tensors"]["attn_q.weight"].update(dtype="F128"), "dtype is 'F128'"),
-    "state": (
-        lambda i: void(i["tensors"]["attn_q.weight"]["parts"].pop("exp_avg")),
-        r"parts are \['exp_avg_sq', 'weight'\]",
-    ),
-    "group": (lambda i: i["tensors"]["attn_q.weight"].update(group=9), "group is 9, of 2"),
-    "option": (lambda i: i["groups"][0].update(lr="1"), "lr='1' in a parameter group"),
-    "params": (lambda i: i["groups"][0].update(params=[]), "hold params"),
-    "moments": (
-        lambda i: i["tensors"]["attn_q.weight"]["parts"].update(
-            exp_avg=i["tensors"]["attn_q.weight"]["parts"]["weight"]
-        ),
-        "do not lie in its data|exp_avg of 'attn_q.weight' has shape",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FORGERIES)
-def test_a_forged_index_is_refused(saved, case) -> None:
-    change, message = FORGERIES[case]
-    forge(saved, change)
-    run = built()
-    before = content(run)
-    with pytest.raises(CheckpointError, match=message):
-        gwt_dist.load(saved, *run)
-    assert same(before, content(run))
-
-
-def test_a_forged_index_that_is_right_loads(saved) -> None:
-    """What `forge` does is not what is refused."""
-    forge(saved, lambda index: index.update(extra=5))
-    assert gwt_dist.load(saved, *built()).extra == 5
-
-
 # --- memory
 
 
@@ -529,11 +280,3 @@ def peak(what: Callable[[], Any]) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most + python
-
-
-def test_overlaps_are_plain_numbers() -> None:
-    assert Fragment("t", (4, 6), 2, 20).intersect(Fragment("t", (4, 6), 1, 4, 0, 4)) == (
-        Overlap(1, 2, 0, 6, 1, 3),
-        Overlap(2, 3, 5, 6, 3, 3),
-        Overlap(1, 1, 17, 6, 9, 3),
-    )

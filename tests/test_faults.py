@@ -1,7 +1,7 @@
 """Kills, full disks, damage and ranks that hang: what was saved before loads, and the run goes on to the bit.
 
 `make faults` is the full form of what is marked `faults`. Other faults have tests of their own: every bit of a file and
-forged indexes in `test_checkpoint.py`, errors of one rank in `test_checkpoint_roads.py`, NaN on one rank in
+forged indexes in `test_checkpoint_damage.py`, errors of one rank in `test_checkpoint_roads.py`, NaN on one rank in
 `test_pretrain.py`, restarts of the recipe in `test_resume.py`.
 """
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import gwt_dist
 from checkpoint_cases import save_case
+from checkpoint_runs import built, steps, train
 from gwt_dist import GWTAdamW
 from gwt_dist.checkpoint import read_index
 from gwt_dist.cli.app import main
-from test_checkpoint import built, steps, train
 
 
 @pytest.fixture

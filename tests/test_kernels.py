@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -255,6 +256,17 @@ def test_every_instruction_set_has_the_bits_of_the_reference(capability: str) ->
         timeout=280,
     )
     assert found.stdout.split() == [capability.upper()], found.stderr
+
+
+@pytest.mark.parametrize("file", ["cpu.cpp", "vectors.h"])
+def test_another_source_is_another_library(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(build.SOURCES, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    here = build.library_of("cpu")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "kernels")
+    assert build.library_of("cpu") == here
+    with (tmp_path / "kernels" / file).open("a") as source:
+        source.write("// more\n")
+    assert build.library_of("cpu")[2] != here[2]
 
 
 class Allocations(TorchDispatchMode):

@@ -119,7 +119,10 @@ def test_a_scheduler_and_groups_with_their_own_rates() -> None:
 
 
 def test_a_tensor_learning_rate_is_the_same_step() -> None:
-    (one, first), (two, second) = make(), make(lr=torch.tensor(0.01, dtype=torch.float64))
+    (one, first), (two, second) = (
+        make(weight_decay=0.1),
+        make(weight_decay=0.1, lr=torch.tensor(0.01, dtype=torch.float64)),
+    )
     train(one, first, batches(3))
     train(two, second, batches(3))
     assert torch.equal(weights(one), weights(two))
