@@ -21,7 +21,7 @@ for folder in (ROOT / "tests", ROOT):  # tests/ranks.py starts the ranks; the pa
 
 import gwt_dist.comm  # noqa: E402
 from gwt_dist import Fragment, GWTAdamW  # noqa: E402
-from gwt_dist.comm import Shard  # noqa: E402
+from gwt_dist.comm import Peers, Shard  # noqa: E402
 from gwt_dist.layout import join  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
@@ -49,7 +49,8 @@ def flat_optimizer(shapes: Shapes, rank: int = 0, world: int = 1, **options: Any
     flat.grad = torch.randn(part)
     optimizer = GWTAdamW([flat], **options)
     groups = (dist.group.WORLD,) if world > 1 else ()
-    optimizer.attach({flat: Shard(join(ranks), tuple(ranks[rank]), groups, groups)})  # type: ignore[arg-type]
+    peers = Peers(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None, ranks.__getitem__)
+    optimizer.attach({flat: Shard(join(ranks), tuple(ranks[rank]), groups, groups, peers)})  # type: ignore[arg-type]
     return optimizer, flat
 
 

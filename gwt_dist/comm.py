@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,6 +13,21 @@ from torch.distributed import ProcessGroup
 
 from gwt_dist import layout
 from gwt_dist.layout import Fragment
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The ranks that hold all of the tensors of an optimizer parameter between them, this one included."""
+
+    ranks: tuple[int, ...]  # their ranks in the whole world, in an order that is the same on all of them
+    here: int  # the place of this one
+    group: ProcessGroup | None  # through which they send; None: that of the whole world
+    fragments: Callable[[int], Sequence[Fragment]]  # of a place: the fragments there, empty ones or not
+
+    @property
+    def world_size(self) -> int:
+        """Their number."""
+        return len(self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +42,19 @@ class Shard:
     fragments: tuple[Fragment, ...]  # this rank's, in its local buffer
     groups: tuple[ProcessGroup, ...]  # summing over one after the other takes in all ranks; none: a world of 1
     row_groups: tuple[ProcessGroup, ...]  # the same for the ranks that hold the rest of this one's cut units
+    peers: Peers
     local_shape: tuple[int, ...] | None = None  # shape of the local part, where it is that of one tensor
 
     @classmethod
     def whole(cls, fqn: str, shape: tuple[int, ...]) -> Shard:
         """A tensor that this process holds whole, in its own shape."""
-        return cls((layout.Tensor(fqn, shape, ()),), (Fragment(fqn, shape, 0, prod(shape)),), (), (), shape)
+        fragments = (Fragment(fqn, shape, 0, prod(shape)),)
+        return cls((layout.Tensor(fqn, shape, ()),), fragments, (), (), alone(fragments), shape)
+
+
+def alone(fragments: Sequence[Fragment]) -> Peers:
+    """A world of 1, which holds `fragments`."""
+    return Peers((0,), 0, None, lambda _: fragments)
 
 
 def sum_over_ranks(buffer: Tensor, lengths: Sequence[int], groups: Sequence[tuple[ProcessGroup, ...]]) -> None:
@@ -63,3 +85,29 @@ def sum_over_ranks(buffer: Tensor, lengths: Sequence[int], groups: Sequence[tupl
 def all_reduce(buffer: Tensor, group: ProcessGroup) -> None:
     """The sum of `buffer` over the ranks of `group`, in place."""
     dist.all_reduce(buffer, group=group)
+
+
+def swap(buffer: Tensor, sends: Sequence[int], receives: Sequence[int], peers: Peers) -> Tensor:
+    """Send the next ``sends[i]`` elements of a 1-D buffer to each peer; returns what they sent, ``receives[i]`` of each.
+
+    One message from one rank to another at most, none if it would be empty. In a world of 1 it is the same buffer.
+    """
+    if peers.world_size == 1:
+        return buffer
+    received = buffer.new_empty(sum(receives))
+    outgoing, incoming = buffer.split(list(sends)), received.split(list(receives))
+    incoming[peers.here].copy_(outgoing[peers.here])
+    deliver(outgoing, incoming, peers)
+    return received
+
+
+def deliver(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], peers: Peers) -> None:
+    """Send `outgoing`, one for each of the other peers, and fill `incoming`."""
+    messages = [
+        dist.P2POp(operation, buffer, rank, peers.group)
+        for operation, buffers in ((dist.isend, outgoing), (dist.irecv, incoming))
+        for i, (buffer, rank) in enumerate(zip(buffers, peers.ranks, strict=True))
+        if i != peers.here and buffer.numel()
+    ]
+    for request in dist.batch_isend_irecv(messages) if messages else ():
+        request.wait()

@@ -9,7 +9,7 @@ mesh (dp=2, tp=2), placements (Shard(0), Shard(1))          rank (dp, tp) holds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from gwt_dist import layout
-from gwt_dist.comm import Shard
+from gwt_dist.comm import Peers, Shard
 from gwt_dist.layout import Fragment, Units
 
 
@@ -42,7 +42,7 @@ def shard_of(parameter: DTensor, fqn: str) -> Shard:
     partial = [placement for placement in placements if placement.is_partial()]
     if partial:
         raise ValueError(f"{fqn} has the placement {partial[0]}; reduce it before the optimizer sees it")
-    fragments = _fragments_of_rows(parameter, shape, fqn)
+    fragments = _fragments(parameter, shape, fqn, _column_axes(parameter))
     columns = layout.columns_of(shape)
     # Cuts between rows cut no unit. Those within a row concern the ranks that hold the rest of these rows alone.
     cuts = {start for fragment in fragments.values() for start, _ in fragment.intervals if start % max(1, columns)}
@@ -52,6 +52,7 @@ def shard_of(parameter: DTensor, fqn: str) -> Shard:
         fragments=(mine,),
         groups=tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate()),
         row_groups=tuple(mesh.get_group(i) for i in _column_axes(parameter)),
+        peers=_peers(parameter, shape, fqn),
         local_shape=tuple(parameter.to_local().shape),
     )
 
@@ -64,8 +65,9 @@ def wrap(moments: Tensor, parameter: Tensor, shape: Sequence[int], units: Units)
     if not isinstance(parameter, DTensor):
         return moments
     if tuple(shape) != tuple(parameter.shape):
-        expected = _fragments_of_rows(parameter, tuple(shape), "")
-        for coordinate, fragment in _fragments_of_rows(parameter, tuple(parameter.shape), "").items():
+        axes = _column_axes(parameter)
+        expected = _fragments(parameter, tuple(shape), "", axes)
+        for coordinate, fragment in _fragments(parameter, tuple(parameter.shape), "", axes).items():
             if units.moments(fragment) != expected[coordinate]:
                 return moments
     stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -74,16 +76,36 @@ def wrap(moments: Tensor, parameter: Tensor, shape: Sequence[int], units: Units)
     )
 
 
-def _fragments_of_rows(parameter: DTensor, shape: tuple[int, ...], fqn: str) -> dict[tuple[int, ...], Fragment]:
-    """By coordinate in the mesh: what the ranks that hold the same rows as this one hold of a tensor of `shape`."""
-    mesh, axes, here = parameter.device_mesh, _column_axes(parameter), _coordinate(parameter)
-    fragments = {}
+def _peers(parameter: DTensor, shape: tuple[int, ...], fqn: str) -> Peers:
+    """The ranks that hold one copy of a tensor of `shape`: replicas have copies of their own."""
+    mesh = parameter.device_mesh
+    axes = [i for i, p in enumerate(parameter.placements) if not p.is_replicate()]
+    there = list(_coordinates(parameter, axes))
+    return Peers(
+        ranks=tuple(int(mesh.mesh[coordinate]) for coordinate in there),
+        here=there.index(tuple(_coordinate(parameter))),
+        group=mesh.get_group(axes[0]) if len(axes) == 1 else None,
+        fragments=lambda i: (_fragment(parameter, shape, list(there[i]), fqn),),
+    )
+
+
+def _fragments(
+    parameter: DTensor, shape: tuple[int, ...], fqn: str, axes: Sequence[int]
+) -> dict[tuple[int, ...], Fragment]:
+    """By coordinate in the mesh: what this rank and its neighbours along `axes` hold of a tensor of `shape`."""
+    return {
+        coordinate: _fragment(parameter, shape, list(coordinate), fqn) for coordinate in _coordinates(parameter, axes)
+    }
+
+
+def _coordinates(parameter: DTensor, axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Those of this rank and its neighbours along `axes` of the mesh."""
+    mesh, here = parameter.device_mesh, _coordinate(parameter)
     for there in product(*(range(mesh.size(axis)) for axis in axes)):
         coordinate = list(here)
         for axis, place in zip(axes, there, strict=True):
             coordinate[axis] = place
-        fragments[tuple(coordinate)] = _fragment(parameter, shape, coordinate, fqn)
-    return fragments
+        yield tuple(coordinate)
 
 
 def _fragment(parameter: DTensor, shape: tuple[int, ...], coordinate: list[int], fqn: str) -> Fragment:

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gwt_dist import dtensor
 from gwt_dist.comm import Shard
 from gwt_dist.plan import Plan, state_dtype
-from gwt_dist.recipes import check_group, rule_of
+from gwt_dist.recipes import check_group, keeps_second_moment, rule_of
 from gwt_dist.schedule import Member, Schedule
 from gwt_dist.update import Rule
 
@@ -38,7 +38,8 @@ class GWTAdamW(torch.optim.Optimizer):
 
     Every keyword is also a key of a parameter group. State of a parameter: ``step`` (0-d fp32), ``exp_avg`` and
     ``exp_avg_sq`` (``[R, ceil(C / 2**level)]``, one packed vector for a flat buffer; fp32, or fp64 for fp64
-    parameters) and ``limited_norm`` (one number a tensor).
+    parameters) and ``limited_norm`` (one number a tensor). Without a second moment ``exp_avg_sq`` has what is level 0
+    alone, and is not there where nothing is.
 
     Args:
         params: Parameters or parameter groups.
@@ -49,9 +50,11 @@ class GWTAdamW(torch.optim.Optimizer):
         level: 0 (AdamW) to 16; moments shrink by ``2**level``.
         scale: Factor on the update of tensors with level > 0.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
-        recipe: ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or ``"energy"``
-            (second moment of the unit's energy, details weighted by their coherence, no limiter, no collective).
-        second_moment: ``"approximation"`` or ``"energy"``; None as the recipe says.
+        recipe: ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01), ``"energy"``
+            (second moment of the unit's energy, details weighted by their coherence, no limiter, no collective) or
+            ``"orthogonal"`` (momentum alone, half of the state; the update of the whole matrix is orthogonalized as
+            Muon's, on one rank each, see `orthogonal`). Tensors of level 0 are AdamW under all of them.
+        second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
         detail_gain: Factor on the details, 0 to 1, or ``"coherence"``: at least ``1 - beta1``, and more for units
             whose gradients are steady, see `update.coherence`; None as the recipe says.
         limiter: Largest growth of the update's norm in one step, at least 1, or 0 for none; None as the recipe says.
@@ -206,6 +209,13 @@ class GWTAdamW(torch.optim.Optimizer):
                         f"this optimizer; its moments would mean something else. Build the optimizer with "
                         f"{key}={theirs[key]!r}"
                     )
+            then, now = keeps_second_moment({**mine, **theirs}), keeps_second_moment(mine)
+            if then != now and mine["level"]:
+                raise ValueError(
+                    f"parameter group {i} has {'a' if then else 'no'} second moment in the state to load (recipe "
+                    f"{theirs.get('recipe')!r}) and {'one' if now else 'none'} in this optimizer (recipe "
+                    f"{mine['recipe']!r}); its moments would mean something else. Build the optimizer as it was"
+                )
             for key, parameter in zip(theirs["params"], mine["params"], strict=False):
                 by_id[key] = parameter
                 self._check_moments(state_dict["state"].get(key, {}), parameter, mine, i)
@@ -219,7 +229,7 @@ class GWTAdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             for name in ("exp_avg", "exp_avg_sq", "limited_norm"):
                 if name in values:
-                    state[name] = values[name].to(parameter.device, state_dtype(parameter), copy=True)
+                    state[name] = values[name].to(parameter.device, state_dtype(parameter.dtype), copy=True)
             if "step" in values:
                 state["step"] = torch.as_tensor(values["step"]).to(parameter.device, torch.float32, copy=True)
 
@@ -245,7 +255,7 @@ class GWTAdamW(torch.optim.Optimizer):
     ) -> list[tuple[Schedule, list[int]]]:
         """The schedules of a step, one a device, with the numbers of their members; kept from step to step."""
         key = (
-            tuple((group["level"], group["wavelet"]) for group in self.param_groups),
+            tuple(_form(group) for group in self.param_groups),
             tuple(rule.limiter > 0 for rule in rules),
             tuple((id(p), p.grad is None, p.dtype, p.device) for _, p in members),
         )
@@ -260,7 +270,7 @@ class GWTAdamW(torch.optim.Optimizer):
                 dry_run = True
             else:
                 moves, limited = parameter.grad is not None, rules[number].limiter > 0
-                member = Member(plan, number, parameter.dtype, moves, limited)
+                member = Member(plan, number, parameter.dtype, moves, limited, rules[number].orthogonal)
                 by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
         schedules = [
             (Schedule([member for _, member in found], device), [i for i, _ in found])
@@ -316,11 +326,12 @@ class GWTAdamW(torch.optim.Optimizer):
             shard = self._shard(parameter, where)
             if shard is None:
                 return None
-            plan = self._plans[parameter] = Plan.of(shard, group["level"], group["wavelet"])
-        if (plan.level, plan.wavelet) != (group["level"], group["wavelet"]):
+            plan = self._plans[parameter] = Plan.of(shard, *_form(group))
+        if (plan.level, plan.wavelet, plan.second_moment) != _form(group):
             raise ValueError(
-                f"level={group['level']}, wavelet={group['wavelet']!r} of {where} differ from level={plan.level}, "
-                f"wavelet={plan.wavelet!r} at its first step; its moments cannot follow. Build a new optimizer"
+                f"level={group['level']}, wavelet={group['wavelet']!r}{_with_second(keeps_second_moment(group))} of "
+                f"{where} differ from level={plan.level}, wavelet={plan.wavelet!r}{_with_second(plan.second_moment)} "
+                f"at its first step; its moments cannot follow. Build a new optimizer"
             )
         return plan
 
@@ -367,10 +378,19 @@ class GWTAdamW(torch.optim.Optimizer):
             shard = Shard.whole("", tuple(parameter.shape))
         else:
             return
-        expected = Plan.of(shard, group["level"], group["wavelet"]).moments_shape
-        for name in ("exp_avg", "exp_avg_sq"):
+        plan = Plan.of(shard, *_form(group))
+        for name, expected in (("exp_avg", plan.moments_shape), ("exp_avg_sq", plan.second_shape)):
             if name in state and tuple(state[name].shape) != expected:
                 raise ValueError(
                     f"{name} of a parameter in group {i} has shape {tuple(state[name].shape)} in the state to load and "
                     f"needs {expected} here; it was saved with another level, model, world size or engine"
                 )
+
+
+def _form(group: Mapping[str, Any]) -> tuple[int, str, bool]:
+    """What decides which moments a group has."""
+    return group["level"], group["wavelet"], keeps_second_moment(group)
+
+
+def _with_second(kept: bool) -> str:
+    return "" if kept else " without a second moment"

@@ -1,4 +1,4 @@
-"""The two recipes, and the check of what a parameter group says."""
+"""The recipes, and the check of what a parameter group says."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ RECIPES = {
     # A detail contributes what one fresh gradient contributes to Adam's momentum, or more where gradients are steady,
     # over the energy of its own unit. Bounded, so it needs no norm and no collective.
     "energy": Recipe(second_moment="energy", detail_gain="coherence", limiter=0.0),
+    # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
+    "orthogonal": Recipe(second_moment="none", detail_gain="coherence", limiter=0.0),
 }
-SECOND_MOMENTS = ("approximation", "energy")
+SECOND_MOMENTS = ("approximation", "energy", "none")
 
 # Group keys of galore-torch, apollo-torch and the published GWT: what to write here in their place.
 FOREIGN_KEYS = {
@@ -48,18 +50,29 @@ FOREIGN_KEYS = {
 def rule_of(group: Mapping[str, Any]) -> Rule:
     """The numbers of a checked parameter group, its recipe resolved."""
     recipe = RECIPES[group["recipe"]]
+    second_moment = group["second_moment"] or recipe.second_moment
     detail_gain = recipe.detail_gain if group["detail_gain"] is None else group["detail_gain"]
+    orthogonal = second_moment == "none"
+    # What a fresh gradient contributes to Adam's momentum; details that are orthogonalized need no least part.
+    least = 0.0 if orthogonal else 1 - group["betas"][0]
     return Rule(
         lr=group["lr"],
         betas=tuple(group["betas"]),
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         scale=group["scale"],
-        energy=(group["second_moment"] or recipe.second_moment) == "energy",
-        detail_gain=1 - group["betas"][0] if isinstance(detail_gain, str) else detail_gain,
+        energy=second_moment == "energy",
+        detail_gain=least if isinstance(detail_gain, str) else detail_gain,
         coherent=isinstance(detail_gain, str),
         limiter=recipe.limiter if group["limiter"] is None else group["limiter"],
+        orthogonal=orthogonal,
     )
+
+
+def keeps_second_moment(group: Mapping[str, Any]) -> bool:
+    """Whether tensors with level > 0 in `group` have an ``exp_avg_sq``; its key `recipe` must be there."""
+    second_moment: str = group.get("second_moment") or RECIPES[group["recipe"]].second_moment
+    return second_moment != "none"
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
@@ -94,6 +107,11 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     limiter = group["limiter"]
     if limiter not in (None, 0) and not _within(limiter, 1, math.inf):
         raise ValueError(f"limiter={limiter!r} in {where} must be 0 (none), at least 1, or None (as the recipe)")
+    if limiter and not keeps_second_moment(group):
+        raise ValueError(
+            f"limiter={limiter!r} in {where} where no second moment is kept: it limits the growth of a normalized "
+            f"momentum, and an orthogonalized update always has the same norm. Remove limiter, or write a second_moment"
+        )
 
 
 def _within(value: object, low: float, high: float) -> bool:

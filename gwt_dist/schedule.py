@@ -7,7 +7,7 @@ write: one sum over ranks serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -19,7 +19,8 @@ from torch import Tensor
 from gwt_dist import dtensor
 from gwt_dist.comm import sum_over_ranks
 from gwt_dist.kernels import Cut, Kernel, Part, Piece, Tensors, Work, choose, limit_growth
-from gwt_dist.plan import Plan
+from gwt_dist.plan import Plan, state_dtype
+from gwt_dist.rounds import NORMS, Holder, Rounds, norms_of
 from gwt_dist.update import Rule
 
 
@@ -32,6 +33,7 @@ class Member:
     dtype: torch.dtype
     moves: bool  # it has a gradient; without one it takes part in collectives alone
     limited: bool  # its group has a limiter
+    orthogonal: bool = False  # tensors with a level have their momentum orthogonalized
 
     @property
     def norms(self) -> int:
@@ -50,6 +52,7 @@ class _Stage(Enum):
     FREE = 1  # nothing
     ALONE = 2  # the norm of a tensor that this process holds whole
     SHARED = 3  # the norm of a tensor that ranks share
+    WHOLE = 4  # the whole matrix, on one rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class Schedule:
         self._shared = self._runs(_Stage.SHARED, first_norm)
         # A member without a gradient has places among the norms, but nothing to limit or to remember.
         self._nothing = {i: torch.zeros(members[i].norms, device=device) for i in self._sharing if not members[i].moves}
+        self._whole = [i for i, member in enumerate(members) if member.orthogonal and member.plan.has_levels]
+        self._rounds = self._plan_rounds()
 
     def run(
         self,
@@ -101,12 +106,12 @@ class Schedule:
             kernel.count([states[i]["step"] for i in members])
         exchange = self._completed(gradients)
 
-        def tensors(members: Sequence[int]) -> Tensors:
+        def tensors(members: Sequence[int], second_moment: bool = True) -> Tensors:
             return Tensors(
                 [weights[i] for i in members],
                 [gradients[i] for i in members],
                 [dtensor.local(states[i]["exp_avg"]) for i in members],
-                [dtensor.local(states[i]["exp_avg_sq"]) for i in members],
+                [dtensor.local(states[i]["exp_avg_sq"]) for i in members] if second_moment else [],
                 [states[i]["step"] for i in members],
                 [rules[self.members[i].group] for i in members],
                 exchange,
@@ -115,8 +120,18 @@ class Schedule:
 
         for run in self._alone:
             run.kernel.step(run.work, tensors(run.members))
-        if not self._sharing:
-            return
+        if self._sharing:
+            self._run_shared(tensors, states, rules)
+        if self._whole:
+            self._rounds.run(tensors([i for i in self._whole if self.members[i].moves], second_moment=False))
+
+    def _run_shared(
+        self,
+        tensors: Callable[[Sequence[int]], Tensors],
+        states: Sequence[Mapping[str, Any]],
+        rules: Sequence[Rule],
+    ) -> None:
+        """Tensors with a limiter that ranks share: moments, one sum for all norms, weights."""
         squared_norms = torch.zeros(sum(self._norms), dtype=torch.float64, device=self._device)
         given = [(run, tensors(run.members)) for run in self._shared]
         for run, its in given:
@@ -127,6 +142,17 @@ class Schedule:
         rho = limit_growth(squared_norms, self._norms, limited, its_rules)
         for run, its in given:
             run.kernel.write(run.work, its, rho)
+
+    def _plan_rounds(self) -> Rounds:
+        holders = []
+        first, number = 0, 0
+        for i in self._whole:
+            member = self.members[i]
+            parts = self._parts(number, i, _Stage.WHOLE, first)
+            holders.append(Holder(member.plan, tuple(parts), member.moves, state_dtype(member.dtype)))
+            first += norms_of(member.plan)
+            number += member.moves
+        return Rounds(holders, self._device)
 
     def _completed(self, gradients: Sequence[Tensor]) -> Tensor:
         """The elements of all cut units, completed by one sum for each process group; none if nothing is cut."""
@@ -157,6 +183,7 @@ class Schedule:
 
     def _parts(self, parameter: int, i: int, stage: _Stage, first_norm: int) -> list[Part]:
         plan = self.members[i].plan
+        each = NORMS if stage is _Stage.WHOLE else 1
         cuts: dict[int, list[Cut]] = {}
         for receive in plan.exchange.receives:
             cut = Cut(receive.unit, self._first_slot[i] + receive.slot, receive.length)
@@ -166,7 +193,7 @@ class Schedule:
                 parameter,
                 piece,
                 tuple(cuts.get(number, ())),
-                -1 if stage is _Stage.FREE else first_norm + plan.places[piece.fragment.fqn],
+                -1 if stage is _Stage.FREE else first_norm + each * plan.places[piece.fragment.fqn],
             )
             for number, piece in enumerate(plan.pieces)
             if piece.touched and _stage(self.members[i], piece) is stage
@@ -174,6 +201,8 @@ class Schedule:
 
 
 def _stage(member: Member, piece: Piece) -> _Stage:
+    if member.orthogonal and piece.level:
+        return _Stage.WHOLE
     if not (member.norms and piece.level):
         return _Stage.FREE
     return _Stage.SHARED if member.shares_norms else _Stage.ALONE

@@ -41,6 +41,7 @@ class Rule:
     detail_gain: float  # factor on the details; with `coherent` the least one
     coherent: bool  # details of a unit have its coherence as their factor where that is more
     limiter: float  # growth of ||m/d|| allowed in one step, 0: unlimited
+    orthogonal: bool = False  # no second moment where level > 0: the update of `orthogonal` instead of this one
 
 
 def update_moments(

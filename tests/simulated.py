@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from gwt_dist import GWTAdamW
-from gwt_dist.comm import Shard
+from gwt_dist.comm import Peers, Shard
 from gwt_dist.layout import Fragment, join
 
 
@@ -21,10 +22,12 @@ class Group:
 
     world: int
     calls: list[int] = field(default_factory=list)  # elements of each sum, as rank 0 saw them
+    swaps: list[int] = field(default_factory=list)  # elements that rank 0 sent in each swap
 
     def __post_init__(self) -> None:
         self._barrier = threading.Barrier(self.world)
         self._buffers: list[Tensor | None] = [None] * self.world
+        self._letters: list[list[Tensor]] = [[] for _ in range(self.world)]
         self._rank = threading.local()
 
     def all_reduce(self, buffer: Tensor, group: object) -> None:
@@ -42,6 +45,20 @@ class Group:
         self._barrier.wait(timeout=30)
         buffer.copy_(total)
 
+    def deliver(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], peers: Peers) -> None:
+        """Messages of one swap: each rank leaves its own and takes what the others left for it."""
+        assert peers.group is self
+        self._letters[peers.here] = [buffer.clone() for buffer in outgoing]
+        self._barrier.wait(timeout=30)
+        for i, buffer in enumerate(incoming):
+            letter = self._letters[i][peers.here]
+            assert letter.numel() == buffer.numel(), "ranks disagree on the length of a message"
+            if i != peers.here:
+                buffer.copy_(letter)
+        if peers.here == 0:
+            self.swaps.append(sum(buffer.numel() for buffer in outgoing))
+        self._barrier.wait(timeout=30)
+
     def run(self, function: Callable[[int], None]) -> None:
         """Call `function(rank)` on every rank at once; the first exception of a rank is raised here."""
         errors: list[BaseException] = []
@@ -54,7 +71,7 @@ class Group:
                 errors.append(error)
                 self._barrier.abort()
 
-        with patch("gwt_dist.comm.all_reduce", self.all_reduce):
+        with patch("gwt_dist.comm.all_reduce", self.all_reduce), patch("gwt_dist.comm.deliver", self.deliver):
             threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.world)]
             for thread in threads:
                 thread.start()
@@ -83,7 +100,9 @@ class Sharded:
         self.optimizers = []
         for rank, flat in enumerate(self.flats):
             optimizer = GWTAdamW([flat], **options)  # type: ignore[arg-type]
-            optimizer.attach({flat: Shard(tensors, tuple(ranks[rank]), (self.group,), (self.group,))})  # type: ignore[arg-type]
+            peers = Peers(tuple(range(len(ranks))), rank, self.group, ranks.__getitem__)  # type: ignore[arg-type]
+            groups: Any = (self.group,)
+            optimizer.attach({flat: Shard(tensors, tuple(ranks[rank]), groups, groups, peers)})
             self.optimizers.append(optimizer)
 
     def step(self, gradients: dict[str, Tensor]) -> None:

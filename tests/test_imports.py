@@ -19,21 +19,24 @@ LINES = 400  # aim at 300; at this length a module does two things
 
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
-MATH = {"units", "wavelet", "update", "recipes"}
-RUNTIME = {"kernels", "layout", "comm", "dtensor", "groups", "plan", "schedule", "optimizer"}
+MATH = {"units", "wavelet", "update", "orthogonal", "recipes"}
+RUNTIME = {"kernels", "layout", "comm", "dtensor", "groups", "matrices", "plan", "rounds", "schedule", "optimizer"}
 STATE = {"checkpoint", "memory", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "units": {"layout"},
     "wavelet": {"units"},
     "update": {"wavelet"},
+    "orthogonal": {"layout", "wavelet", "update"},
     "recipes": {"wavelet", "update"},
-    "kernels": {"units", "wavelet", "update", "layout"},
+    "matrices": {"layout"},
+    "kernels": {"units", "wavelet", "update", "orthogonal", "layout"},
     "comm": {"layout"},
     "groups": set(),
     "dtensor": {"layout", "comm"},
     "plan": {"units", "kernels", "layout", "comm", "dtensor"},
-    "schedule": {"update", "kernels", "comm", "dtensor", "plan"},
+    "rounds": {"units", "orthogonal", "kernels", "layout", "matrices", "comm", "plan"},
+    "schedule": {"update", "kernels", "comm", "dtensor", "plan", "rounds"},
     "optimizer": MATH | {"comm", "dtensor", "plan", "schedule"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
@@ -52,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
     "layout": set(),
+    "matrices": set(),
     "units": {"pywt"},
     "memory": {"torch"},
     "wavelet": {"torch", "pywt"},

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gwt_dist import Fragment, GWTAdamW
-from gwt_dist.comm import Shard
+from gwt_dist.comm import Shard, alone
 from gwt_dist.kernels import Part, Piece, Work, build, choice, cpu, eager
 from gwt_dist.layout import Tensor as Whole
 from simulated import Sharded
@@ -109,7 +109,7 @@ def test_tensors_held_whole_in_batches_of_any_size(cache: int, monkeypatch: pyte
         fragments = [Fragment(t.fqn, t.shape, 0, n, offsets[t.fqn]) for t, n in zip(tensors, sizes, strict=True)]
         flat = torch.nn.Parameter(torch.randn(8007, generator=random))
         optimizer = GWTAdamW([flat], lr=0.01)
-        optimizer.attach({flat: Shard(tensors, tuple(reversed(fragments)), (), ())})
+        optimizer.attach({flat: Shard(tensors, tuple(reversed(fragments)), (), (), alone(fragments))})
         for size in (1.0, 100.0, 1e-4):
             flat.grad = size * torch.randn(8007, generator=random)
             optimizer.step()

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gwt_dist.comm import Shard
+from gwt_dist.comm import Peers, Shard, alone
 from gwt_dist.engines import deepspeed, fairscale, fsdp1, refusals
 from gwt_dist.engines.flat import FlatBuffer
-from gwt_dist.layout import LayoutError, join
+from gwt_dist.layout import Fragment, LayoutError, join
 from gwt_dist.optimizer import GWTAdamW
 
 
@@ -88,9 +88,24 @@ def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[S
             raise LayoutError(f"rank {rank}: {mismatch}")
     groups = (group,) if group is not None and len(everyone) > 1 else ()
     return [
-        Shard(join([fragments[i] for fragments, _ in everyone]), buffer.fragments, groups, groups, _whole_shape(buffer))
+        Shard(
+            tensors=join([fragments[i] for fragments, _ in everyone]),
+            fragments=buffer.fragments,
+            groups=groups,
+            row_groups=groups,
+            peers=_peers([fragments[i] for fragments, _ in everyone], group),
+            local_shape=_whole_shape(buffer),
+        )
         for i, buffer in enumerate(buffers)
     ]
+
+
+def _peers(ranks: Sequence[Sequence[Fragment]], group: ProcessGroup | None) -> Peers:
+    # Most ranks hold no element of most tensors, and their number is that of ranks times tensors.
+    held = [tuple(fragment for fragment in fragments if fragment.numel) for fragments in ranks]
+    if group is None or len(held) == 1:
+        return alone(held[0])
+    return Peers(tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group, held.__getitem__)
 
 
 def _whole_shape(buffer: FlatBuffer) -> tuple[int, ...] | None:

@@ -26,7 +26,7 @@ def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
         piece, rule = part.piece, tensors.rules[part.parameter]
         exp_avg, exp_avg_sq = _moments(part, tensors)
         counts = piece.counts(exp_avg)
-        update.update_moments(_gather(part, tensors), exp_avg, exp_avg_sq, counts, piece.transform, rule)
+        update.update_moments(gather(part, tensors), exp_avg, exp_avg_sq, counts, piece.transform, rule)
         if part.norm >= 0:
             rows, (low, high) = piece.moments.rows, piece.owned
             m, v = (moment.view(rows, -1)[:, low:high] for moment in (exp_avg, exp_avg_sq))
@@ -43,10 +43,10 @@ def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
             size = size * rule.scale
         if part.norm >= 0:
             size = size.to(rho.device) / rho[part.norm]
-        x_NU, moments = _gather(part, tensors), _moments(part, tensors)
+        x_NU, moments = gather(part, tensors), _moments(part, tensors)
         change = update.change(x_NU, *moments, size.to(x_NU), t, part.piece.transform, rule).view(-1)
         decay_factor = update.decay_factor(rule, x_NU)
-        for source, padded in _blocks(part.piece, weight, change):
+        for source, padded in blocks(part.piece, weight, change, part.piece.fragment.offset):
             w = source.to(x_NU.dtype)
             w -= padded
             w *= decay_factor
@@ -75,21 +75,23 @@ def _moments(part: Part, tensors: Tensors) -> tuple[Tensor, Tensor]:
     return exp_avg.view(-1).narrow(0, start, numel), exp_avg_sq.view(-1).narrow(0, start, numel)
 
 
-def _gather(part: Part, tensors: Tensors) -> Tensor:
+def gather(part: Part, tensors: Tensors) -> Tensor:
     """The gradient of the touched units, (N, U), cut units completed, zeros at the padding of rows."""
     piece, gradient = part.piece, tensors.gradients[part.parameter].view(-1)
     dtype = tensors.exp_avg[part.parameter].dtype
     x_NU = torch.zeros((piece.touched, piece.units.length), dtype=dtype, device=gradient.device)
-    for source, padded in _blocks(piece, gradient, x_NU.view(-1)):
+    for source, padded in blocks(piece, gradient, x_NU.view(-1), piece.fragment.offset):
         padded.copy_(source)
     for cut in part.cuts:
         x_NU[cut.unit, : cut.length] = tensors.exchange.narrow(0, cut.slot, cut.length)
     return x_NU
 
 
-def _blocks(piece: Piece, buffer: Tensor, padded: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Matching views of the fragment in `buffer` and of its units in `padded`, (rows, columns) each."""
-    start = piece.fragment.offset
+def blocks(piece: Piece, buffer: Tensor, padded: Tensor, start: int) -> list[tuple[Tensor, Tensor]]:
+    """Matching views of the fragment, which begins at `start` of `buffer`, and of its units in `padded`.
+
+    (rows, columns) each.
+    """
     return [
         (
             buffer.narrow(0, start + b.source, b.rows * b.columns).view(b.rows, b.columns),
