@@ -88,7 +88,7 @@ def all_reduce(buffer: Tensor, group: ProcessGroup) -> None:
 
 
 def swap(buffer: Tensor, sends: Sequence[int], receives: Sequence[int], peers: Peers) -> Tensor:
-    """Send the next ``sends[i]`` elements of a 1-D buffer to each peer; returns what they sent, ``receives[i]`` of each.
+    """Send the next ``sends[i]`` elements of a 1-D buffer to each peer; returns what they send, ``receives[i]`` each.
 
     One message from one rank to another at most, none if it would be empty. In a world of 1 it is the same buffer.
     """

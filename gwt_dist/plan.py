@@ -67,7 +67,6 @@ class Plan:
 
     def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """State before the first step, on the device of `parameter` and sharded as it is."""
-
         shape = self.shard.tensors[0].shape
         whole = moments_shape(shape, self.level, self.wavelet)
         units = units_of(shape, self.level, self.wavelet)

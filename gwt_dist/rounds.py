@@ -1,7 +1,7 @@
 """Matrices whose momentum is orthogonalized, in one step of a schedule: norms, then round by round there and back.
 
-One sum over ranks for the norms of all matrices. Then, for each round (`matrices`), every rank sends the updates of its
-parts to the ranks that own the matrices, which orthogonalize them and send them back.
+The schedule sums the norms of all matrices over ranks. Then, for each round (`matrices`), every rank sends the updates
+of its parts to the ranks that own the matrices, which orthogonalize them and send them back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gwt_dist.comm import Peers, sum_over_ranks, swap
+from gwt_dist.comm import Peers, swap
 from gwt_dist.kernels import Part, Tensors, orthogonal
 from gwt_dist.layout import Fragment, Overlap
 from gwt_dist.matrices import Matrix, Round, plan_rounds
@@ -21,13 +21,15 @@ from gwt_dist.orthogonal import newton_schulz
 from gwt_dist.plan import Plan
 from gwt_dist.units import level_of
 
+NORMS = orthogonal.NORMS
+
 
 @dataclass(frozen=True, slots=True)
 class Holder:
     """A parameter of which tensors are orthogonalized, and what this rank holds of them."""
 
     plan: Plan
-    parts: tuple[Part, ...]  # of tensors with level > 0; places of norms are counted from 0
+    parts: tuple[Part, ...]  # of tensors with level > 0; none without a gradient
     moves: bool  # it has a gradient; without one it sends zeros and keeps nothing of what comes back
     dtype: torch.dtype  # of its moments
 
@@ -48,9 +50,7 @@ class Rounds:
 
     def __init__(self, holders: Sequence[Holder], device: torch.device) -> None:
         self._device = device
-        self._parts = [part for holder in holders for part in holder.parts if holder.moves]
-        self._norms = [norms_of(holder.plan) for holder in holders]
-        self._groups = [holder.plan.shard.groups for holder in holders]
+        self._parts = [part for holder in holders for part in holder.parts]
         by_peers: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[Holder, str, tuple[int, ...]]]] = {}
         for holder in holders:
             for tensor in holder.plan.shard.tensors:
@@ -59,12 +59,13 @@ class Rounds:
                     by_peers.setdefault(key, []).append((holder, tensor.fqn, tensor.shape))
         self._buckets = [_bucket(found, dtype) for (_, dtype), found in by_peers.items()]
 
-    def run(self, tensors: Tensors) -> None:
-        """One step; `tensors` has those of every parameter of the schedule, so that parts find theirs."""
-        squared_norms = torch.zeros(sum(self._norms), dtype=torch.float64, device=self._device)
+    def add_norms(self, tensors: Tensors, squared_norms: Tensor) -> None:
+        """Add what this rank owns to `squared_norms`, fp64; `tensors` has one of each for every holder that moves."""
         for part in self._parts:
             orthogonal.add_norms(part, tensors, squared_norms)
-        sum_over_ranks(squared_norms, self._norms, self._groups)
+
+    def run(self, tensors: Tensors, squared_norms: Tensor) -> None:
+        """Update moments and weights; `squared_norms` are summed over ranks."""
         for bucket in self._buckets:
             for its in bucket.rounds:
                 self._run(bucket, its, tensors, squared_norms)
@@ -91,14 +92,6 @@ class Rounds:
         outgoing.copy_(swap(received, its.receives, its.sends, bucket.peers))
         for part, updates in slots:
             orthogonal.write(part, tensors, updates)
-
-
-NORMS = orthogonal.NORMS
-
-
-def norms_of(plan: Plan) -> int:
-    """Places of a parameter in the vector of squared norms: those of each of its tensors, with a level or not."""
-    return NORMS * len(plan.places)
 
 
 def _bucket(found: Sequence[tuple[Holder, str, tuple[int, ...]]], dtype: torch.dtype) -> _Bucket:

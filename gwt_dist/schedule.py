@@ -7,7 +7,7 @@ write: one sum over ranks serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -20,7 +20,7 @@ from gwt_dist import dtensor
 from gwt_dist.comm import sum_over_ranks
 from gwt_dist.kernels import Cut, Kernel, Part, Piece, Tensors, Work, choose, limit_growth
 from gwt_dist.plan import Plan, state_dtype
-from gwt_dist.rounds import NORMS, Holder, Rounds, norms_of
+from gwt_dist.rounds import NORMS, Holder, Rounds
 from gwt_dist.update import Rule
 
 
@@ -38,11 +38,13 @@ class Member:
     @property
     def norms(self) -> int:
         """Places in the vector of squared norms; static, so that all ranks agree on its length."""
-        return len(self.plan.places) if self.limited and self.plan.has_levels else 0
+        if not self.plan.has_levels:
+            return 0
+        return len(self.plan.places) * (NORMS if self.orthogonal else int(self.limited))
 
     @property
     def shares_norms(self) -> bool:
-        """Whether other ranks hold parts of the tensors whose norms its limiter needs."""
+        """Whether other ranks hold parts of the tensors whose norms it needs."""
         return self.norms > 0 and bool(self.plan.shard.groups)
 
 
@@ -84,15 +86,18 @@ class Schedule:
         self._counting = self._by_kernel([i for i, member in enumerate(members) if member.moves])
         self._alone = self._runs(_Stage.FREE) + self._runs(_Stage.ALONE)
 
-        self._sharing = [i for i, member in enumerate(members) if member.shares_norms]
-        self._norms = [members[i].norms for i in self._sharing]
-        self._groups = [members[i].plan.shard.groups for i in self._sharing]
-        first_norm = dict(zip(self._sharing, accumulate(self._norms, initial=0), strict=False))
+        # Those with a limiter come before those whose momentum is orthogonalized; one sum has the norms of both.
+        sharing = [i for i, member in enumerate(members) if member.shares_norms and not member.orthogonal]
+        whole = [i for i, member in enumerate(members) if member.norms and member.orthogonal]
+        self._limited, self._summed = sharing, sharing + whole
+        self._whole = [i for i in whole if members[i].moves]  # whose tensors the rounds are given, in this order
+        self._norms = [members[i].norms for i in self._summed]
+        self._groups = [members[i].plan.shard.groups for i in self._summed]
+        first_norm = dict(zip(self._summed, accumulate(self._norms, initial=0), strict=False))
         self._shared = self._runs(_Stage.SHARED, first_norm)
+        self._rounds = Rounds([self._holder(i, first_norm[i]) for i in whole], device)
         # A member without a gradient has places among the norms, but nothing to limit or to remember.
-        self._nothing = {i: torch.zeros(members[i].norms, device=device) for i in self._sharing if not members[i].moves}
-        self._whole = [i for i, member in enumerate(members) if member.orthogonal and member.plan.has_levels]
-        self._rounds = self._plan_rounds()
+        self._nothing = {i: torch.zeros(members[i].norms, device=device) for i in sharing if not members[i].moves}
 
     def run(
         self,
@@ -120,39 +125,28 @@ class Schedule:
 
         for run in self._alone:
             run.kernel.step(run.work, tensors(run.members))
-        if self._sharing:
-            self._run_shared(tensors, states, rules)
-        if self._whole:
-            self._rounds.run(tensors([i for i in self._whole if self.members[i].moves], second_moment=False))
-
-    def _run_shared(
-        self,
-        tensors: Callable[[Sequence[int]], Tensors],
-        states: Sequence[Mapping[str, Any]],
-        rules: Sequence[Rule],
-    ) -> None:
-        """Tensors with a limiter that ranks share: moments, one sum for all norms, weights."""
+        if not self._summed:
+            return
         squared_norms = torch.zeros(sum(self._norms), dtype=torch.float64, device=self._device)
         given = [(run, tensors(run.members)) for run in self._shared]
+        whole = tensors(self._whole, second_moment=False)
         for run, its in given:
             run.kernel.moments(run.work, its, squared_norms)
+        self._rounds.add_norms(whole, squared_norms)
         sum_over_ranks(squared_norms, self._norms, self._groups)
-        limited = [self._nothing[i] if i in self._nothing else states[i]["limited_norm"] for i in self._sharing]
-        its_rules = [rules[self.members[i].group] for i in self._sharing]
-        rho = limit_growth(squared_norms, self._norms, limited, its_rules)
-        for run, its in given:
-            run.kernel.write(run.work, its, rho)
+        if self._limited:
+            counts = self._norms[: len(self._limited)]
+            limited = [self._nothing[i] if i in self._nothing else states[i]["limited_norm"] for i in self._limited]
+            its_rules = [rules[self.members[i].group] for i in self._limited]
+            rho = limit_growth(squared_norms[: sum(counts)], counts, limited, its_rules)
+            for run, its in given:
+                run.kernel.write(run.work, its, rho)
+        self._rounds.run(whole, squared_norms)
 
-    def _plan_rounds(self) -> Rounds:
-        holders = []
-        first, number = 0, 0
-        for i in self._whole:
-            member = self.members[i]
-            parts = self._parts(number, i, _Stage.WHOLE, first)
-            holders.append(Holder(member.plan, tuple(parts), member.moves, state_dtype(member.dtype)))
-            first += norms_of(member.plan)
-            number += member.moves
-        return Rounds(holders, self._device)
+    def _holder(self, i: int, first_norm: int) -> Holder:
+        member = self.members[i]
+        parts = self._parts(self._whole.index(i), i, _Stage.WHOLE, first_norm) if member.moves else ()
+        return Holder(member.plan, tuple(parts), member.moves, state_dtype(member.dtype))
 
     def _completed(self, gradients: Sequence[Tensor]) -> Tensor:
         """The elements of all cut units, completed by one sum for each process group; none if nothing is cut."""

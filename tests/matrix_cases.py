@@ -29,7 +29,7 @@ from zero_engine_cases import Recorder, initial
 
 Weights = dict[str, Tensor]
 STEPS = 3
-COMBINATIONS = [(level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")]
+COMBINATIONS = [*((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")), (2, "orthogonal")]
 
 
 class Shapes(nn.Module):
@@ -93,7 +93,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            block = next(part for part in name.split(".") if part.startswith(("paper", "energy")))
+            block = next(part for part in name.split(".") if part.startswith(("paper", "energy", "orthogonal")))
             group = groups.setdefault(block, {"params": [], **options(int(block[-1]), block[:-1])})
             group["params"].append(parameter)
     return list(groups.values())

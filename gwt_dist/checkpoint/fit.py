@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gwt_dist.checkpoint.dtypes import safetensors_dtype
-from gwt_dist.checkpoint.format import FLOATS, CheckpointError, Index
+from gwt_dist.checkpoint.format import EXP_AVG_SQ, FLOATS, CheckpointError, Index
 from gwt_dist.checkpoint.holdings import Run, Stepped
 from gwt_dist.recipes import RECIPES, check_group
 
@@ -54,6 +54,11 @@ def check(index: Index, run: Run, scheduler: Any, where: str) -> Fit:
                 )
             if entry.level:
                 _check_recipe(name, index.groups[entry.group], run.optimizer.param_groups[about.group], where)
+            if entry.step is not None and (EXP_AVG_SQ in entry.parts) != about.second_moment:
+                raise CheckpointError(
+                    f"{name!r} has {'a' if EXP_AVG_SQ in entry.parts else 'no'} second moment in {where}, against what "
+                    f"its recipe says; the index was changed"
+                )
     return Fit([(one, _state(index, run, one, where)) for one in run.stepped], list(_options(index, run, where)))
 
 

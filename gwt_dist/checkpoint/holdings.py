@@ -58,6 +58,7 @@ class Traits:
     level: int
     wavelet: str
     recipe: str
+    second_moment: bool
 
 
 class Run:
@@ -112,7 +113,8 @@ class Run:
             group = self.optimizer.param_groups[one.group]
             for name, tensor in zip(one.names, one.plan.shard.tensors, strict=True):
                 level = level_of(tensor.shape, one.plan.level)
-                found[name] = Traits(tensor.shape, one.group, level, one.plan.wavelet, group["recipe"])
+                second_moment = not level or one.plan.second_moment
+                found[name] = Traits(tensor.shape, one.group, level, one.plan.wavelet, group["recipe"], second_moment)
         return found
 
     def weight_holdings(self, locals_: list[Local], kind: str) -> Iterator[Holding]:
@@ -128,10 +130,14 @@ class Run:
                 yield Holding(kind, fragment, fragment, buffer, local.common)
 
     def moment_holdings(self, one: Stepped, state: Mapping[str, Tensor]) -> Iterator[Holding]:
-        """Both moments of an optimizer parameter."""
+        """The moments of an optimizer parameter: both, or the first of what has no second."""
         for kind in (EXP_AVG, EXP_AVG_SQ):
+            if kind not in state:
+                continue
             buffer = flat(dtensor.local(state[kind]))
             for piece in one.plan.pieces:
+                if kind == EXP_AVG_SQ and piece.level and not one.plan.second_moment:
+                    continue
                 name = clean(piece.fragment.fqn) if one.plan.shard.local_shape is None else one.names[0]
                 moments = replace(piece.moments, fqn=name)
                 low, high = piece.owned

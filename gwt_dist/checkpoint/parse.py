@@ -211,8 +211,10 @@ class _Reader:
         if group is not None and not 0 <= group < groups:
             self.fail(f"{path}.group", f"is {group}, of {groups}")
         self.known(dtype, ITEM_BYTES, f"{path}.dtype")
-        state = {EXP_AVG, EXP_AVG_SQ} if step is not None else set()
-        if parts.keys() != {WEIGHT} | state or (state and group is None):
+        # Only what has a level may be without a second moment; whether it is there, its recipe says (`fit`).
+        states = [{EXP_AVG, EXP_AVG_SQ}, *([{EXP_AVG}] if level else [])] if step is not None else [set()]
+        state = parts.keys() - {WEIGHT}
+        if WEIGHT not in parts or state not in states or (state and group is None):
             self.fail(f"{path}.parts", f"are {_shown(sorted(parts))} at step {step} in group {group}")
         stored = {kind: self.stored(part, f"{path}.{kind}", name) for kind, part in parts.items()}
         if stored[WEIGHT].shape != whole:

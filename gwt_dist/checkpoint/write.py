@@ -252,6 +252,8 @@ def _entries(reports: Sequence[_Report], written: Sequence[_Written]) -> dict[st
             continue
         parts = {}
         for part in (WEIGHT, EXP_AVG, EXP_AVG_SQ) if name in steps else (WEIGHT,):
+            if part == EXP_AVG_SQ and not traits[name].second_moment:
+                continue
             offer = offers.get((MASTER, name), offers[WEIGHT, name]) if part == WEIGHT else offers[part, name]
             pieces = [piece for one in written if (s := one.stored.get((part, name))) for piece in s.pieces]
             parts[part] = Stored(offer.dtype, offer.shape, tuple(pieces))

@@ -110,7 +110,7 @@ def _tensor(entry: Entry) -> dict[str, Any]:
         "master_bytes": weight.bytes if entry.has_master else 0,
         "moment_bytes": sum(part.bytes for part in moments),
         # Two for each element, in the dtype that these are in.
-        "adamw_moment_bytes": sum(numel * ITEM_BYTES[part.dtype] for part in moments),
+        "adamw_moment_bytes": 2 * numel * ITEM_BYTES[moments[0].dtype] if moments else 0,
     }
 
 

@@ -18,7 +18,7 @@ from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import ENGINES, Setup
-from gwt_dist.memory.state import LIMITED
+from gwt_dist.memory.state import LIMITED, SECOND_MOMENT
 from gwt_dist.report.pages import check_free, write_page
 
 TARGETS = ["attn", "mlp"]
@@ -112,7 +112,8 @@ def plan(
     limited = _limited(options["recipe"], options["limiter"])
 
     def make(lv: int, ranks: int) -> Plan:
-        groups = groups_of(spec, lv, options["targets"], options["wavelet"], limited)
+        second_moment = SECOND_MOMENT[options["recipe"]]
+        groups = groups_of(spec, lv, options["targets"], options["wavelet"], limited, second_moment)
         return fill.plan(spec, groups, replace(base, world_size=ranks))
 
     tried: list[Tried] = []

@@ -62,4 +62,3 @@ def write(
 def _momentum(part: Part, tensors: Tensors) -> Tensor:
     moments = part.piece.moments
     return tensors.exp_avg[part.parameter].view(-1).narrow(0, moments.offset, moments.numel)
-

@@ -23,40 +23,43 @@ class _Counts:
     """Of the tensors of a `Concatenation`, by shard."""
 
     elements: tuple[int, ...]
-    wavelet: tuple[int, ...]  # coefficients, of one moment
+    wavelet: tuple[int, ...]  # coefficients of all moments, as the two that follow
     cut: tuple[int, ...]
     rest: tuple[int, ...]
+    second: tuple[int, ...]  # of the second moment alone, whatever the level
     held: tuple[int, ...]  # tensors with any element
     exchange: int
 
 
-_Kind = tuple[int, str]  # level and wavelet of a tensor's group
+_Kind = tuple[int, str, int]  # level, wavelet and number of moments of a tensor's group
 
 
 @lru_cache(maxsize=4096)
 def _count(laid: Concatenation, kinds: tuple[_Kind | None, ...], shards: int) -> _Counts:
     """What `shards` ranks keep of the tensors of kind not None."""
-    elements, wavelet, cut, rest, held = ([0] * shards for _ in range(5))
+    elements, wavelet, cut, rest, second, held = ([0] * shards for _ in range(6))
     exchange = 0
     for number, (shape, kind) in enumerate(zip(laid.shapes, kinds, strict=True)):
         if kind is None:
             continue
-        level, name = kind
+        level, name, moments = kind
         units = units_of(shape, level, name)
         kept = wavelet if level_of(shape, level) else rest
+        moments = moments if kept is wavelet else 2
         starts = []
         for shard, start, stop in laid.intervals(number):
             first, last = units.index(start), units.index(stop - 1) + 1
             elements[shard] += stop - start
             held[shard] += 1
-            kept[shard] += (last - first) * units.coefficients
+            kept[shard] += moments * (last - first) * units.coefficients
+            second[shard] += (moments - 1) * (last - first) * units.coefficients
             if units.bounds(first)[0] < start and kept is wavelet:
-                cut[shard] += units.coefficients
+                cut[shard] += moments * units.coefficients
             if start:
                 starts.append(start)
         tensor = layout.Tensor("", shape, tuple(starts))
         exchange += layout.plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
-    return _Counts(tuple(elements), tuple(wavelet), tuple(cut), tuple(rest), tuple(held), exchange)
+    return _Counts(tuple(elements), tuple(wavelet), tuple(cut), tuple(rest), tuple(second), tuple(held), exchange)
 
 
 def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> Plan:
@@ -66,7 +69,15 @@ def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> Plan:
     """
     found = Plan(setup, model, groups)
     shards = setup.shards
-    for values in (found.wavelet, found.cut, found.rest, found.scalars, found.elements, found.checkpoint):
+    for values in (
+        found.wavelet,
+        found.second,
+        found.cut,
+        found.rest,
+        found.scalars,
+        found.elements,
+        found.checkpoint,
+    ):
         values += [0] * shards
     found.weights, found.gradients = [0] * shards, [0] * shards
     found.masters, found.step_gradients = [0] * shards, [0] * shards
@@ -79,8 +90,9 @@ class _Sums:
 
     def __init__(self, found: Plan) -> None:
         self.plan, self.setup = found, found.setup
-        self.kinds = {name: (g.level, g.wavelet) for g in found.groups for name, _ in g.tensors}
-        self.limited = {name: g.limited for g in found.groups for name, _ in g.tensors}
+        self.kinds = {name: (g.level, g.wavelet, g.moments) for g in found.groups for name, _ in g.tensors}
+        # Squared norms of a tensor: of its limiter, or of momentum and approximation.
+        self.norms_of = {n: int(g.limited) if g.second_moment else 2 for g in found.groups for n, _ in g.tensors}
         self.frozen = [t for t in found.model.tensors if t.name not in self.kinds]
         self.shards = len(found.weights)
 
@@ -88,17 +100,21 @@ class _Sums:
         """Moments of tensors of these names, and what a checkpoint keeps of them, `times` over."""
         setup, found = self.setup, self.plan
         counts = _count(laid, tuple(self.kinds.get(name) for name in names), self.shards)
-        moment = 2 * setup.state_bytes
+        moment = setup.state_bytes
         stored = 4 if setup.masters else setup.bytes_of("weights")
         for s in range(self.shards):
             found.elements[s] += times * counts.elements[s]
             found.wavelet[s] += times * moment * counts.wavelet[s]
             found.cut[s] += times * moment * counts.cut[s]
             found.rest[s] += times * moment * counts.rest[s]
+            found.second[s] += times * moment * counts.second[s]
             owned = counts.wavelet[s] - counts.cut[s] + counts.rest[s]
             found.checkpoint[s] += times * (stored * counts.elements[s] + moment * owned)
         if self.shards > 1:
             found.exchange += times * counts.exchange
+            for name, shape in zip(names, laid.shapes, strict=True):
+                level, _, moments = self.kinds.get(name, (0, "", 2))
+                found.travelling += times * prod(shape) if moments == 1 and level_of(shape, level) else 0
         return counts
 
     def scalars(self, tensors: int) -> int:
@@ -110,10 +126,10 @@ class _Sums:
         values[:] = [value + number for value in values]
 
     def norms(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
-        """A parameter's places in the sum of norms: one a tensor, if any of them has a level."""
-        if self.shards > 1 and self.limited[names[0]]:
+        """A parameter's places in the sum of norms: those of each tensor, if any of them has a level."""
+        if self.shards > 1:
             if any(level_of(shape, self.kinds[name][0]) for name, shape in zip(names, shapes, strict=True)):
-                self.plan.norms += len(names)
+                self.plan.norms += self.norms_of[names[0]] * len(names)
 
     def frozen_weights(self) -> None:
         """Frozen tensors that every rank holds whole."""
@@ -143,11 +159,14 @@ def _owners(found: Plan) -> None:
     sums.frozen_weights()
     split = splits.largest_first if setup.engine == "zro" else splits.in_order
     owners = split([[shape for _, shape in group.tensors] for group in found.groups], setup.world_size)
-    moment = 2 * setup.state_bytes
     for group, of_group in zip(found.groups, owners, strict=True):
         for (_, shape), rank in zip(group.tensors, of_group, strict=True):
-            kept = moment * coefficients(shape, group.level, group.wavelet)
-            (found.wavelet if level_of(shape, group.level) else found.rest)[rank] += kept
+            leveled = level_of(shape, group.level) > 0
+            moments = group.moments if leveled else 2
+            moment = setup.state_bytes * coefficients(shape, group.level, group.wavelet)
+            kept = moments * moment
+            (found.wavelet if leveled else found.rest)[rank] += kept
+            found.second[rank] += (moments - 1) * moment
             found.scalars[rank] += sums.scalars(1)
             found.elements[rank] += prod(shape)
             found.checkpoint[rank] += kept

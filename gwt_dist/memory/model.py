@@ -59,6 +59,7 @@ def groups_of(
     targets: str | Sequence[str] | Mapping[str, int],
     wavelet: str = "haar",
     limited: bool = True,
+    second_moment: bool = True,
 ) -> list[GroupSpec]:
     """The groups that `param_groups` makes of the model itself; raises the same `ValueError`."""
     check_level(level)
@@ -72,7 +73,9 @@ def groups_of(
     for pattern in patterns:
         if pattern not in matched:
             raise no_match(pattern, [tensor.linear for tensor in model.tensors if tensor.linear])
-    return [GroupSpec(lv, wavelet, tuple(by_level[lv]), limited) for lv in sorted(by_level, reverse=True)]
+    return [
+        GroupSpec(lv, wavelet, tuple(by_level[lv]), limited, second_moment) for lv in sorted(by_level, reverse=True)
+    ]
 
 
 def of_config(config: Mapping[str, Any], where: str) -> ModelSpec | None:

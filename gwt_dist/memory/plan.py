@@ -27,7 +27,8 @@ class Plan:
     masters: list[int] = field(default_factory=list)
     gradients: list[int] = field(default_factory=list)
     step_gradients: list[int] = field(default_factory=list)  # fp32, of one buffer at a time, beside masters
-    wavelet: list[int] = field(default_factory=list)  # both moments of tensors with level > 0
+    wavelet: list[int] = field(default_factory=list)  # moments of tensors with level > 0
+    second: list[int] = field(default_factory=list)  # the second of both, of whatever level
     cut: list[int] = field(default_factory=list)  # the part of `wavelet` that another rank owns
     rest: list[int] = field(default_factory=list)  # both moments of level-0 tensors
     scalars: list[int] = field(default_factory=list)  # steps and limiter norms
@@ -36,6 +37,7 @@ class Plan:
     checkpoint_common: int = 0  # what all ranks hold alike, of which each writes a part
     exchange: int = 0  # elements of all cut units in the sum that completes them, each step
     norms: int = 0  # squared norms in their sum, each step
+    travelling: int = 0  # elements of all matrices that are sent to a rank each and back, each step
 
     @property
     def state(self) -> list[int]:

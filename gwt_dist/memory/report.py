@@ -40,7 +40,7 @@ def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumula
     """
     setup, total = plan.setup, plan.total
     worst = max(range(len(total)), key=total.__getitem__)
-    moment = [(a + b) // 2 for a, b in zip(plan.wavelet, plan.rest, strict=True)]
+    first = [a + b - c for a, b, c in zip(plan.wavelet, plan.rest, plan.second, strict=True)]
     gradients, states = setup.gradients or setup.weights, f"fp{8 * setup.state_bytes}"
     on_host = setup.offload in ("optimizer", "both")
     rows = [
@@ -48,8 +48,8 @@ def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumula
         ("gradients", gradients, on_host and setup.engine == "fsdp2", plan.gradients),
         ("masters", "fp32", on_host, plan.masters),
         ("gradients of the masters", "fp32", on_host, plan.step_gradients),
-        ("exp_avg", states, on_host, moment),
-        ("exp_avg_sq", states, on_host, moment),
+        ("exp_avg", states, on_host, first),
+        ("exp_avg_sq", states, on_host, plan.second),
         ("steps, limiter norms", "fp32" if setup.state_bytes == 4 else "fp32, fp64", on_host, plan.scalars),
     ]
     elements = sum(plan.elements)
@@ -78,7 +78,7 @@ def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumula
         "rows": [
             {"name": name, "dtype": dtype, "host": host, **spread(values, worst)}
             for name, dtype, host, values in rows
-            if any(values)
+            if any(values) or (name == "exp_avg_sq" and any(first))
         ],
         "state": spread(plan.state, worst),
         "cut": spread(plan.cut, worst),

@@ -11,7 +11,9 @@ from gwt_dist.memory import splits
 from gwt_dist.units import level_of, units_of
 
 # Whether the limiter of a recipe is on where a group does not say: `recipes.RECIPES`, which needs torch.
-LIMITED = {"paper": True, "energy": False}
+LIMITED = {"paper": True, "energy": False, "orthogonal": False}
+# Whether it keeps a second moment of tensors with level > 0 where a group does not say.
+SECOND_MOMENT = {"paper": True, "energy": True, "orthogonal": False}
 FP32 = 4  # bytes; moments are fp32 whatever the weights are, except for fp64 weights
 
 
@@ -23,6 +25,12 @@ class GroupSpec:
     wavelet: str
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     limited: bool = True  # a limiter above 0, so that norms are summed over ranks
+    second_moment: bool = True  # of tensors with level > 0, whose momentum is orthogonalized if they have none
+
+    @property
+    def moments(self) -> int:
+        """Moments of a tensor with level > 0."""
+        return 1 + self.second_moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +39,7 @@ class StateBytes:
     elements.
     """
 
-    wavelet: int  # both moments of tensors with level > 0, cut units counted wherever they are kept
+    wavelet: int  # moments of tensors with level > 0, cut units counted wherever they are kept
     wavelet_cut: int  # the part of `wavelet` that another rank owns
     wavelet_adamw: int  # what AdamW would hold for the elements of these tensors
     rest: int  # both moments of level-0 tensors, which is what AdamW holds
@@ -57,9 +65,15 @@ def specs(named_parameters: Iterable[tuple[str, Any]], groups: Sequence[Mapping[
             group.get("wavelet", "haar"),
             tuple((names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group["params"]),
             LIMITED[group.get("recipe", "paper")] if group.get("limiter") is None else group["limiter"] > 0,
+            _second_moment(group),
         )
         for group in groups
     ]
+
+
+def _second_moment(group: Mapping[str, Any]) -> bool:
+    chosen = group.get("second_moment")
+    return SECOND_MOMENT[group.get("recipe", "paper")] if chosen is None else chosen != "none"
 
 
 def plan_zero(
@@ -91,8 +105,8 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateByt
             kept = units.moments(fragment).numel
             first, last = units.owned(fragment)
             if level_of(fragment.shape, group.level):
-                wavelet += 2 * FP32 * kept
-                cut += 2 * FP32 * (kept - fragment.rows * (last - first) * units.coefficients)
+                wavelet += group.moments * FP32 * kept
+                cut += group.moments * FP32 * (kept - fragment.rows * (last - first) * units.coefficients)
                 wavelet_adamw += 2 * FP32 * fragment.numel
             else:
                 rest += 2 * FP32 * kept

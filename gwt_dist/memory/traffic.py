@@ -56,7 +56,9 @@ def _ours(plan: Plan) -> Iterator[Traffic]:
     setup = plan.setup
     exchange = plan.exchange * setup.state_bytes
     yield Traffic("cut units", "all-reduce", 2 * _ring(exchange, setup.shards), ours=True)
-    yield Traffic("limiter norms", "all-reduce", 2 * _ring(plan.norms * NORM, setup.shards), ours=True)
+    yield Traffic("norms", "all-reduce", 2 * _ring(plan.norms * NORM, setup.shards), ours=True)
+    matrices = plan.travelling // setup.shards * setup.state_bytes
+    yield Traffic("matrices", "to a rank each and back", 2 * _ring(matrices, setup.shards), ours=True)
 
 
 def _ring(number: int, ranks: int) -> int:
