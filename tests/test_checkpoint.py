@@ -26,7 +26,7 @@ def saved(tmp_path: Path) -> Path:
     return saved_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("recipe", ["paper", "energy"])
+@pytest.mark.parametrize("recipe", ["paper", "energy", "orthogonal"])
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
 def test_the_run_goes_on_to_the_bit(tmp_path, recipe, wavelet) -> None:
     run = built(3, recipe, wavelet)

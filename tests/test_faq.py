@@ -15,7 +15,7 @@ from documents import ROOT
 from gwt_dist import GWTAdamW, param_groups
 from gwt_dist.cli.app import main
 
-RECIPES = ("paper", "energy")
+RECIPES = ("paper", "energy", "orthogonal")
 
 
 class Net(nn.Module):

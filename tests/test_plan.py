@@ -23,7 +23,7 @@ from gwt_dist.memory.model import ModelSpec, of_config, of_module
 from gwt_dist.memory.model import groups_of as groups_by_name
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.setup import Setup
-from gwt_dist.memory.state import LIMITED
+from gwt_dist.memory.state import LIMITED, SECOND_MOMENT
 from gwt_dist.memory.traffic import traffic
 from gwt_dist.recipes import RECIPES
 from matrix_cases import Model, groups_of
@@ -238,6 +238,7 @@ def test_what_is_known_without_torch_is_what_the_optimizer_knows() -> None:
                 whole = prod(kernels.moments_shape(shape, level, wavelet))
                 assert units.coefficients(shape, level, wavelet) == whole
     assert {name: recipe.limiter > 0 for name, recipe in RECIPES.items()} == LIMITED
+    assert {name: recipe.second_moment != "none" for name, recipe in RECIPES.items()} == SECOND_MOMENT
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -293,3 +294,8 @@ def test_what_is_sent_in_a_step() -> None:
     ours = {t.name: t.bytes for t in traffic(found) if t.ours}
     assert ours == {"norms": 2 * (found.norms * 8 * 6 // 7), "cut units": 2 * (found.exchange * 4 * 6 // 7)}
     assert found.norms == 14 and 0 < found.exchange <= 6 * 4
+    whole = groups_by_name(model, 2, ("attn", "mlp"), second_moment=False, limited=False)
+    found = fill.plan(model, whole, Setup("zero1", 7))
+    ours = {t.name: t.bytes for t in traffic(found) if t.ours}
+    matrices = sum(prod(shape) for group in whole if group.level for _, shape in group.tensors)
+    assert ours["matrices"] == 2 * (matrices // 7 * 4 * 6 // 7) and found.norms == 28

@@ -1,0 +1,220 @@
+"""Momentum that is orthogonalized: the iteration, the step by hand, whole and sharded, and who has which matrix."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from math import prod
+
+import pytest
+import pywt
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gwt_dist import GWTAdamW, matrices, rounds
+from gwt_dist.layout import Fragment
+from gwt_dist.matrices import Matrix, assign, cost, plan_rounds
+from gwt_dist.orthogonal import newton_schulz
+from simulated import Sharded
+from test_layout import run, worlds
+
+
+ZEROS, ONES = torch.zeros(8, 12, dtype=torch.float64), torch.ones(8, 12, dtype=torch.float64)
+
+
+def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def trained(weight: Tensor, gradients: list[Tensor], **options: object) -> tuple[GWTAdamW, Tensor]:
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = GWTAdamW([parameter], **{"lr": 0.01, "recipe": "orthogonal", **options})  # type: ignore[arg-type]
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return optimizer, parameter
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (9, 9), (1, 30)])
+def test_the_iteration_keeps_singular_vectors_and_makes_values_one(shape: tuple[int, int]) -> None:
+    matrix = random(shape)
+    left, values, right = torch.linalg.svd(newton_schulz(matrix), full_matrices=False)
+    theirs = torch.linalg.svd(matrix, full_matrices=False)
+    assert 0.65 < values.min() and values.max() < 1.25
+    torch.testing.assert_close(left @ right, theirs[0] @ theirs[2], rtol=0, atol=1e-12)
+    assert not newton_schulz(torch.zeros(shape)).any()
+
+
+@pytest.mark.filterwarnings("ignore:Level value")
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize(("shape", "level"), [((12, 40), 1), ((40, 12), 2), ((7, 13), 3), ((6, 2, 5), 2), ((5, 3), 4)])
+def test_the_step_written_out_with_pywavelets(shape: tuple[int, ...], level: int, wavelet: str) -> None:
+    """Steady gradients and changing ones, so that the coherence is 1, 0 and between."""
+    gradients = [random(shape, i) for i in range(3)] + [random(shape, 3) + 2, random(shape, 4) + 2]
+    start = random(shape, 9)
+    _, weight = trained(start, gradients, level=level, wavelet=wavelet, lr=0.02, weight_decay=0.1, betas=(0.8, 0.999))
+    expected, m, gains = start.clone(), None, []
+    rows, columns = shape[0], prod(shape[1:])
+    for t, gradient in enumerate(gradients, 1):
+        padded = torch.nn.functional.pad(gradient.reshape(rows, columns), (0, -columns % 2**level)).numpy()
+        a, *details = pywt.wavedec(padded, wavelet, mode="periodization", level=level, axis=-1)
+        gain = 0.0
+        if m is not None:
+            gain = min(1.0, float((m**2).sum() / (1 - 0.8 ** (t - 1)) ** 2 / (a**2).sum()))
+        gains.append(gain)
+        m = 0.2 * a + (0.8 * m if m is not None else 0)
+        u = [m / (1 - 0.8**t), *(gain * detail for detail in details)]
+        whole = torch.from_numpy(pywt.waverec(u, wavelet, mode="periodization", axis=-1)[:, :columns].copy())
+        expected -= (0.02 * 0.25 * max(rows, columns) ** 0.5 * newton_schulz(whole)).view(shape)
+        expected *= 1 - 0.02 * 0.1
+    assert gains[0] == 0 and 0 < min(gains[1:]) < 0.9
+    assert (weight.detach() - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_with_all_details_and_without_a_past_it_is_muon() -> None:
+    """Torch runs the iteration in bf16; ``0.2 * sqrt(max(R, C))`` is its factor that matches AdamW's."""
+    gradient = random((24, 64), dtype=torch.float32)
+    _, weight = trained(torch.zeros(24, 64), [gradient], lr=0.1, scale=0.2, detail_gain=1.0, betas=(0.0, 0.999))
+    reference = torch.nn.Parameter(torch.zeros(24, 64))
+    reference.grad = gradient.clone()
+    torch.optim.Muon([reference], 0.1, 0.0, momentum=0.0, nesterov=False, adjust_lr_fn="match_rms_adamw").step()
+    assert (weight - reference).norm() < 0.02 * reference.norm()
+
+
+def test_a_weight_loses_lr_times_scale_in_the_root_mean_square() -> None:
+    for shape in ((64, 64), (32, 128), (128, 32)):
+        _, weight = trained(torch.zeros(shape), [random(shape, dtype=torch.float32)], level=1, lr=0.1, detail_gain=1.0)
+        assert 0.7 < weight.detach().square().mean().sqrt() / (0.1 * 0.25) < 1.2
+
+
+def test_state_is_the_momentum_alone_and_level_0_is_adamw() -> None:
+    gradients = [random((16, 24), i, torch.float32) for i in range(3)]
+    optimizer, weight = trained(torch.zeros(16, 24), gradients, level=2)
+    state = optimizer.state[weight]
+    assert sorted(state) == ["exp_avg", "limited_norm", "step"] and state["exp_avg"].shape == (16, 6)
+    for shape, level in (((16, 24), 0), ((24,), 2)):
+        start, gradients = random(shape, 9, torch.float32), [random(shape, i, torch.float32) for i in range(3)]
+        (mine, w), (theirs, v) = (
+            trained(start, gradients, level=level, recipe=recipe) for recipe in ("orthogonal", "energy")
+        )
+        assert torch.equal(w, v)
+        assert sorted(mine.state[w]) == sorted(theirs.state[v]) and "exp_avg_sq" in mine.state[w]
+
+
+def test_a_step_of_zeros_on_a_fresh_optimizer_changes_nothing() -> None:
+    """Engines and torch's `get_optimizer_state_dict` make one; the real steps after it are those without it."""
+    gradients = [random((8, 12), i) for i in range(3)]
+    optimizer, weight = trained(ONES, [ZEROS])
+    assert torch.equal(weight, ONES) and not optimizer.state[weight]["exp_avg"].any()
+    _, after = trained(ONES, [ZEROS, *gradients])
+    assert after.isfinite().all() and not torch.equal(after, weight)
+
+
+@settings(max_examples=100)
+@given(worlds(), st.integers(0, 6), st.sampled_from(["haar", "haar", "db2"]))
+def test_the_sharded_step_is_the_whole_step_but_for_the_order_of_its_norms(world, level, wavelet) -> None:
+    whole, sharded, ranks, (optimizer, parameters) = run(world, level, "orthogonal", wavelet, torch.float64)
+    for fqn in whole:
+        size = max(1.0, float(whole[fqn].abs().max()))
+        assert float((whole[fqn] - sharded[fqn]).abs().max()) <= 1e-12 * size, fqn
+    for fragments, flat, one in zip(ranks.ranks, ranks.flats, ranks.optimizers, strict=True):
+        kept = {f.fqn for f in fragments if "exp_avg_sq" not in optimizer.state[parameters[f.fqn]]}
+        plan = one._plan(flat, 0)
+        for piece in plan.pieces:
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key == "exp_avg_sq" and piece.fragment.fqn in kept:
+                    continue
+                every = optimizer.state[parameters[piece.fragment.fqn]][key].view(-1)
+                expected = torch.cat([every[:0], *(every[a:b] for a, b in piece.moments.intervals)])
+                mine = one.state[flat][key][piece.moments.offset : piece.moments.offset + piece.moments.numel]
+                assert torch.equal(mine, expected)
+        held = sum(p.moments.numel for p in plan.pieces if p.fragment.fqn not in kept)
+        assert one.state[flat].get("exp_avg_sq", torch.empty(0)).numel() == held
+
+
+def test_rounds_of_a_matrix_each_have_the_bits_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"a": (8, 12), "b": (20, 6), "c": (5, 5), "d": (12,), "e": (8, 12)}
+    start = {fqn: random(shape, 1, torch.float32) for fqn, shape in shapes.items()}
+    gradients = [{f: random(s, 2 + i, torch.float32) for f, s in shapes.items()} for i in range(2)]
+    thirds = [[(0, 31), (0, 120), (0, 0), (0, 4), (0, 50)], [(31, 96), (120, 120), (0, 25), (4, 9), (50, 50)]]
+    thirds.append([(96, 96), (120, 120), (25, 25), (9, 12), (50, 96)])
+    ranks = []
+    for intervals in thirds:
+        offset, fragments = 0, []
+        for (fqn, shape), (low, high) in zip(shapes.items(), intervals, strict=True):
+            fragments.append(Fragment(fqn, shape, low, high, offset))
+            offset += high - low
+        ranks.append(fragments)
+    found = []
+    for limit in (matrices.ROUND, 1):
+        planner = lambda m, rank, world, limit=limit: plan_rounds(m, rank, world, limit)  # noqa: E731
+        monkeypatch.setattr(rounds, "plan_rounds", planner)
+        sharded = Sharded(start, ranks, lr=0.01, level=2, recipe="orthogonal")
+        for gradient in gradients:
+            sharded.step(gradient)
+        found.append(sharded.gather(shapes))
+        # Four matrices on three ranks: one round, or two; each is there and back, in every step.
+        assert len(sharded.group.swaps) == 2 * 2 * (1 if limit > 1 else 2)
+    assert all(torch.equal(found[0][fqn], found[1][fqn]) for fqn in shapes)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=20), st.integers(1, 5), st.integers(1, 3000)
+)
+def test_every_matrix_has_one_owner_and_no_rank_too_much(shapes, world_size, limit) -> None:
+    pairs = [pair for its in assign(shapes, world_size, limit) for pair in its]
+    assert sorted(number for number, _ in pairs) == list(range(len(shapes)))
+    busy = Counter({rank: 0 for rank in range(world_size)})
+    for number, rank in pairs:
+        busy[rank] += cost(shapes[number])
+    assert max(busy.values()) - min(busy.values()) <= max(map(cost, shapes), default=0)
+    for its in assign(shapes, world_size, limit):
+        assert its
+        for rank in range(world_size):
+            numels = [prod(shapes[number]) for number, owner in its if owner == rank]
+            assert len(numels) <= 1 or sum(numels) <= limit
+
+
+@given(worlds(), st.integers(1, 2000))
+def test_what_one_rank_sends_another_expects(world, limit) -> None:
+    shapes, ranks = world
+    fqns = [fqn for fqn, shape in shapes.items() if len(shape) > 1 and prod(shape)]
+    held = {fqn: [[f for f in fragments if f.fqn == fqn and f.numel] for fragments in ranks] for fqn in fqns}
+    plans = [
+        plan_rounds([Matrix(shapes[fqn], held[fqn].__getitem__) for fqn in fqns], rank, len(ranks), limit)
+        for rank in range(len(ranks))
+    ]
+    for its in zip(*plans, strict=True):
+        for a, mine in enumerate(its):
+            assert [theirs.receives[a] for theirs in its] == list(mine.sends)
+            assert sum(mine.sends) == sum(slot.length for slot in mine.slots)
+            for owned in mine.owned:
+                assert sum(o.rows * o.columns for o in owned.overlaps) == prod(owned.shape)
+
+
+def test_a_state_of_another_recipe_is_refused() -> None:
+    gradients = [random((8, 12))]
+    (mine, _), (theirs, _) = (trained(ZEROS, gradients, recipe=r) for r in ("orthogonal", "paper"))
+    for one, other, message in (
+        (mine, theirs, r"group 0 has a second moment in the state to load \(recipe 'paper'\) and none in this"),
+        (theirs, mine, r"group 0 has no second moment in the state to load \(recipe 'orthogonal'\) and one in this"),
+    ):
+        before = copy.deepcopy(one.state_dict())
+        with pytest.raises(ValueError, match=message):
+            one.load_state_dict(other.state_dict())
+        assert str(one.state_dict()) == str(before)
+    again, weight = trained(ZEROS, [])
+    again.load_state_dict(mine.state_dict())
+    assert torch.equal(again.state[weight]["exp_avg"], next(iter(mine.state.values()))["exp_avg"])
+
+
+def test_what_an_orthogonalized_update_cannot_have() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"limiter=1.5 in .* where no second moment is kept"):
+        GWTAdamW([weight], recipe="orthogonal", limiter=1.5)
+    optimizer, weight = trained(ZEROS, [random((8, 12))])
+    optimizer.param_groups[0]["recipe"] = "energy"
+    with pytest.raises(ValueError, match=r"differ from level=2, wavelet='haar' without a second moment at its first"):
+        optimizer.step()
