@@ -125,9 +125,9 @@ class Trained:
 
 
 @cache
-def uninterrupted(dtype: torch.dtype) -> Weights:
+def uninterrupted(dtype: torch.dtype, recipe: str = RECIPE) -> Weights:
     """The weights of one process after all steps."""
-    whole = Trained("one", dtype)
+    whole = Trained("one", dtype, recipe=recipe)
     whole.train(steps())
     return whole.weights()
 
@@ -156,26 +156,28 @@ def place(folder: str, kind: str, dtype: torch.dtype, world: int) -> str:
     return str(Path(folder, f"{kind} {str(dtype).removeprefix('torch.')} {world}".replace(" ", "-")))
 
 
-def save_case(folder: str, kinds: Sequence[str], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def save_case(
+    folder: str, kinds: Sequence[str], dtype: torch.dtype, recipe: str = RECIPE
+) -> dict[str, dict[str, Any]]:
     """Two steps, a checkpoint, three more: by engine, how far the weights are from one process; and whether the same
     engine, started anew from the checkpoint, comes to the same bits.
     """
     results = {}
     for kind in kinds:
-        through = Trained(kind, dtype)
+        through = Trained(kind, dtype, recipe=recipe)
         through.train(steps()[:BEFORE])
         path = place(folder, kind, dtype, dist.get_world_size())
         through.save(path, BEFORE, extra={"by": kind})
         through.train(steps()[BEFORE:])
         expected, computed = through.weights(), through.computes_with()
         through.close()
-        again = Trained(kind, dtype)
+        again = Trained(kind, dtype, recipe=recipe)
         again.spoil()
         loaded = again.load(path)
         again.train(steps()[BEFORE:])
         found, computes = again.weights(), again.computes_with()
         results[kind] = {
-            "error": error_of(expected, uninterrupted(dtype if dtype == torch.float64 else torch.float32)),
+            "error": error_of(expected, uninterrupted(dtype if dtype == torch.float64 else torch.float32, recipe)),
             "differ": [n for n in expected if not torch.equal(found[n], expected[n])]
             + [n for n in computed if not torch.equal(computes[n], computed[n])],
             "loaded": (loaded.step, loaded.extra),
@@ -185,14 +187,18 @@ def save_case(folder: str, kinds: Sequence[str], dtype: torch.dtype) -> dict[str
 
 
 def load_case(
-    folder: str, saved: Sequence[tuple[str, torch.dtype, int]], kinds: Sequence[str], dtype: torch.dtype
+    folder: str,
+    saved: Sequence[tuple[str, torch.dtype, int]],
+    kinds: Sequence[str],
+    dtype: torch.dtype,
+    recipe: str = RECIPE,
 ) -> dict[tuple[str, int, str], tuple[float, float]]:
     """Three steps under each of `kinds` from each of `saved`, which are engine, dtype and ranks: how far the weights
     are from one process, and how far those that the model computes with from their rounding.
     """
     errors = {}
     for kind in kinds:
-        trained = Trained(kind, dtype)
+        trained = Trained(kind, dtype, recipe=recipe)
         for by, saved_dtype, world in saved:
             if kind == "zero3 persistent":
                 trained.train(steps()[:1])  # gathers these weights, so that there are copies to refresh
@@ -200,7 +206,7 @@ def load_case(
             trained.load(place(folder, by, saved_dtype, world))
             stale = stale_of(trained)  # before a step refreshes what the engine computes with
             trained.train(steps()[BEFORE:])
-            expected = uninterrupted(dtype if dtype == torch.float64 else torch.float32)
+            expected = uninterrupted(dtype if dtype == torch.float64 else torch.float32, recipe)
             errors[by, world, kind] = error_of(trained.weights(), expected), max(stale, stale_of(trained))
         trained.close()
     return errors

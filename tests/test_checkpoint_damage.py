@@ -138,6 +138,10 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda i: void(i["tensors"]["attn_q.weight"]["parts"].pop("exp_avg")),
         r"parts are \['exp_avg_sq', 'weight'\]",
     ),
+    "second moment": (
+        lambda i: void(i["tensors"]["attn_q.weight"]["parts"].pop("exp_avg_sq")),
+        "'attn_q.weight' has no second moment in .*, against what its recipe says",
+    ),
     "group": (lambda i: i["tensors"]["attn_q.weight"].update(group=9), "group is 9, of 2"),
     "option": (lambda i: i["groups"][0].update(lr="1"), "lr='1' in a parameter group"),
     "params": (lambda i: i["groups"][0].update(params=[]), "hold params"),

@@ -27,18 +27,18 @@ BOUND = {FP64: 1e-12, FP32: 1e-6, BF16: 1e-6}
 LIMIT = 240
 
 
-def saved_and_resumed(ranks, folder, world, kinds, dtype) -> None:
+def saved_and_resumed(ranks, folder, world, kinds, dtype, recipe="paper") -> None:
     """Save under each engine; started anew at the same layout it comes to the same bits."""
-    for result in ranks(world, save_case, str(folder), kinds, dtype, timeout=LIMIT):
+    for result in ranks(world, save_case, str(folder), kinds, dtype, recipe, timeout=LIMIT):
         for kind in kinds:
             assert result[kind]["differ"] == [], kind
             assert result[kind]["loaded"] == (BEFORE, {"by": kind})
             assert result[kind]["error"] < BOUND[dtype], kind
 
 
-def loaded(ranks, folder, world, saved, kinds, dtype) -> None:
+def loaded(ranks, folder, world, saved, kinds, dtype, recipe="paper") -> None:
     """Load what was saved under other engines and numbers of ranks, and go on as one process does."""
-    for errors in ranks(world, load_case, str(folder), saved, kinds, dtype, timeout=LIMIT):
+    for errors in ranks(world, load_case, str(folder), saved, kinds, dtype, recipe, timeout=LIMIT):
         assert len(errors) == len(saved) * len(kinds)
         for road, (error, stale) in errors.items():
             assert error < BOUND[dtype], road
@@ -57,6 +57,14 @@ def test_every_engine_to_every_other(ranks, tmp_path) -> None:
 def test_in_float64(ranks, tmp_path) -> None:
     saved_and_resumed(ranks, tmp_path, 3, IN_FP64, FP64)
     loaded(ranks, tmp_path, 2, [(kind, FP64, 3) for kind in IN_FP64], IN_FP64, FP64)
+
+
+@pytest.mark.support("checkpoints", "momentum without a second moment")
+def test_without_a_second_moment(ranks, tmp_path) -> None:
+    """Flat buffers keep a second moment of what has no level alone, and it moves with the rest."""
+    saved_and_resumed(ranks, tmp_path, 3, ("fsdp1 flat", "fsdp2", "zero2", "zero3"), FP32, "orthogonal")
+    saved = [(kind, FP32, 3) for kind in ("fsdp1 flat", "fsdp2", "zero2", "zero3")]
+    loaded(ranks, tmp_path, 2, saved, ("ddp", "fsdp1 flat", "zero3"), FP32, "orthogonal")
 
 
 @pytest.mark.support("checkpoints", "bf16 with fp32 masters, and engines without")
