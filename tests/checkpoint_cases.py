@@ -156,9 +156,7 @@ def place(folder: str, kind: str, dtype: torch.dtype, world: int) -> str:
     return str(Path(folder, f"{kind} {str(dtype).removeprefix('torch.')} {world}".replace(" ", "-")))
 
 
-def save_case(
-    folder: str, kinds: Sequence[str], dtype: torch.dtype, recipe: str = RECIPE
-) -> dict[str, dict[str, Any]]:
+def save_case(folder: str, kinds: Sequence[str], dtype: torch.dtype, recipe: str = RECIPE) -> dict[str, dict[str, Any]]:
     """Two steps, a checkpoint, three more: by engine, how far the weights are from one process; and whether the same
     engine, started anew from the checkpoint, comes to the same bits.
     """

@@ -20,7 +20,6 @@ from gwt_dist.orthogonal import newton_schulz
 from simulated import Sharded
 from test_layout import run, worlds
 
-
 ZEROS, ONES = torch.zeros(8, 12, dtype=torch.float64), torch.ones(8, 12, dtype=torch.float64)
 
 

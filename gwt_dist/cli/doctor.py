@@ -21,7 +21,7 @@ def doctor(
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
-    recipe: Annotated[str, typer.Option(help="paper or energy.")] = "paper",
+    recipe: Annotated[str, typer.Option(help="paper, energy or orthogonal.")] = "paper",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
@@ -44,7 +44,9 @@ def doctor(
         "versions": diagnosis.versions(),
         "machine": diagnosis.machine(),
         "kernels": _kernels(
-            options.get("level", params.get("level", 2)), options.get("wavelet", params.get("wavelet"))
+            options.get("level", params.get("level", 2)),
+            options.get("wavelet", params.get("wavelet")),
+            options.get("recipe", params.get("recipe")),
         ),
         "examined": [str(x) for x in (deepspeed_config, model) if x],
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in findings],
@@ -57,14 +59,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _kernels(level: Any, wavelet: Any) -> dict[str, dict[str, str]]:
+def _kernels(level: Any, wavelet: Any, recipe: Any) -> dict[str, dict[str, str]]:
     import torch
 
     from gwt_dist.cli import diagnosis
 
     try:
-        return diagnosis.kernels(level, wavelet or "haar", torch.float32)
-    except ValueError as error:  # of a level or wavelet that is refused
+        return diagnosis.kernels(level, wavelet or "haar", torch.float32, recipe or "paper")
+    except (KeyError, ValueError) as error:  # of a level, wavelet or recipe that is refused
         return {"any": {"kernel": "none", "why": str(error)}}
 
 
