@@ -176,6 +176,26 @@ def test_every_matrix_has_one_owner_and_no_rank_too_much(shapes, world_size, lim
             assert len(numels) <= 1 or sum(numels) <= limit
 
 
+def test_the_dearest_matrices_are_handed_out_first() -> None:
+    """Two small ones and one as dear as both: the other way round one rank would have three quarters of the work."""
+    (its,) = assign([(4, 8), (4, 8), (4, 16)], 2)
+    assert dict(its) == {2: 0, 0: 1, 1: 1}
+
+
+def test_a_rank_that_holds_a_matrix_in_two_parts() -> None:
+    start = {"a": random((8, 12), 1, torch.float32)}
+    gradients = [{"a": random((8, 12), 2 + i, torch.float32)} for i in range(2)]
+    ranks = [
+        [Fragment("a", (8, 12), 60, 96, 1), Fragment("a", (8, 12), 0, 24, 40)],
+        [Fragment("a", (8, 12), 24, 60, 2)],
+    ]
+    sharded = Sharded(start, ranks, lr=0.01, level=2, recipe="orthogonal")
+    for gradient in gradients:
+        sharded.step(gradient)
+    _, whole = trained(start["a"], [gradient["a"] for gradient in gradients], level=2)
+    assert (sharded.gather({"a": (8, 12)})["a"] - whole).abs().max() < 1e-6
+
+
 @given(worlds(), st.integers(1, 2000))
 def test_what_one_rank_sends_another_expects(world, limit) -> None:
     shapes, ranks = world
