@@ -55,6 +55,7 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
     orthogonal = second_moment == "none"
     # What a fresh gradient contributes to Adam's momentum; details that are orthogonalized need no least part.
     least = 0.0 if orthogonal else 1 - group["betas"][0]
+    limiter = recipe.limiter if group["limiter"] is None else group["limiter"]
     return Rule(
         lr=group["lr"],
         betas=tuple(group["betas"]),
@@ -64,7 +65,7 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
         energy=second_moment == "energy",
         detail_gain=least if isinstance(detail_gain, str) else detail_gain,
         coherent=isinstance(detail_gain, str),
-        limiter=recipe.limiter if group["limiter"] is None else group["limiter"],
+        limiter=0.0 if orthogonal else limiter,  # it is for a normalized momentum
         orthogonal=orthogonal,
     )
 

@@ -213,6 +213,16 @@ def test_what_one_rank_sends_another_expects(world, limit) -> None:
                 assert sum(o.rows * o.columns for o in owned.overlaps) == prod(owned.shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1), (5, 1), (3, 2, 5), (2, 70_000)])
+def test_shapes_without_elements_of_one_and_long_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A learning rate that is a tensor, too: the step is that of the number."""
+    gradients = [random(shape, i).to(dtype) for i in range(2)]
+    found = [trained(random(shape, 9).to(dtype), gradients, lr=lr)[1] for lr in (0.01, torch.tensor(0.01))]
+    assert found[0].isfinite().all() and torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], random(shape, 9).to(dtype)) or not found[0].numel()
+
+
 def test_a_state_of_another_recipe_is_refused() -> None:
     gradients = [random((8, 12))]
     (mine, _), (theirs, _) = (trained(ZEROS, gradients, recipe=r) for r in ("orthogonal", "paper"))
