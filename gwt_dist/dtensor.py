@@ -9,8 +9,7 @@ mesh (dp=2, tp=2), placements (Shard(0), Shard(1))          rank (dp, tp) holds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -78,14 +77,14 @@ def wrap(moments: Tensor, parameter: Tensor, shape: Sequence[int], units: Units)
 
 def _peers(parameter: DTensor, shape: tuple[int, ...], fqn: str) -> Peers:
     """The ranks that hold one copy of a tensor of `shape`: replicas have copies of their own."""
-    mesh = parameter.device_mesh
+    mesh, here = parameter.device_mesh, _coordinate(parameter)
     axes = [i for i, p in enumerate(parameter.placements) if not p.is_replicate()]
-    there = list(_coordinates(parameter, axes))
+    ranks = mesh.mesh[tuple(slice(None) if i in axes else c for i, c in enumerate(here))].flatten().tolist()
     return Peers(
-        ranks=tuple(int(mesh.mesh[coordinate]) for coordinate in there),
-        here=there.index(tuple(_coordinate(parameter))),
+        ranks=tuple(ranks),
+        here=ranks.index(int(mesh.mesh[tuple(here)])),
         group=mesh.get_group(axes[0]) if len(axes) == 1 else None,
-        fragments=lambda i: (_fragment(parameter, shape, list(there[i]), fqn),),
+        fragments=lambda i: (_fragment(parameter, shape, _neighbour(parameter, axes, i), fqn),),
     )
 
 
@@ -93,19 +92,17 @@ def _fragments(
     parameter: DTensor, shape: tuple[int, ...], fqn: str, axes: Sequence[int]
 ) -> dict[tuple[int, ...], Fragment]:
     """By coordinate in the mesh: what this rank and its neighbours along `axes` hold of a tensor of `shape`."""
-    return {
-        coordinate: _fragment(parameter, shape, list(coordinate), fqn) for coordinate in _coordinates(parameter, axes)
-    }
+    places = range(prod(parameter.device_mesh.size(axis) for axis in axes))
+    coordinates = [_neighbour(parameter, axes, place) for place in places]
+    return {tuple(there): _fragment(parameter, shape, there, fqn) for there in coordinates}
 
 
-def _coordinates(parameter: DTensor, axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Those of this rank and its neighbours along `axes` of the mesh."""
-    mesh, here = parameter.device_mesh, _coordinate(parameter)
-    for there in product(*(range(mesh.size(axis)) for axis in axes)):
-        coordinate = list(here)
-        for axis, place in zip(axes, there, strict=True):
-            coordinate[axis] = place
-        yield tuple(coordinate)
+def _neighbour(parameter: DTensor, axes: Sequence[int], place: int) -> list[int]:
+    """The coordinate of number `place` of this rank and its neighbours along `axes`, the last axis counting fastest."""
+    coordinate = _coordinate(parameter)
+    for axis in reversed(axes):
+        place, coordinate[axis] = divmod(place, parameter.device_mesh.size(axis))
+    return coordinate
 
 
 def _fragment(parameter: DTensor, shape: tuple[int, ...], coordinate: list[int], fqn: str) -> Fragment:

@@ -2,7 +2,8 @@
 
 A kernel updates in one call what needs nothing of other ranks: tensors without a limiter, and those that this process
 holds whole. Tensors with a limiter that ranks share need the norm of the whole tensor between the moments and the
-write: one sum over ranks serves them all.
+write: one sum over ranks serves them all. Matrices that are orthogonalized have their norms in the same sum, and go on
+in `rounds`.
 """
 
 from __future__ import annotations

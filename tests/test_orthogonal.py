@@ -103,12 +103,11 @@ def test_state_is_the_momentum_alone_and_level_0_is_adamw() -> None:
 
 
 def test_a_step_of_zeros_on_a_fresh_optimizer_changes_nothing() -> None:
-    """Engines and torch's `get_optimizer_state_dict` make one; the real steps after it are those without it."""
-    gradients = [random((8, 12), i) for i in range(3)]
+    """Engines and torch's `get_optimizer_state_dict` make one; the real step after it is the one without it."""
     optimizer, weight = trained(ONES, [ZEROS])
     assert torch.equal(weight, ONES) and not optimizer.state[weight]["exp_avg"].any()
-    _, after = trained(ONES, [ZEROS, *gradients])
-    assert after.isfinite().all() and not torch.equal(after, weight)
+    (_, after), (_, alone) = (trained(ONES, [*before, random((8, 12))]) for before in ([ZEROS], []))
+    assert (after - alone).abs().max() < 1e-6 * (alone - ONES).abs().max()
 
 
 @settings(max_examples=100)

@@ -22,7 +22,7 @@ from gwt_dist.kernels import Piece, build, choice, cpu, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.layout import Fragment
 from gwt_dist.optimizer import GWTAdamW
-from gwt_dist.recipes import keeps_second_moment
+from gwt_dist.recipes import RECIPES, keeps_second_moment
 from gwt_dist.units import units_of
 
 REFUSED, WARNING = "refused", "warning"
@@ -92,7 +92,7 @@ def machine() -> dict[str, str | None]:
 
 def kernels(level: int, wavelet: str, dtype: torch.dtype, recipe: str = "paper") -> dict[str, dict[str, str]]:
     """By kind of device: the kernel that a matrix of `level` would get, and why."""
-    if level and not keeps_second_moment({"recipe": recipe}):
+    if level and recipe in RECIPES and not keeps_second_moment({"recipe": recipe}):
         return {"any": {"kernel": "torch", "why": "matrices are orthogonalized by torch's matrix products"}}
     return {kind: _kernel(torch.device(kind), level, wavelet, dtype) for kind in ("cpu", "cuda")}
 

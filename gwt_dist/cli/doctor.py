@@ -66,7 +66,7 @@ def _kernels(level: Any, wavelet: Any, recipe: Any) -> dict[str, dict[str, str]]
 
     try:
         return diagnosis.kernels(level, wavelet or "haar", torch.float32, recipe or "paper")
-    except (KeyError, ValueError) as error:  # of a level, wavelet or recipe that is refused
+    except ValueError as error:  # of a level or wavelet that is refused
         return {"any": {"kernel": "none", "why": str(error)}}
 
 
