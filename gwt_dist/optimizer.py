@@ -74,7 +74,7 @@ class GWTAdamW(torch.optim.Optimizer):
         level: int = 2,
         scale: float = 0.25,
         wavelet: str = "haar",
-        recipe: str = "paper",
+        recipe: str = "energy",
         second_moment: str | None = None,
         detail_gain: float | str | None = None,
         limiter: float | None = None,

@@ -96,7 +96,7 @@ def refusal(call: Callable[[], object]) -> str:
 def forgotten_attach_case(use_orig_params: bool) -> str:
     """The message of a step on an FSDP1 model that nobody attached."""
     model = wrapped("FULL_SHARD", use_orig_params)
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper")
     backward(model, next(gradients(shapes_of(Net()), 1)), "")
     return refusal(optimizer.step)
 
@@ -104,7 +104,7 @@ def forgotten_attach_case(use_orig_params: bool) -> str:
 def shifted_case(use_orig_params: bool) -> str:
     """The message of `attach` when FSDP1's record of one rank's place is off by one."""
     model = wrapped("FULL_SHARD", use_orig_params)
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper")
     flat: Any = model._handle.flat_param
     infos = list(flat._shard_param_infos)
     number = next(i for i, info in enumerate(infos) if info.in_shard and info.numel_in_shard > 4)
@@ -118,7 +118,7 @@ def shifted_case(use_orig_params: bool) -> str:
 def unreduced_case(use_orig_params: bool) -> str:
     """The message of a step after a backward pass in `no_sync`."""
     model: Any = wrapped("FULL_SHARD", use_orig_params)
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper")
     gwt_dist.attach(optimizer, model)
     with model.no_sync():
         backward(model, next(gradients(shapes_of(Net()), 1)), "")

@@ -195,7 +195,7 @@ def alone_case(timeout: float) -> tuple[str, float]:
     """The last rank alone makes a mistake that raises within a step; what each rank raises, and after how long."""
     group = dist.new_group(timeout=timedelta(seconds=timeout))
     model: Any = fully_shard(Net().double(), mesh=DeviceMesh.from_group(group, "cpu"))
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=2)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=2, recipe="paper")
     for step in range(2):
         backward(model, next(gradients(shapes_of(Net()), 1)), "")
         if step and dist.get_rank() == dist.get_world_size() - 1:

@@ -61,7 +61,7 @@ class Saved:
 
     def build(self) -> None:
         self.model = nn.ModuleDict({"attn": nn.Linear(6, 5), "mlp": nn.Linear(5, 9, bias=False)})
-        self.optimizer = GWTAdamW(param_groups(self.model, level=1), lr=0.1)
+        self.optimizer = GWTAdamW(param_groups(self.model, level=1), lr=0.1, recipe="paper")
         self.optimizer.param_groups[0]["mine"] = torch.tensor(0.5)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
         self.train()

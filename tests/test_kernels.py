@@ -42,7 +42,7 @@ def train(
         patch.setenv(choice.VARIABLE, kernel)
         random = torch.Generator().manual_seed(seed)
         parameters = [torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
-        optimizer = GWTAdamW(parameters, lr=0.01, weight_decay=0.1, **options)  # type: ignore[arg-type]
+        optimizer = GWTAdamW(parameters, **{"lr": 0.01, "weight_decay": 0.1, "recipe": "paper"} | options)  # type: ignore[arg-type]
         for exponent in exponents:
             for parameter in parameters:
                 parameter.grad = (torch.randn(parameter.shape, generator=random) * 10**exponent).to(dtype)
@@ -108,7 +108,7 @@ def test_tensors_held_whole_in_batches_of_any_size(cache: int, monkeypatch: pyte
         tensors = tuple(Whole(n, s, ()) for n, s in zip("abc", ((66, 97), (20, 20), (40, 30)), strict=True))
         fragments = [Fragment(t.fqn, t.shape, 0, n, offsets[t.fqn]) for t, n in zip(tensors, sizes, strict=True)]
         flat = torch.nn.Parameter(torch.randn(8007, generator=random))
-        optimizer = GWTAdamW([flat], lr=0.01)
+        optimizer = GWTAdamW([flat], lr=0.01, recipe="paper")
         optimizer.attach({flat: Shard(tensors, tuple(reversed(fragments)), (), (), alone(fragments))})
         for size in (1.0, 100.0, 1e-4):
             flat.grad = size * torch.randn(8007, generator=random)
@@ -124,7 +124,7 @@ def test_norms_of_zero_and_of_infinity_are_not_remembered(monkeypatch: pytest.Mo
         monkeypatch.setenv(choice.VARIABLE, kernel)
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
-        optimizer = GWTAdamW(parameters, betas=(0.0, 0.999))
+        optimizer = GWTAdamW(parameters, betas=(0.0, 0.999), recipe="paper")
         norms = []
         for size in (1.0, 0.0, 3.0, torch.inf):
             for parameter in parameters:
@@ -156,7 +156,7 @@ def test_a_gradient_of_another_dtype_than_the_weight(monkeypatch: pytest.MonkeyP
             parameter = torch.nn.Parameter(torch.randn(66, 97, generator=random).to(weight))
             parameter.grad_dtype = gradient
             parameter.grad = torch.randn(66, 97, generator=random).to(gradient)
-            optimizer = GWTAdamW([parameter], lr=0.01)
+            optimizer = GWTAdamW([parameter], lr=0.01, recipe="paper")
             optimizer.step()
             found.append(results(optimizer))
         same(*found)
@@ -170,7 +170,7 @@ def test_weights_and_gradients_that_are_not_dense(monkeypatch: pytest.MonkeyPatc
     for view in (lambda t: t, lambda t: t.t().contiguous().t(), lambda t: torch.cat([t, t], 1)[:, :30]):
         parameter = torch.nn.Parameter(view(weight.clone()))
         parameter.grad = view(gradient)
-        optimizer = GWTAdamW([parameter], lr=0.01)
+        optimizer = GWTAdamW([parameter], lr=0.01, recipe="paper")
         optimizer.step()
         found.append([t.contiguous() for t in results(optimizer)])
     same(found[1], found[0])

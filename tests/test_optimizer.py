@@ -34,7 +34,7 @@ class Model(nn.Module):
 def make(dtype: torch.dtype = torch.float64, **options: object) -> tuple[Model, GWTAdamW]:
     torch.manual_seed(0)
     model = Model().to(dtype)
-    return model, GWTAdamW(param_groups(model, targets="mlp", **{"lr": 0.01, **options}))  # type: ignore[arg-type]
+    return model, GWTAdamW(param_groups(model, targets="mlp", **{"lr": 0.01, "recipe": "paper", **options}))  # type: ignore[arg-type]
 
 
 def batches(steps: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from gwt_dist import kernels, memory, param_groups, units
+from gwt_dist import GWTAdamW, kernels, memory, param_groups, units
 from gwt_dist.cli.models import read_model
 from gwt_dist.memory import compare, fill
 from gwt_dist.memory.deepspeed import setup_of
@@ -23,7 +24,7 @@ from gwt_dist.memory.model import ModelSpec, of_config, of_module
 from gwt_dist.memory.model import groups_of as groups_by_name
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.setup import Setup
-from gwt_dist.memory.state import LIMITED, SECOND_MOMENT
+from gwt_dist.memory.state import DEFAULT_RECIPE, LIMITED, SECOND_MOMENT
 from gwt_dist.memory.traffic import traffic
 from gwt_dist.recipes import RECIPES
 from matrix_cases import Model, groups_of
@@ -239,6 +240,7 @@ def test_what_is_known_without_torch_is_what_the_optimizer_knows() -> None:
                 assert units.coefficients(shape, level, wavelet) == whole
     assert {name: recipe.limiter > 0 for name, recipe in RECIPES.items()} == LIMITED
     assert {name: recipe.second_moment != "none" for name, recipe in RECIPES.items()} == SECOND_MOMENT
+    assert inspect.signature(GWTAdamW).parameters["recipe"].default == DEFAULT_RECIPE
 
 
 @pytest.mark.parametrize("stage", [1, 3])

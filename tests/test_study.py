@@ -21,6 +21,7 @@ from gwt_dist.study.config import Study, read_study, study_from
 from gwt_dist.study.held import bytes_held
 from gwt_dist.study.optimizers import ENTRIES, build, options_of, split
 from gwt_dist.study.plan import FULL, SEEDS, SHORT, beside, outcome, ranked, wanted
+from gwt_dist.study.plots import front
 from gwt_dist.study.results import read_results
 from gwt_dist.study.run import rate_factor
 from gwt_dist.study.table import lines_of, unequal
@@ -261,6 +262,11 @@ def test_study_of_the_page(tmp_path: Path) -> None:
     (block,) = [block for block in blocks("docs/compare.md") if block.language == "yaml"]
     (tmp_path / "page.yaml").write_text(block.text)
     assert [row.name for row in read_study(str(tmp_path / "page.yaml")).rows] == ["energy-2", "adamw"]
+
+
+def test_the_best_for_so_many_bytes_or_fewer() -> None:
+    points = [(8.0, 1.6), (2.0, 1.5), (0.5, 1.7), (None, 1.0), (1.0, 1.7), (4.0, 1.4), (2.0, 1.6), (0.0, None)]
+    assert front(points) == [(0.5, 1.7), (2.0, 1.5), (4.0, 1.4)]
 
 
 def test_the_command(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -304,7 +304,7 @@ def test_a_whole_training_step_is_captured() -> None:
     """Gradients that the graph allocates itself: the table of their addresses goes to the GPU within the capture."""
     weight = torch.nn.Parameter(torch.ones(8, 64, device="cuda"))
     twin = torch.nn.Parameter(weight.detach().clone())
-    optimizers = [GWTAdamW([w], lr=0.01, level=2) for w in (weight, twin)]
+    optimizers = [GWTAdamW([w], lr=0.01, level=2, recipe="paper") for w in (weight, twin)]
     x = torch.zeros(8, 64, device="cuda")
 
     def step(w: torch.nn.Parameter, optimizer: GWTAdamW) -> None:

@@ -51,6 +51,7 @@ def test_equals_the_published_trajectories(case: int) -> None:
         weight_decay=settings["wd"],
         level=settings["level"],
         scale=settings["scale"],
+        recipe="paper",
     )
     for gradient, expected in zip(GOLDEN[f"{name}.grads"], GOLDEN[f"{name}.params"], strict=True):
         found = run(optimizer, weight, [gradient])
@@ -152,7 +153,7 @@ def test_every_shape_is_a_matrix(shape: tuple[int, ...]) -> None:
     if start.size:
         for gradient in grads:
             oracle.step(np.asarray(gradient).reshape(matrix.shape))
-    found = run(GWTAdamW([weight], lr=0.01, level=2), weight, [np.array(g) for g in grads])
+    found = run(GWTAdamW([weight], lr=0.01, level=2, recipe="paper"), weight, [np.array(g) for g in grads])
     assert np.abs(found.reshape(matrix.shape) - oracle.weight).max(initial=0.0) < 1e-12
 
 
@@ -161,7 +162,7 @@ def test_bf16_weights_take_fp32_mathematics() -> None:
     torch.manual_seed(0)
     low = torch.nn.Parameter(torch.randn(6, 20).bfloat16())
     high = torch.nn.Parameter(low.detach().float())
-    optimizers = [GWTAdamW([p], lr=0.01, level=2) for p in (low, high)]
+    optimizers = [GWTAdamW([p], lr=0.01, level=2, recipe="paper") for p in (low, high)]
     gradient = torch.randn(6, 20).bfloat16()
     low.grad, high.grad = gradient, gradient.float()
     for optimizer in optimizers:
@@ -175,8 +176,8 @@ def test_a_zero_gradient_step_does_not_freeze_the_limiter() -> None:
     """PyTorch runs such a step on a fresh optimizer; storing its norm 0 would hold updates near zero for ages."""
     grads = gradients((4, 16), 4)
     clean, zero_first = (torch.nn.Parameter(torch.zeros(4, 16, dtype=torch.float64)) for _ in range(2))
-    run(GWTAdamW([clean], lr=0.01), clean, grads)
-    poisoned = GWTAdamW([zero_first], lr=0.01)
+    run(GWTAdamW([clean], lr=0.01, recipe="paper"), clean, grads)
+    poisoned = GWTAdamW([zero_first], lr=0.01, recipe="paper")
     run(poisoned, zero_first, [np.zeros((4, 16))])
     assert float(poisoned.state[zero_first]["limited_norm"]) == 0.0
     before = zero_first.detach().clone()
@@ -187,7 +188,7 @@ def test_a_zero_gradient_step_does_not_freeze_the_limiter() -> None:
 
 def test_a_norm_that_is_not_finite_is_not_remembered() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, 8, dtype=torch.float64))
-    optimizer = GWTAdamW([weight], lr=0.01)
+    optimizer = GWTAdamW([weight], lr=0.01, recipe="paper")
     run(optimizer, weight, [np.ones((2, 8))])
     before = optimizer.state[weight]["limited_norm"].clone()
     run(optimizer, weight, [np.full((2, 8), np.inf)])
@@ -216,10 +217,12 @@ def test_groups_have_limiters_of_their_own() -> None:
 
     alone = parameters()
     for parameter, limiter in zip(alone, limiters, strict=True):
-        run(GWTAdamW([parameter], lr=0.01, limiter=limiter), parameter, grads)
+        run(GWTAdamW([parameter], lr=0.01, recipe="paper", limiter=limiter), parameter, grads)
     together = parameters()
     optimizer = GWTAdamW(
-        [{"params": [p], "limiter": limiter} for p, limiter in zip(together, limiters, strict=True)], lr=0.01
+        [{"params": [p], "limiter": limiter} for p, limiter in zip(together, limiters, strict=True)],
+        lr=0.01,
+        recipe="paper",
     )
     for gradient in grads:
         for parameter in together:

@@ -32,7 +32,7 @@ def stepped(optimizer: Any, watch: OptimizerWatch, factors: list[float]) -> dict
 @pytest.mark.parametrize("limiter", [1.01, 1.5])
 def test_just_the_tensors_that_the_limiter_held_back_are_counted(limiter: float) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(6, 9)) for _ in range(4)]
-    optimizer = GWTAdamW(parameters, level=2, limiter=limiter, betas=(0.0, 0.99))
+    optimizer = GWTAdamW(parameters, level=2, recipe="paper", limiter=limiter, betas=(0.0, 0.99))
     watch = watched(optimizer)
     assert stepped(optimizer, watch, [1, 1, 1, 1])["limited_share"] == 0  # nothing to compare with yet
     for _ in range(3):  # the denominator grows
@@ -53,7 +53,7 @@ def test_just_the_tensors_that_the_limiter_held_back_are_counted(limiter: float)
 def test_tensors_without_a_limiter_do_not_count() -> None:
     matrix, vector, free = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 8), (8,), (4, 8)))
     groups = [{"params": [matrix]}, {"params": [vector], "level": 0}, {"params": [free], "limiter": 0}]
-    optimizer = GWTAdamW(groups, level=1)
+    optimizer = GWTAdamW(groups, level=1, recipe="paper")
     watch = watched(optimizer)
     stepped(optimizer, watch, [1.0])
     found = stepped(optimizer, watch, [3.0])

@@ -21,6 +21,7 @@ from gwt_dist.groups import param_groups
 from gwt_dist.kernels import Piece, build, choice, cpu, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.layout import Fragment
+from gwt_dist.memory.state import DEFAULT_RECIPE
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.recipes import RECIPES, keeps_second_moment
 from gwt_dist.units import units_of
@@ -90,7 +91,7 @@ def machine() -> dict[str, str | None]:
     }
 
 
-def kernels(level: int, wavelet: str, dtype: torch.dtype, recipe: str = "paper") -> dict[str, dict[str, str]]:
+def kernels(level: int, wavelet: str, dtype: torch.dtype, recipe: str = DEFAULT_RECIPE) -> dict[str, dict[str, str]]:
     """By kind of device: the kernel that a matrix of `level` would get, and why."""
     if level and recipe in RECIPES and not keeps_second_moment({"recipe": recipe}):
         return {"any": {"kernel": "torch", "why": "matrices are orthogonalized by torch's matrix products"}}

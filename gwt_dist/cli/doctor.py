@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gwt_dist.memory.state import DEFAULT_RECIPE
+
 
 def doctor(
     context: typer.Context,
@@ -21,7 +23,7 @@ def doctor(
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
-    recipe: Annotated[str, typer.Option(help="paper, energy or orthogonal.")] = "paper",
+    recipe: Annotated[str, typer.Option(help="paper, energy or orthogonal.")] = DEFAULT_RECIPE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
@@ -65,7 +67,7 @@ def _kernels(level: Any, wavelet: Any, recipe: Any) -> dict[str, dict[str, str]]
     from gwt_dist.cli import diagnosis
 
     try:
-        return diagnosis.kernels(level, wavelet or "haar", torch.float32, recipe or "paper")
+        return diagnosis.kernels(level, wavelet or "haar", torch.float32, recipe or DEFAULT_RECIPE)
     except ValueError as error:  # of a level or wavelet that is refused
         return {"any": {"kernel": "none", "why": str(error)}}
 

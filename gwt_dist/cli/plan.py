@@ -18,7 +18,7 @@ from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import ENGINES, Setup
-from gwt_dist.memory.state import LIMITED, SECOND_MOMENT
+from gwt_dist.memory.state import DEFAULT_RECIPE, LIMITED, SECOND_MOMENT
 from gwt_dist.report.pages import check_free, write_page
 
 TARGETS = ["attn", "mlp"]
@@ -43,7 +43,7 @@ def plan(
     target: Annotated[
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="paper, energy or orthogonal.")] = "paper",
+    recipe: Annotated[str, typer.Option(help="paper, energy or orthogonal.")] = DEFAULT_RECIPE,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     weights: Annotated[str, typer.Option(help="fp32, bf16, fp16 or fp64. [bf16 with ZeRO, else fp32]")] = "",
     gradients: Annotated[str, typer.Option(help="Dtype in which gradients are accumulated. [as the weights]")] = "",

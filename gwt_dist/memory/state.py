@@ -10,6 +10,8 @@ from gwt_dist.layout import Fragment
 from gwt_dist.memory import splits
 from gwt_dist.units import level_of, units_of
 
+# That of `GWTAdamW`, where a group does not say.
+DEFAULT_RECIPE = "energy"
 # Whether the limiter of a recipe is on where a group does not say: `recipes.RECIPES`, which needs torch.
 LIMITED = {"paper": True, "energy": False, "orthogonal": False}
 # Whether it keeps a second moment of tensors with level > 0 where a group does not say.
@@ -64,7 +66,7 @@ def specs(named_parameters: Iterable[tuple[str, Any]], groups: Sequence[Mapping[
             group["level"],
             group.get("wavelet", "haar"),
             tuple((names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group["params"]),
-            LIMITED[group.get("recipe", "paper")] if group.get("limiter") is None else group["limiter"] > 0,
+            LIMITED[group.get("recipe", DEFAULT_RECIPE)] if group.get("limiter") is None else group["limiter"] > 0,
             _second_moment(group),
         )
         for group in groups
@@ -73,7 +75,7 @@ def specs(named_parameters: Iterable[tuple[str, Any]], groups: Sequence[Mapping[
 
 def _second_moment(group: Mapping[str, Any]) -> bool:
     chosen = group.get("second_moment")
-    return SECOND_MOMENT[group.get("recipe", "paper")] if chosen is None else chosen != "none"
+    return SECOND_MOMENT[group.get("recipe", DEFAULT_RECIPE)] if chosen is None else chosen != "none"
 
 
 def plan_zero(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,15 +57,29 @@ def curves(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
 
 
 def against_state(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
-    """Best validation loss against bytes of state for an element of the matrices."""
+    """Best validation loss against bytes of state for an element of the matrices.
+
+    Dotted: the best with so many bytes or fewer.
+    """
     for line, color in zip(lines, colors, strict=True):
         if line.loss is not None and line.matrix_state is not None:
             axes.errorbar(line.matrix_state, line.loss, yerr=line.spread or 0.0, fmt="o", color=color, label=line.row)
             axes.annotate(
                 line.row, (line.matrix_state, line.loss), fontsize="x-small", xytext=(4, 3), textcoords="offset points"
             )
+    steps = front([(line.matrix_state, line.loss) for line in lines])
+    axes.step([size for size, _ in steps], [loss for _, loss in steps], where="post", color="grey", linestyle=":")
     axes.set_xscale("symlog", base=2, linthresh=0.0625)
     axes.set(xlabel="optimizer state, bytes for an element of the matrices", ylabel="validation loss at the best rate")
+
+
+def front(points: Sequence[tuple[float | None, float | None]]) -> list[tuple[float, float]]:
+    """The points, ``(bytes, loss)``, that have a lower loss than all with as many bytes or fewer, by bytes."""
+    found: list[tuple[float, float]] = []
+    for size, loss in sorted((size, loss) for size, loss in points if size is not None and loss is not None):
+        if not found or loss < found[-1][1]:
+            found.append((size, loss))
+    return found
 
 
 def against_rate(
