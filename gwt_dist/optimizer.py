@@ -50,8 +50,8 @@ class GWTAdamW(torch.optim.Optimizer):
         level: 0 (AdamW) to 16; moments shrink by ``2**level``.
         scale: Factor on the update of tensors with level > 0.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
-        recipe: ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01), ``"energy"``
-            (second moment of the unit's energy, details weighted by their coherence, no limiter, no collective) or
+        recipe: ``"energy"`` (second moment of the unit's energy, details weighted by their coherence, no limiter, no
+            collective), ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or
             ``"orthogonal"`` (momentum alone, half of the state; the update of the whole matrix is orthogonalized as
             Muon's, on one rank each, see `orthogonal`). Tensors of level 0 are AdamW under all of them.
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.

@@ -121,7 +121,7 @@ def _on_meta(model: Any, mesh: DeviceMesh, level: int) -> dict[str, int]:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = GWTAdamW(param_groups(model, level=level))
+    optimizer = GWTAdamW(param_groups(model, level=level), recipe="paper")
     found = {"moments": 0, "scalars": 0, "weights": 0, "norms": 0}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:

@@ -35,7 +35,7 @@ MODEL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-PARAMS: dict[str, Any] = {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"]}
+PARAMS: dict[str, Any] = {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"], "recipe": "paper"}
 OPTIMIZER = {"type": "GWTAdamW", "params": PARAMS}
 ENGINE = {
     "train_micro_batch_size_per_gpu": 2,

@@ -172,7 +172,7 @@ def test_llamas_on_64_ranks_that_are_faked(rank_ids: tuple[int, ...]) -> None:
     spread = set()
     for i, (name, mesh) in enumerate((name, mesh) for name in ("7b", "1b") for mesh in MESHES):
         model, replicas = read_model(name), mesh[0] if len(mesh) > 1 else 1
-        groups = groups_by_name(model, 2, ("attn", "mlp"))
+        groups = groups_by_name(model, 2, ("attn", "mlp"), limited=True)
         expected = fill.plan(model, groups, Setup("fsdp2", 64, replicas, "fp32"))
         for rank, results in zip(rank_ids, found, strict=True):
             shard = expected.of_rank(rank)
@@ -280,7 +280,7 @@ def test_other_optimizers_by_formula() -> None:
 def test_what_is_sent_in_a_step() -> None:
     model = of_config({**SHAPES, "tie_word_embeddings": True}, "")
     assert model is not None
-    groups, numel = groups_by_name(model, 2, ("attn", "mlp")), model.numel
+    groups, numel = groups_by_name(model, 2, ("attn", "mlp"), limited=True), model.numel
 
     def sent(setup: Setup, accumulation: int = 1) -> list[tuple[str, int]]:
         found = fill.plan(model, groups, setup)

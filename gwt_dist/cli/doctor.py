@@ -23,7 +23,7 @@ def doctor(
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
-    recipe: Annotated[str, typer.Option(help="paper, energy or orthogonal.")] = DEFAULT_RECIPE,
+    recipe: Annotated[str, typer.Option(help="energy, paper or orthogonal.")] = DEFAULT_RECIPE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""

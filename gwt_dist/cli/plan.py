@@ -43,7 +43,7 @@ def plan(
     target: Annotated[
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="paper, energy or orthogonal.")] = DEFAULT_RECIPE,
+    recipe: Annotated[str, typer.Option(help="energy, paper or orthogonal.")] = DEFAULT_RECIPE,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     weights: Annotated[str, typer.Option(help="fp32, bf16, fp16 or fp64. [bf16 with ZeRO, else fp32]")] = "",
     gradients: Annotated[str, typer.Option(help="Dtype in which gradients are accumulated. [as the weights]")] = "",

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gwt_dist.groups import first_match, levels_by_pattern, no_match
-from gwt_dist.memory.state import GroupSpec
+from gwt_dist.memory.state import DEFAULT_RECIPE, LIMITED, GroupSpec
 from gwt_dist.units import check_level
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def groups_of(
     level: int,
     targets: str | Sequence[str] | Mapping[str, int],
     wavelet: str = "haar",
-    limited: bool = True,
+    limited: bool = LIMITED[DEFAULT_RECIPE],
     second_moment: bool = True,
 ) -> list[GroupSpec]:
     """The groups that `param_groups` makes of the model itself; raises the same `ValueError`."""

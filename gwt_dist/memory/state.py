@@ -26,7 +26,7 @@ class GroupSpec:
     level: int
     wavelet: str
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
-    limited: bool = True  # a limiter above 0, so that norms are summed over ranks
+    limited: bool = LIMITED[DEFAULT_RECIPE]  # a limiter above 0, so that norms are summed over ranks
     second_moment: bool = True  # of tensors with level > 0, whose momentum is orthogonalized if they have none
 
     @property
