@@ -277,9 +277,11 @@ def test_the_command(settings: dict[str, Any], tmp_path: Path, capsys: pytest.Ca
     assert "run the study first" in capsys.readouterr().err
     assert main(["compare", str(file), "--jobs", "0", "--output", str(out), "--row", "adamw"]) == 0
     assert [line["row"] for line in read_results(out / "results.jsonl")[0].values()] == ["adamw"]
+    assert "No result yet: energy.\n" in (out / "table.md").read_text()
     assert main(["compare", str(file), "--jobs", "0", "--output", str(out)]) == 0
     table = (out / "table.md").read_text()
-    assert "| energy |" in table and "| adamw |" in table and "same weights and saw the same text" in table
+    assert "| energy |" in table and "| adamw |" in table and "No result yet" not in table
+    assert "same weights and saw the same text" in table
     assert (out / "plots-64.png").stat().st_size > 10_000
     assert main(["compare", str(file), "--row", "nothing", "--output", str(out)]) == 2
     assert "rows: energy, adamw" in capsys.readouterr().err

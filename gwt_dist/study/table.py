@@ -115,9 +115,12 @@ def markdown(study: Study, shared: str, results: Results) -> str:
     for batch in study.batches:
         out += [f"## {batch.tokens:,} tokens a step, {batch.steps} steps", ""]
         out += ["| " + " | ".join(COLUMNS) + " |", "| --- " + "| ---: " * (len(COLUMNS) - 2) + "| --- |"]
-        for line in lines_of(study, shared, results, batch):
-            out.append("| " + " | ".join(text.replace("|", "\\|") for text in cells(line)) + " |")
-        out.append("")
+        lines = lines_of(study, shared, results, batch)
+        waiting = [line.row for line in lines if line.loss is None and not line.found.reasons]
+        for line in lines:
+            if line.row not in waiting:
+                out.append("| " + " | ".join(text.replace("|", "\\|") for text in cells(line)) + " |")
+        out += ["", f"No result yet: {', '.join(waiting)}.", ""] if waiting else [""]
     out += [
         "Validation loss in nats a token, mean over the seeds at the row's own best rate; spread is their standard",
         "deviation. State: bytes that the optimizer holds for each parameter, and for each element of the matrices in",
