@@ -17,7 +17,7 @@ SHOWN_POINTS = 60  # of a loss curve, each a mean
 
 
 def write_plots(folder: Path, study: Study, shared: str, results: Results) -> list[Path]:
-    """One picture for each batch size, `plots-TOKENS.png`; returns their paths."""
+    """One picture for each batch size, `plots-TOKENS.png`, of the rows that have a loss; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,14 +25,14 @@ def write_plots(folder: Path, study: Study, shared: str, results: Results) -> li
 
     paths = []
     for batch in study.batches:
-        lines = lines_of(study, shared, results, batch)
-        figure, axes = pyplot.subplots(1, 3, figsize=(24, 8), layout="constrained")
-        colors = [pyplot.get_cmap("nipy_spectral")(i / max(1, len(lines))) for i in range(len(lines))]
+        lines = [line for line in lines_of(study, shared, results, batch) if line.loss is not None]
+        figure, axes = pyplot.subplots(1, 3, figsize=(21, 7), layout="constrained")
+        colors = [pyplot.get_cmap("turbo")((i + 0.5) / len(lines)) for i in range(len(lines))]
         curves(axes[0], lines, colors)
         against_state(axes[1], lines, colors)
         against_rate(axes[2], study, shared, lines, colors, batch, results)
         figure.suptitle(f"{study.name}: {batch.tokens:,} tokens a step, {batch.steps} steps")
-        axes[2].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize="small")
         path = folder / f"plots-{batch.tokens}.png"
         figure.savefig(path, dpi=80)
         pyplot.close(figure)
@@ -49,7 +49,7 @@ def curves(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
             width = max(1, len(losses) // SHOWN_POINTS)
             means = [sum(part) / len(part) for part in (losses[i : i + width] for i in range(0, len(losses), width))]
             tokens = [min(len(losses), (i + 1) * width) * line.tokens for i in range(len(means))]
-            axes.plot(tokens, means, color=color, label=line.row)
+            axes.plot(tokens, means, color=color)
             low.append(means[-1])
     if low:
         axes.set_ylim(min(low) - 0.1, min(low) + 2.0)
@@ -70,6 +70,7 @@ def against_state(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
     steps = front([(line.matrix_state, line.loss) for line in lines])
     axes.step([size for size, _ in steps], [loss for _, loss in steps], where="post", color="grey", linestyle=":")
     axes.set_xscale("symlog", base=2, linthresh=0.0625)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="optimizer state, bytes for an element of the matrices", ylabel="validation loss at the best rate")
 
 
@@ -93,9 +94,6 @@ def against_rate(
                 make_run(study, shared, rows[line.row], batch, lr, study.seeds[0], stage) for lr in line.found.rates
             ]
             ended = [results[run.key] for run in runs if results.get(run.key, {}).get("status") == "ok"]
-            label = line.row if stage == FULL or not line.found.runs else None
-            axes.plot(
-                [run["lr"] for run in ended], [run["validation_loss"] for run in ended], style, color=color, label=label
-            )
+            axes.plot([run["lr"] for run in ended], [run["validation_loss"] for run in ended], style, color=color)
     axes.set_xscale("log")
     axes.set(xlabel="learning rate of the matrices", ylabel="validation loss (dashed: part of the length)")
