@@ -44,13 +44,12 @@ def curves(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
     """Training loss of the first seed at the best rate against tokens, smoothed into `SHOWN_POINTS` means."""
     low = []
     for line, color in zip(lines, colors, strict=True):
-        if line.found.runs:
-            losses = line.found.runs[0]["losses"]
-            width = max(1, len(losses) // SHOWN_POINTS)
-            means = [sum(part) / len(part) for part in (losses[i : i + width] for i in range(0, len(losses), width))]
-            tokens = [min(len(losses), (i + 1) * width) * line.tokens for i in range(len(means))]
-            axes.plot(tokens, means, color=color)
-            low.append(means[-1])
+        losses = line.found.runs[0]["losses"]
+        width = max(1, len(losses) // SHOWN_POINTS)
+        means = [sum(part) / len(part) for part in (losses[i : i + width] for i in range(0, len(losses), width))]
+        tokens = [min(len(losses), (i + 1) * width) * line.tokens for i in range(len(means))]
+        axes.plot(tokens, means, color=color)
+        low.append(means[-1])
     if low:
         axes.set_ylim(min(low) - 0.1, min(low) + 2.0)
     axes.set(xlabel="tokens", ylabel="training loss, nats a token")
