@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from gwt_dist.layout import Fragment, Overlap, columns_of
+from gwt_dist.layout import Fragment, Overlap, Units, columns_of
 
 ROUND = 1 << 24  # elements of the matrices that a rank has in one round, or one matrix: 64 MiB in fp32
 
@@ -27,16 +27,21 @@ class Matrix:
 
     shape: tuple[int, ...]
     held: Callable[[int], Sequence[Fragment]]  # of a rank: its parts, in the order in which it holds them
+    along: int = 0  # fields with one number a row that go with it
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where `length` elements of a part of a matrix stand in the buffer that this rank sends."""
+    """Where `length` elements of a part of a matrix stand in the buffer that this rank sends.
+
+    After them come the numbers of the rows that the part touches, `rows` of each field that goes along.
+    """
 
     matrix: int
     part: int  # among those of the matrix that this rank holds
     start: int
     length: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Owned:
     matrix: int
     shape: tuple[int, int]
     overlaps: tuple[Overlap, ...]
+    along: tuple[tuple[Overlap, ...], ...] = ()  # the same of each field of rows, ``[R, 1]``
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +108,29 @@ def _round(matrices: Sequence[Matrix], pairs: Sequence[tuple[int, int]], rank: i
     for there in range(world_size):  # the buffer has what goes to one rank after what goes to another
         for number, owner in pairs:
             for part, fragment in enumerate(matrices[number].held(rank) if owner == there else ()):
-                slots.append(Slot(number, part, sum(sends), fragment.numel))
-                sends[there] += fragment.numel
+                rows = rows_of(fragment).numel if matrices[number].along else 0
+                slots.append(Slot(number, part, sum(sends), fragment.numel, rows))
+                sends[there] += fragment.numel + matrices[number].along * rows
     mine = [number for number, owner in pairs if owner == rank]
     receives = [0] * world_size
-    overlaps: dict[int, list[Overlap]] = {number: [] for number in mine}
+    # Of each matrix: first its elements, then each field of rows.
+    overlaps: dict[int, list[list[Overlap]]] = {i: [[] for _ in range(1 + matrices[i].along)] for i in mine}
     for there in range(world_size):
         for number in mine:
-            shape = matrices[number].shape
-            whole = Fragment("", shape, 0, prod(shape))
             for fragment in matrices[number].held(there):
-                overlaps[number] += replace(fragment, offset=sum(receives)).intersect(whole)
-                receives[there] += fragment.numel
+                parts = fragment, *[rows_of(fragment)] * matrices[number].along
+                for found, part in zip(overlaps[number], parts, strict=True):
+                    whole = Fragment("", part.shape, 0, prod(part.shape))
+                    found += replace(part, offset=sum(receives)).intersect(whole)
+                    receives[there] += part.numel
     owned = [
-        Owned(number, (matrices[number].shape[0], columns_of(matrices[number].shape)), tuple(overlaps[number]))
+        Owned(number, (matrices[number].shape[0], columns_of(matrices[number].shape)), tuple(first), tuple(map(tuple, rest)))
         for number in mine
+        for first, *rest in [overlaps[number]]
     ]
     return Round(tuple(sends), tuple(receives), tuple(slots), tuple(owned))
+
+
+def rows_of(fragment: Fragment) -> Fragment:
+    """The numbers of the rows that a fragment touches, of ``[R, 1]``."""
+    return Units(fragment.columns, max(1, fragment.columns)).moments(fragment)

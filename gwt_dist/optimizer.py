@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gwt_dist import dtensor
+from gwt_dist import state
 from gwt_dist.comm import Shard
-from gwt_dist.plan import Plan, state_dtype
-from gwt_dist.recipes import check_group, keeps_second_moment, rule_of
-from gwt_dist.schedule import Member, Schedule
-from gwt_dist.update import Rule
-
-Group = dict[str, Any]
-_NO_STATE: Group = {}
-_SCHEDULES = 1024  # kept at once; a fused backward pass has one for each group of parameters
+from gwt_dist.keys import of_recipes, refuse_unknown
+from gwt_dist.plan import Plan
+from gwt_dist.recipes import DEFAULT, check_group
+from gwt_dist.steps import Group, Steps
 
 
 class GWTAdamW(torch.optim.Optimizer):
@@ -74,12 +68,11 @@ class GWTAdamW(torch.optim.Optimizer):
         level: int = 2,
         scale: float = 0.25,
         wavelet: str = "haar",
-        recipe: str = "energy",
-        second_moment: str | None = None,
-        detail_gain: float | str | None = None,
-        limiter: float | None = None,
+        recipe: str = DEFAULT,
+        **keys: Any,
     ) -> None:
         self._forget_layout()
+        refuse_unknown(keys, "GWTAdamW")
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -89,9 +82,7 @@ class GWTAdamW(torch.optim.Optimizer):
             scale=scale,
             wavelet=wavelet,
             recipe=recipe,
-            second_moment=second_moment,
-            detail_gain=detail_gain,
-            limiter=limiter,
+            **{key: keys.get(key) for key in of_recipes()},
         )
         check_group(defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
@@ -101,7 +92,19 @@ class GWTAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         check_group(self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}")
         for parameter in self.param_groups[-1]["params"]:
-            self._given[parameter] = True
+            self._steps.given[parameter] = True
+
+    @property
+    def shards(self) -> Mapping[Tensor, Shard]:
+        """What this rank holds of each flat parameter, as `attach` read it."""
+        return self._steps.shards
+
+    def plan_of(self, parameter: Tensor, group: int) -> Plan | None:
+        """The layout of a parameter and of its state; `group` is the number of its parameter group.
+
+        None for a buffer of an engine that was never given to this optimizer. Raises `ValueError` as `step` does.
+        """
+        return self._steps.plan_of(parameter, group, self.param_groups[group])
 
     def attach(self, shards: Mapping[Tensor, Shard]) -> None:
         """Take the layout of flat parameters as an engine adapter read it: parameter to what this rank holds of it.
@@ -115,9 +118,7 @@ class GWTAdamW(torch.optim.Optimizer):
                     f"the parameter that holds {shard.tensors[0].fqn!r} already has optimizer state; attach before the "
                     f"first step and before loading a checkpoint, or its moments would belong to other elements"
                 )
-            self._shards[parameter] = shard
-            self._plans.pop(parameter, None)
-        self._schedules.clear()
+            self._steps.attach(parameter, shard)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,23 +142,20 @@ class GWTAdamW(torch.optim.Optimizer):
                 "a GradScaler drives an optimizer whose update was fused into the backward pass: the update has taken "
                 "the scaled gradient already. Train in bfloat16 without a scaler, or without fuse_backward"
             )
-        fused = {id(parameter) for parameter in self._fused}
-        self.update([p for group in self.param_groups for p in group["params"] if id(p) not in fused])
+        members = [
+            (number, parameter)
+            for number, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+            if not self._fused or parameter not in self._fused
+        ]
+        self._steps.take(members, self.param_groups, self.state)
         return loss
 
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
         """One step of `parameters` alone; ranks that share them pass the same ones in the same order of calls."""
-        chosen = {id(parameter) for parameter in parameters}
-        members = [
-            (number, parameter)
-            for number, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-            if id(parameter) in chosen
-        ]
-        rules = [rule_of(group) for group in self.param_groups]
-        for schedule, numbers in self._scheduled(members, rules):
-            self._run(schedule, [members[i][1] for i in numbers], rules)
+        members = self._steps.numbered(parameters, self.param_groups)
+        self._steps.take(members, self.param_groups, self.state)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -184,213 +182,31 @@ class GWTAdamW(torch.optim.Optimizer):
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
         checkpoint would keep one rank's as if they were everyone's.
         """
-        for parameter, state in self.state.items():
-            if isinstance(parameter, DTensor) and not isinstance(state.get("exp_avg", parameter), DTensor):
-                raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut "
-                    f"within a unit, so ranks keep moments of the same unit and its state cannot be written as a "
-                    f"DTensor. Shard its columns in multiples of 2**level, or lower its level"
-                )
+        state.check_writable(self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Group) -> None:
         """Load what `state_dict` returned; moments keep their own precision whatever the dtype of the parameter.
 
-        Raises `ValueError`, before anything is changed, if levels or wavelets differ from this optimizer's or a moment
-        does not have the size that this layout needs.
+        Raises `ValueError`, before anything is changed, if levels, wavelets or what is kept differ from this
+        optimizer's, or a moment does not have the size that this layout needs.
         """
-        saved = state_dict["param_groups"]
-        by_id: dict[Any, Tensor] = {}
-        for i, (mine, theirs) in enumerate(zip(self.param_groups, saved, strict=False)):
-            for key in ("level", "wavelet"):
-                if theirs.get(key, mine[key]) != mine[key]:
-                    raise ValueError(
-                        f"{key} of parameter group {i} is {theirs[key]!r} in the state to load and {mine[key]!r} in "
-                        f"this optimizer; its moments would mean something else. Build the optimizer with "
-                        f"{key}={theirs[key]!r}"
-                    )
-            then, now = keeps_second_moment({**mine, **theirs}), keeps_second_moment(mine)
-            if then != now and mine["level"]:
-                raise ValueError(
-                    f"parameter group {i} has {'a' if then else 'no'} second moment in the state to load (recipe "
-                    f"{theirs.get('recipe')!r}) and {'one' if now else 'none'} in this optimizer (recipe "
-                    f"{mine['recipe']!r}); its moments would mean something else. Build the optimizer as it was"
-                )
-            for key, parameter in zip(theirs["params"], mine["params"], strict=False):
-                by_id[key] = parameter
-                self._check_moments(state_dict["state"].get(key, {}), parameter, mine, i)
+        parameters = state.check_loadable(state_dict, self.param_groups, self._steps)
         super().load_state_dict(state_dict)
-        # torch casts floating state to the dtype of the parameter, which bf16 moments do not survive, and it shares the
-        # step with the state that was loaded.
         for key, values in state_dict["state"].items():
-            parameter = by_id.get(key)
-            if parameter is None:
-                continue
-            state = self.state[parameter]
-            for name in ("exp_avg", "exp_avg_sq", "limited_norm"):
-                if name in values:
-                    state[name] = values[name].to(parameter.device, state_dtype(parameter.dtype), copy=True)
-            if "step" in values:
-                state["step"] = torch.as_tensor(values["step"]).to(parameter.device, torch.float32, copy=True)
+            if key in parameters:
+                state.put_back(self.state[parameters[key]], values, parameters[key])
 
-    def __setstate__(self, state: Group) -> None:
-        super().__setstate__(state)
-        if "_given" not in self.__dict__:  # unpickled or deep-copied, rather than loading a state_dict
+    def __setstate__(self, pickled: Group) -> None:
+        super().__setstate__(pickled)
+        state.fill_keys(self.param_groups)
+        if "_steps" not in self.__dict__:  # unpickled or deep-copied, rather than loading a state_dict
             self._forget_layout()
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    self._given[parameter] = True
+                    self._steps.given[parameter] = True
 
     def _forget_layout(self) -> None:
-        self._shards: WeakIdKeyDictionary = WeakIdKeyDictionary()  # attached parameter -> Shard
-        self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> Plan
-        self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that the user passed -> True
+        self._steps = Steps()
         self._fused: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters updated in the backward pass -> True
-        # What is in a step -> its parameters and its schedules
-        self._schedules: dict[Any, tuple[list[Any], list[tuple[Schedule, list[int]]]]] = {}
         self._accumulating = False
-
-    def _scheduled(
-        self, members: Sequence[tuple[int, Tensor]], rules: Sequence[Rule]
-    ) -> list[tuple[Schedule, list[int]]]:
-        """The schedules of a step, one a device, with the numbers of their members; kept from step to step."""
-        key = (
-            tuple(_form(group) for group in self.param_groups),
-            tuple(rule.limiter > 0 for rule in rules),
-            tuple((id(p), p.grad is None, p.dtype, p.device) for _, p in members),
-        )
-        known = self._schedules.get(key)
-        if known is not None and all(reference() is p for reference, (_, p) in zip(known[0], members, strict=True)):
-            return known[1]
-        by_device: dict[torch.device, list[tuple[int, Member]]] = {}
-        dry_run = False
-        for i, (number, parameter) in enumerate(members):
-            plan = self._plan(parameter, number)
-            if plan is None:
-                dry_run = True
-            else:
-                moves, limited = parameter.grad is not None, rules[number].limiter > 0
-                member = Member(plan, number, parameter.dtype, moves, limited, rules[number].orthogonal)
-                by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
-        schedules = [
-            (Schedule([member for _, member in found], device), [i for i, _ in found])
-            for device, found in by_device.items()
-        ]
-        if not dry_run:  # which is known by the values of the gradients, and these may change
-            if len(self._schedules) >= _SCHEDULES:
-                self._schedules.pop(next(iter(self._schedules)))
-            self._schedules[key] = [weakref.ref(p) for _, p in members], schedules
-        return schedules
-
-    def _run(self, schedule: Schedule, parameters: Sequence[Tensor], rules: Sequence[Rule]) -> None:
-        """One step of the members of a schedule."""
-        states = []
-        weights, gradients = [], []
-        for member, parameter in zip(schedule.members, parameters, strict=True):
-            if parameter.grad is None:
-                states.append(_NO_STATE)
-                weights.append(parameter)
-                gradients.append(parameter)
-                continue
-            state = self.state[parameter]
-            if not state:
-                state.update(member.plan.fresh_state(parameter))
-            states.append(state)
-            weight = dtensor.local(parameter)
-            gradient = dtensor.local(parameter.grad, like=parameter)
-            if gradient.numel() != weight.numel():
-                raise ValueError(
-                    f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
-                    f"parameter of {member.plan.shard.tensors[0].fqn!r}: the step would use those of other elements. "
-                    f"It was not reduced; run the last backward pass before step() outside of no_sync()"
-                )
-            weights.append(weight)
-            gradients.append(gradient)
-        dense = [weight.contiguous() for weight in weights]
-        schedule.run(dense, [gradient.contiguous() for gradient in gradients], states, rules)
-        for weight, copy in zip(weights, dense, strict=True):
-            if copy is not weight:
-                weight.copy_(copy)
-
-    def _plan(self, parameter: Tensor, number: int) -> Plan | None:
-        """The plan of a parameter, whatever its gradient: ranks that share it must make the same calls.
-
-        None for the buffers of an engine's dry run.
-        """
-        plan: Plan | None = self._plans.get(parameter)
-        group = self.param_groups[number]
-        # What an engine took out of its group (ZeRO-3 keeps one buffer at a time there) has no number.
-        place = next((f" {j}" for j, p in enumerate(group["params"]) if p is parameter), "")
-        where = f"parameter{place} of group {number}"
-        if plan is None:
-            shard = self._shard(parameter, where)
-            if shard is None:
-                return None
-            plan = self._plans[parameter] = Plan.of(shard, *_form(group))
-        if (plan.level, plan.wavelet, plan.second_moment) != _form(group):
-            raise ValueError(
-                f"level={group['level']}, wavelet={group['wavelet']!r}{_with_second(keeps_second_moment(group))} of "
-                f"{where} differ from level={plan.level}, wavelet={plan.wavelet!r}{_with_second(plan.second_moment)} "
-                f"at its first step; its moments cannot follow. Build a new optimizer"
-            )
-        return plan
-
-    def _shard(self, parameter: Tensor, where: str) -> Shard | None:
-        """What this rank holds of a parameter: as attached, as its DTensor says, or the whole of it.
-
-        None for the zero-gradient dry run that engines make on buffers of their own; raises on their first real step.
-        """
-        if parameter in self._shards:
-            shard: Shard = self._shards[parameter]
-            return shard
-        if parameter.is_complex() or (parameter.grad is not None and parameter.grad.is_sparse):
-            raise ValueError(f"{where} is complex or has a sparse gradient; GWTAdamW takes real, dense tensors")
-        if isinstance(parameter, DTensor):
-            return dtensor.shard_of(parameter, where)
-        if hasattr(parameter, "_fsdp_flattened"):
-            raise ValueError(
-                f"{where} is a part of a flat parameter of FSDP1, and the rows of its tensors are unknown. Without "
-                f"them this step would be another optimizer. Add gwt_dist.attach(optimizer, model) after both are built"
-            )
-        if getattr(parameter, "_is_sharded", False) or hasattr(parameter, "_param_shapes"):
-            raise ValueError(
-                f"{where} is a flat parameter of fairscale's FullyShardedDataParallel, {parameter.numel()} elements of "
-                f"tensors whose rows are unknown here. Without them this step would be another optimizer. Add "
-                f"gwt_dist.attach(optimizer, model) after the model is wrapped (FlattenParamsWrapper alone is not read)"
-            )
-        if parameter in self._given:
-            return Shard.whole(where, tuple(parameter.shape))
-        if parameter.grad is None or not parameter.grad.any():
-            return None
-        if parameter.dim() >= 2:
-            return Shard.whole(where, tuple(parameter.shape))
-        raise ValueError(
-            f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
-            f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step "
-            f"would be another optimizer. Add gwt_dist.attach(optimizer, engine) after the engine is built, or build "
-            f"it with gwt_dist.initialize"
-        )
-
-    def _check_moments(self, state: Mapping[str, Any], parameter: Tensor, group: Group, i: int) -> None:
-        if parameter in self._shards:
-            shard = self._shards[parameter]
-        elif parameter in self._given and not isinstance(parameter, DTensor):
-            shard = Shard.whole("", tuple(parameter.shape))
-        else:
-            return
-        plan = Plan.of(shard, *_form(group))
-        for name, expected in (("exp_avg", plan.moments_shape), ("exp_avg_sq", plan.second_shape)):
-            if name in state and tuple(state[name].shape) != expected:
-                raise ValueError(
-                    f"{name} of a parameter in group {i} has shape {tuple(state[name].shape)} in the state to load and "
-                    f"needs {expected} here; it was saved with another level, model, world size or engine"
-                )
-
-
-def _form(group: Mapping[str, Any]) -> tuple[int, str, bool]:
-    """What decides which moments a group has."""
-    return group["level"], group["wavelet"], keeps_second_moment(group)
-
-
-def _with_second(kept: bool) -> str:
-    return "" if kept else " without a second moment"

@@ -1,17 +1,49 @@
-"""What is fixed about one optimizer parameter: its pieces, its part in the collectives, its state."""
+"""What is fixed about one optimizer parameter: its pieces, its part in the collectives, its state, field by field."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gwt_dist import dtensor, layout
+from gwt_dist import dtensor, extents, layout
 from gwt_dist.comm import Shard
-from gwt_dist.kernels import Piece, moments_shape
+from gwt_dist.declare import Extent, Field, Rule
+from gwt_dist.layout import Fragment, Units
+from gwt_dist.piece import Piece, math_dtype, moments_shape
 from gwt_dist.units import level_of, units_of
+
+SHARDED = Extent.UNIT, Extent.ROW  # fields that are sharded as the parameter is
+_ORDER = list(Extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What decides which state a parameter has."""
+
+    level: int
+    wavelet: str
+    leveled: tuple[Field, ...]  # of tensors with level > 0
+    plain: tuple[Field, ...]  # of all others
+
+    @classmethod
+    def of(cls, level: int, wavelet: str, rule: Rule) -> Form:
+        """That of a group of these options."""
+        return cls(level, wavelet, rule.program.fields, rule.plain.fields)
+
+    def fields(self, shape: Sequence[int]) -> tuple[Field, ...]:
+        """Of a tensor of `shape`."""
+        return self.leveled if level_of(shape, self.level) else self.plain
+
+    def units(self, shape: tuple[int, ...]) -> Units:
+        """The units of a tensor of `shape`."""
+        return units_of(shape, self.level, self.wavelet)
+
+    def __str__(self) -> str:
+        names = ", ".join(field.name for field in self.leveled)
+        return f"level={self.level}, wavelet={self.wavelet!r} with {names}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,94 +51,92 @@ class Plan:
     """One optimizer parameter for as long as its layout lasts."""
 
     shard: Shard
-    level: int
-    wavelet: str
+    form: Form
     pieces: tuple[Piece, ...]
     exchange: layout.Exchange
-    places: dict[str, int]  # fqn -> place in `limited_norm`
-    has_levels: bool  # any tensor of level > 0, on whichever rank
-    second_moment: bool  # tensors with level > 0 have one; the others always do
-    moments_shape: tuple[int, ...]
-    second_shape: tuple[int, ...] | None  # of exp_avg_sq; None: no tensor on whichever rank has it
-    norms_shape: tuple[int, ...]
+    places: dict[str, int]  # fqn -> place in fields and sums that have one number a tensor
+    fields: tuple[Field, ...]  # of any of its tensors, on whichever rank
+    shapes: dict[str, tuple[int, ...]]  # of this rank's buffer of each field
 
     @classmethod
-    def of(cls, shard: Shard, level: int, wavelet: str, second_moment: bool = True) -> Plan:
-        """The plan of a shard in a group of `level` and `wavelet`, whose tensors with a level have a second moment."""
-
-        def units(shape: tuple[int, ...]) -> layout.Units:
-            return units_of(shape, level, wavelet)
-
-        has_levels = any(level_of(tensor.shape, level) for tensor in shard.tensors)
-        has_second = [second_moment or not level_of(fragment.shape, level) for fragment in shard.fragments]
-        packed = _pack(shard.fragments, has_second, units)
-        second: tuple[int, ...] | None = (sum(m.numel for m, has in zip(packed, has_second, strict=True) if has),)
-        moments: tuple[int, ...] = (sum(m.numel for m in packed),)
-        norms: tuple[int, ...] = (len(shard.tensors),)
-        if shard.local_shape is not None:
-            moments, norms = _local_moments(shard.local_shape, shard.tensors[0].shape, packed[0], level, wavelet), ()
-            second = moments
-        if not second_moment and all(level_of(tensor.shape, level) for tensor in shard.tensors):
-            second = None
+    def of(cls, shard: Shard, form: Form) -> Plan:
+        """The plan of a shard whose group has this form."""
+        found = dict.fromkeys(f for tensor in shard.tensors for f in (*form.plain, *form.leveled)
+                              if f in form.fields(tensor.shape))  # fmt: skip
+        fields = tuple(sorted(found, key=lambda f: _ORDER.index(f.extent)))
+        places = {tensor.fqn: i for i, tensor in enumerate(shard.tensors)}
+        kept = _pack(shard.fragments, form, fields, places)
+        pieces = []
+        for fragment, its in zip(shard.fragments, kept, strict=True):
+            units = form.units(fragment.shape)
+            coefficients = next((f for f in form.fields(fragment.shape) if f.extent is Extent.UNIT), None)
+            moments = its[coefficients.name] if coefficients else units.moments(fragment)
+            pieces.append(Piece.of(fragment, moments, form.level, form.wavelet, its))
         return cls(
             shard=shard,
-            level=level,
-            wavelet=wavelet,
-            pieces=tuple(
-                Piece.of(fragment, moment, level, wavelet)
-                for fragment, moment in zip(shard.fragments, packed, strict=True)
-            ),
-            exchange=layout.plan_exchange(shard.tensors, shard.fragments, units),
-            places={tensor.fqn: i for i, tensor in enumerate(shard.tensors)},
-            has_levels=has_levels,
-            second_moment=second_moment,
-            moments_shape=moments,
-            second_shape=second,
-            norms_shape=norms,
+            form=form,
+            pieces=tuple(pieces),
+            exchange=layout.plan_exchange(shard.tensors, shard.fragments, form.units),
+            places=places,
+            fields=fields,
+            shapes={field.name: _shape(shard, form, field, kept) for field in fields},
         )
 
     def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """State before the first step, on the device of `parameter` and sharded as it is."""
+        state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
         shape = self.shard.tensors[0].shape
-        whole = moments_shape(shape, self.level, self.wavelet)
-        units = units_of(shape, self.level, self.wavelet)
-
-        def zeros(shape: tuple[int, ...]) -> Tensor:
-            return torch.zeros(shape, dtype=state_dtype(parameter.dtype), device=parameter.device)
-
-        state = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": dtensor.wrap(zeros(self.moments_shape), parameter, whole, units),
-        }
-        if self.second_shape is not None:
-            state["exp_avg_sq"] = dtensor.wrap(zeros(self.second_shape), parameter, whole, units)
-        return state | {"limited_norm": zeros(self.norms_shape)}
+        for field in self.fields:
+            dtype = math_dtype(parameter.dtype)
+            zeros = torch.zeros(self.shapes[field.name], dtype=dtype, device=parameter.device)
+            if field.extent in SHARDED and self.shard.local_shape is not None:
+                units = extents.units_along(field.extent, shape, self.form.units(shape))
+                zeros = dtensor.wrap(zeros, parameter, _whole(field.extent, shape, self.form), units)
+            state[field.name] = zeros
+        return state
 
 
 def _pack(
-    fragments: Sequence[layout.Fragment],
-    has_second: Sequence[bool],
-    units: Callable[[tuple[int, ...]], layout.Units],
-) -> tuple[layout.Fragment, ...]:
-    """Moments in one buffer, those that have a second one first: theirs lies at the same place of a shorter buffer."""
-    order = sorted(range(len(fragments)), key=lambda i: not has_second[i])
-    packed = layout.pack([fragments[i] for i in order], units)
-    return tuple(moments for _, moments in sorted(zip(order, packed, strict=True), key=lambda pair: pair[0]))
+    fragments: Sequence[Fragment], form: Form, fields: Sequence[Field], places: dict[str, int]
+) -> list[dict[str, Fragment]]:
+    """Of each fragment, what is kept of each field, one after the other in one buffer a field.
 
-
-def _local_moments(
-    local: Sequence[int], shape: Sequence[int], packed: layout.Fragment, level: int, wavelet: str
-) -> tuple[int, ...]:
-    """Shape of the moments of one tensor of `shape` of which this rank holds a part of shape `local`."""
-    whole = moments_shape(shape, level, wavelet)
-    if whole == tuple(shape):  # level 0, or rows of one element
-        return tuple(local)
-    return local[0], packed.numel // local[0] if packed.numel else whole[1]
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the moments of parameters of `dtype`: fp64 for fp64, fp32 for all others.
-
-    bf16 second moments could not decay: round-to-nearest loses every small step.
+    Fragments with more numbers a coefficient come first: then theirs lie at the same place of longer and shorter
+    buffers, where the fields of some tensors are among those of the others.
     """
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    its_fields = [form.fields(fragment.shape) for fragment in fragments]
+    coefficients = [sum(f.extent is Extent.UNIT for f in its) for its in its_fields]
+    kept: list[dict[str, Fragment]] = [{} for _ in fragments]
+    for field in fields:
+        offset = 0
+        for i in sorted(range(len(fragments)), key=lambda i: -coefficients[i]):
+            if field in its_fields[i]:
+                fragment = fragments[i]
+                at = places[fragment.fqn] if field.extent is Extent.TENSOR else offset
+                kept[i][field.name] = extents.kept(field.extent, fragment, form.units(fragment.shape), at)
+                offset += kept[i][field.name].numel
+    return kept
+
+
+def _shape(shard: Shard, form: Form, field: Field, kept: Sequence[dict[str, Fragment]]) -> tuple[int, ...]:
+    """Of this rank's buffer of a field: one vector for a flat parameter, else as the local part is."""
+    if field.extent is Extent.TENSOR:
+        return () if shard.local_shape is not None else (len(shard.tensors),)
+    numbers = sum(its[field.name].numel for its in kept if field.name in its)
+    if shard.local_shape is None or field.extent is Extent.COLUMN:
+        return (numbers,)
+    local, shape = shard.local_shape, shard.tensors[0].shape
+    whole = _whole(field.extent, shape, form)
+    if field.extent is Extent.UNIT and whole == tuple(shape):  # level 0, or rows of one element
+        return tuple(local)
+    if field.extent is Extent.ROW:
+        return numbers, 1
+    return local[0], numbers // local[0] if numbers else whole[1]
+
+
+def _whole(extent: Extent, shape: tuple[int, ...], form: Form) -> tuple[int, ...]:
+    """Of the whole field of a tensor of `shape`."""
+    if extent is Extent.UNIT:
+        return moments_shape(shape, form.level, form.wavelet)
+    return extents.whole(extent, shape, form.units(shape))
+

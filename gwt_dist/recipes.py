@@ -1,126 +1,205 @@
-"""The recipes, and the check of what a parameter group says."""
+"""The recipes: names, the keys that a parameter group may say, and the `Program` that they make. Knows no torch.
+
+A new recipe is a file of `formulas` and an entry here. Nothing else names one.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
+from gwt_dist.declare import Extent, Field, Pass, Program, Rule, Sum, Travel
+from gwt_dist.keys import KEYS, Key, check_keys
+from gwt_dist.units import check_haar, check_level, check_wavelet
 
-from gwt_dist.update import Rule
-from gwt_dist.wavelet import transform
+DEFAULT = "energy"
+Options = Mapping[str, Any]  # a parameter group, every key of it resolved
+
+EXP_AVG, EXP_AVG_SQ = Field("exp_avg", Extent.UNIT), Field("exp_avg_sq", Extent.UNIT)
+EXP_AVG_SQ_ROW = Field("exp_avg_sq_row", Extent.ROW)
+LIMITED_NORM = Field("limited_norm", Extent.TENSOR)
+# What Adam's formulas read of a rule besides lr, in the order of the tables that compiled kernels read.
+ADAM = (
+    *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
+    "correct_bias",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What the keys `second_moment`, `detail_gain` and `limiter` are where they are None."""
+    """Programs and numbers of a resolved group, and what its keys are where they are None."""
 
-    second_moment: str
-    detail_gain: float | str
-    limiter: float
+    program: Callable[[Options], Program]  # of tensors with level > 0; raises `ValueError` for what it cannot be
+    plain: Callable[[Options], Program]  # of all others
+    numbers: Callable[[Options], dict[str, float]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)  # keys that mean nothing here, and why
 
 
-RECIPES = {
+def _adamw(options: Options) -> Program:
+    """Level 0, which is AdamW: there are no details, and no scale, limiter or Nesterov acts."""
+    return _adam_program(str(options["second_moment"]), "weighed", False, bool(options["cautious"]))
+
+
+def _adam(options: Options) -> Program:
+    return _adam_program(options["second_moment"], "weighed", options["limiter"] > 0, bool(options["cautious"]))
+
+
+def _residual(options: Options) -> Program:
+    if options["second_moment"] == "none":
+        raise ValueError('second_moment="none" leaves nothing to divide by; write recipe="orthogonal"')
+    check_haar(options["wavelet"], "the denominator of an element has the residual of its Haar unit in it")
+    return _adam_program(options["second_moment"], "residual", False, bool(options["cautious"]))
+
+
+@lru_cache
+def _adam_program(second_moment: str, detail: str, limited: bool, cautious: bool) -> Program:
+    phases: tuple[Pass, ...] = (Pass("step", writes=True),)
+    if limited:
+        phases = Pass("moments", (Sum("update"),), then="limit"), Pass("write", writes=True)
+    # What orthogonalizes has no second moment of its own to name; its tensors of level 0 have that of the default.
+    formula = "adam_approximation" if second_moment == "approximation" else "adam_energy"
+    fields = EXP_AVG, EXP_AVG_SQ, LIMITED_NORM
+    return Program(formula, fields, phases, detail, "cautious" if cautious else "decay", ADAM)
+
+
+def _orthogonal(options: Options) -> Program:
+    return _orthogonal_program(options["nor"] > 0, bool(options["cautious"]))
+
+
+@lru_cache
+def _orthogonal_program(rows: bool, cautious: bool) -> Program:
+    state = (EXP_AVG, EXP_AVG_SQ_ROW, LIMITED_NORM) if rows else (EXP_AVG, LIMITED_NORM)
+    travel = Travel("momentum", "orthogonalize", "write", tuple(f.name for f in state if f.extent is Extent.ROW))
+    phases = Pass("norms", (Sum("m_a", numbers=2),)), travel
+    return Program("normuon" if rows else "orthogonal", state, phases, "", "cautious" if cautious else "decay")
+
+
+def _adam_numbers(options: Options) -> dict[str, float]:
+    (beta1, beta2), gain = options["betas"], options["detail_gain"]
+    return {
+        "beta1": beta1,
+        "beta2": beta2,
+        "detail_gain": 1 - beta1 if isinstance(gain, str) else gain,  # what a fresh gradient is to Adam's momentum
+        "coherent": float(isinstance(gain, str)),
+        **{key: options[key] for key in ("eps", "weight_decay", "scale", "limiter")},
+        **{key: float(options[key]) for key in ("nesterov", "correct_bias")},
+    }
+
+
+def _orthogonal_numbers(options: Options) -> dict[str, float]:
+    gain = options["detail_gain"]
+    # Details that are orthogonalized need no least part.
+    return _adam_numbers(options) | {"nor": options["nor"], "detail_gain": 0.0 if isinstance(gain, str) else gain}
+
+
+_ROWS = "it is for rows of an orthogonalized matrix. Remove it"
+_NO_ROWS = {"nor": _ROWS}
+
+RECIPES: dict[str, Recipe] = {
     # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
-    "paper": Recipe(second_moment="approximation", detail_gain=1.0, limiter=1.01),
+    "paper": Recipe(
+        *(_adam, _adamw, _adam_numbers),
+        {"second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01},
+        _NO_ROWS,
+    ),
     # A detail contributes what one fresh gradient contributes to Adam's momentum, or more where gradients are steady,
     # over the energy of its own unit. Bounded, so it needs no norm and no collective.
-    "energy": Recipe(second_moment="energy", detail_gain="coherence", limiter=0.0),
+    "energy": Recipe(_adam, _adamw, _adam_numbers, refuses=_NO_ROWS),
+    # The residual of an element is a gradient of its own beside its unit's momentum (FOAM, arXiv 2512.07112): bounded by
+    # its square in the denominator, so it needs no gain.
+    "foam": Recipe(
+        *(_residual, _adamw, _adam_numbers),
+        {"detail_gain": 0.0},
+        {
+            "detail_gain": "a residual is bounded by its own square in the denominator and has no gain. Remove it",
+            "limiter": "no update of it can grow without bound. Remove it",
+            **_NO_ROWS,
+        },
+    ),
     # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
-    "orthogonal": Recipe(second_moment="none", detail_gain="coherence", limiter=0.0),
+    "orthogonal": Recipe(
+        *(_orthogonal, _adamw, _orthogonal_numbers),
+        {"second_moment": "none"},
+        {
+            "limiter": "no second moment is kept there: it limits the growth of a normalized momentum, and an "
+            "orthogonalized update always has the same norm. Remove limiter, or write a second_moment"
+        },
+    ),
 }
-SECOND_MOMENTS = ("approximation", "energy", "none")
 
-# Group keys of galore-torch, apollo-torch and the published GWT: what to write here in their place.
-FOREIGN_KEYS = {
-    "rank": "level: moments shrink 2**level-fold whatever the shape, so level=2 keeps a quarter of AdamW's state",
-    "update_proj_gap": "nothing: there is no projection to renew; remove it",
-    "proj_type": "nothing: rows are transformed, whatever the shape; remove it",
-    "proj": 'nothing, or wavelet="haar": there is no projection to draw or to decompose; remove it',
-    "scale_type": "nothing: the update of each element has the denominator of its own unit; remove it",
-    "scale_front": "nothing: the limiter always acts before scale; remove it",
-    "disable_nl": "limiter: 0 for disable_nl=True, 1.01 for False, or remove it (as the recipe)",
-    "wave_type": "wavelet, by its PyWavelets name",
-    "boundary": "nothing: the last unit of a row is padded with zeros; remove it",
-}
+
+def register(name: str, recipe: Recipe, keys: Mapping[str, Key] | None = None) -> None:
+    """Make a recipe known, with keys of its own; its formula goes into `formulas.FORMULAS`.
+
+    Raises `ValueError` for a name that is taken.
+    """
+    taken = [known for known in (name, *(keys or {})) if known in RECIPES or known in KEYS]
+    if taken:
+        raise ValueError(f"{', '.join(taken)}: there is a recipe or a key of that name; choose another")
+    RECIPES[name] = recipe
+    KEYS.update(keys or {})
+
+
+def resolved(group: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a checked parameter group, and its keys with those that are None or missing as the recipe says."""
+    name, said = spelled(group)
+    recipe = RECIPES[name]
+    # An index with a default that a recipe does not know is of a later version; what is said here is what counts.
+    found = {key: recipe.defaults.get(key, about.default) for key, about in KEYS.items()}
+    return recipe, found | _said(said)
+
+
+def spelled(group: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Recipe and keys of a group, where `second_moment` says that it is another recipe than its name.
+
+    Before there were programs, ``second_moment="none"`` made any recipe "orthogonal" and another value made that one
+    "energy"; what else they say is unchanged.
+    """
+    name, second = str(group.get("recipe", DEFAULT)), group.get("second_moment")
+    if second == "none" and RECIPES[name].program is _adam:
+        return "orthogonal", {"detail_gain": RECIPES[name].defaults.get("detail_gain"), **_said(group)}
+    if second not in (None, "none") and name == "orthogonal":
+        return "energy", group
+    return name, group
+
+
+def _said(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if value is not None}
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
-    """The numbers of a checked parameter group, its recipe resolved."""
-    recipe = RECIPES[group["recipe"]]
-    second_moment = group["second_moment"] or recipe.second_moment
-    detail_gain = recipe.detail_gain if group["detail_gain"] is None else group["detail_gain"]
-    orthogonal = second_moment == "none"
-    # What a fresh gradient contributes to Adam's momentum; details that are orthogonalized need no least part.
-    least = 0.0 if orthogonal else 1 - group["betas"][0]
-    limiter = recipe.limiter if group["limiter"] is None else group["limiter"]
-    return Rule(
-        lr=group["lr"],
-        betas=tuple(group["betas"]),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        scale=group["scale"],
-        energy=second_moment == "energy",
-        detail_gain=least if isinstance(detail_gain, str) else detail_gain,
-        coherent=isinstance(detail_gain, str),
-        limiter=0.0 if orthogonal else limiter,  # it is for a normalized momentum
-        orthogonal=orthogonal,
-    )
+    """The programs and numbers of a checked parameter group."""
+    recipe, options = resolved(group)
+    return Rule(recipe.program(options), recipe.plain(options), options["lr"], recipe.numbers(options))
 
 
-def keeps_second_moment(group: Mapping[str, Any]) -> bool:
-    """Whether tensors with level > 0 in `group` have an ``exp_avg_sq``; its key `recipe` must be there."""
-    second_moment: str = group.get("second_moment") or RECIPES[group["recipe"]].second_moment
-    return second_moment != "none"
+def program_of(group: Mapping[str, Any], level: int) -> Program:
+    """The program of a tensor of this level in a parameter group, which may lack keys."""
+    recipe, options = resolved(group)
+    return recipe.program(options) if level else recipe.plain(options)
+
+
+def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved keys without which moments mean something else."""
+    _, options = resolved(group)
+    return {key: options[key] for key, about in KEYS.items() if about.meaning}
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` naming the key, its value and the legal range, for the first key of `group` that is wrong."""
-    foreign = [key for key in FOREIGN_KEYS if key in group]
-    if foreign:
-        instead = "; ".join(f"{key}={group[key]!r} -> {FOREIGN_KEYS[key]}" for key in foreign)
-        raise ValueError(
-            f"{', '.join(foreign)} in {where}: keys of another optimizer (galore-torch, apollo-torch or the published "
-            f"GWT), which GWTAdamW would ignore in silence. Here: {instead}"
-        )
-    transform(group["wavelet"], group["level"])
+    check_keys(group, where)
+    check_level(group["level"])
+    check_wavelet(group["wavelet"])
     if group["recipe"] not in RECIPES:
         raise ValueError(f"recipe={group['recipe']!r} in {where} must be one of {sorted(RECIPES)}")
-    if group["second_moment"] not in (None, *SECOND_MOMENTS):
-        raise ValueError(
-            f"second_moment={group['second_moment']!r} in {where} must be one of {SECOND_MOMENTS} or None (as the "
-            f"recipe)"
-        )
-    betas = group["betas"]
-    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_within(b, 0, 1) and b < 1 for b in betas)):
-        raise ValueError(f"betas={betas!r} in {where} must be two numbers in [0, 1)")
-    for key in ("lr", "weight_decay", "scale"):
-        if not _within(group[key], 0, math.inf):
-            raise ValueError(f"{key}={group[key]!r} in {where} must be a finite number >= 0")
-    if not (_within(group["eps"], 0, math.inf) and group["eps"] > 0):
-        raise ValueError(f"eps={group['eps']!r} in {where} must be a finite number > 0")
-    if group["detail_gain"] not in (None, "coherence") and not _within(group["detail_gain"], 0, 1):
-        raise ValueError(
-            f"detail_gain={group['detail_gain']!r} in {where} must be in [0, 1], 'coherence' or None (as the recipe)"
-        )
-    limiter = group["limiter"]
-    if limiter not in (None, 0) and not _within(limiter, 1, math.inf):
-        raise ValueError(f"limiter={limiter!r} in {where} must be 0 (none), at least 1, or None (as the recipe)")
-    if limiter and not keeps_second_moment(group):
-        raise ValueError(
-            f"limiter={limiter!r} in {where} where no second moment is kept: it limits the growth of a normalized "
-            f"momentum, and an orthogonalized update always has the same norm. Remove limiter, or write a second_moment"
-        )
-
-
-def _within(value: object, low: float, high: float) -> bool:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and low <= value <= high
-        and math.isfinite(value)
-    )
+    name, said = spelled(group)
+    for key, why in RECIPES[name].refuses.items():
+        if said.get(key):
+            raise ValueError(f"{key}={said[key]!r} in {where} with recipe={name!r}: {why}")
+    try:
+        rule_of(group)
+    except ValueError as error:
+        raise ValueError(f"recipe={name!r} in {where}: {error}") from None

@@ -1,12 +1,12 @@
-"""Matrices whose momentum is orthogonalized, in one step of a schedule: norms, then round by round there and back.
+"""A phase that takes whole matrices to one rank each and back, round by round (`matrices`).
 
-The schedule sums the norms of all matrices over ranks. Then, for each round (`matrices`), every rank sends the updates
-of its parts to the ranks that own the matrices, which orthogonalize them and send them back.
+Every rank sends what the formula makes of its parts to the ranks that own the matrices; these do their work on the
+whole matrix and send it back. One process is a world of 1, which sends to itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from gwt_dist.comm import Peers, swap
-from gwt_dist.kernels import Part, Tensors, orthogonal
+from gwt_dist.declare import Rule, Travel
+from gwt_dist.formulas import FORMULAS
+from gwt_dist.kernels import Part, Tensors, Work, eager
 from gwt_dist.layout import Fragment, Overlap
-from gwt_dist.matrices import Matrix, Round, plan_rounds
-from gwt_dist.orthogonal import newton_schulz
+from gwt_dist.matrices import Matrix, Owned, Round, plan_rounds
 from gwt_dist.plan import Plan
 from gwt_dist.units import level_of
-
-NORMS = orthogonal.NORMS
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A parameter of which tensors are orthogonalized, and what this rank holds of them."""
+    """A parameter of which tensors travel, and what this rank holds of them."""
 
     plan: Plan
-    parts: tuple[Part, ...]  # of tensors with level > 0; none without a gradient
+    parts: tuple[Part, ...]  # of the tensors that travel; none without a gradient
     moves: bool  # it has a gradient; without one it sends zeros and keeps nothing of what comes back
     dtype: torch.dtype  # of its moments
+    group: int  # number of its parameter group
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,68 +41,98 @@ class _Bucket:
     peers: Peers
     dtype: torch.dtype
     rounds: tuple[Round, ...]
+    holders: tuple[Holder, ...]  # of each matrix
     parts: tuple[tuple[Part, ...], ...]  # of each matrix, what this rank holds
-    moves: tuple[bool, ...]  # of each matrix
 
 
 class Rounds:
-    """What one step does to these matrices, for as long as the same parameters have gradients."""
+    """What a travelling phase of one step does, for as long as the same parameters have gradients."""
 
-    def __init__(self, holders: Sequence[Holder], device: torch.device) -> None:
-        self._device = device
-        self._parts = [part for holder in holders for part in holder.parts]
+    def __init__(self, work: Work, phase: Travel, holders: Sequence[Holder], device: torch.device) -> None:
+        self._work, self._phase, self._device = work, phase, device
+        self._formula = FORMULAS[work.program.formula]
         by_peers: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[Holder, str, tuple[int, ...]]]] = {}
         for holder in holders:
             for tensor in holder.plan.shard.tensors:
-                if level_of(tensor.shape, holder.plan.level):
+                if level_of(tensor.shape, holder.plan.form.level):
                     key = holder.plan.shard.peers.ranks, holder.dtype
                     by_peers.setdefault(key, []).append((holder, tensor.fqn, tensor.shape))
-        self._buckets = [_bucket(found, dtype) for (_, dtype), found in by_peers.items()]
+        self._buckets = [_bucket(found, dtype, len(phase.rows)) for (_, dtype), found in by_peers.items()]
 
-    def add_norms(self, tensors: Tensors, squared_norms: Tensor) -> None:
-        """Add what this rank owns to `squared_norms`, fp64; `tensors` has one of each for every holder that moves."""
-        for part in self._parts:
-            orthogonal.add_norms(part, tensors, squared_norms)
-
-    def run(self, tensors: Tensors, squared_norms: Tensor) -> None:
-        """Update moments and weights; `squared_norms` are summed over ranks."""
+    def run(
+        self,
+        tensors: Tensors,  # one of each for every holder that moves
+        sums: list[Tensor],  # of the phases before
+        rules: Sequence[Rule],  # one a group
+    ) -> None:
+        """Update state and weights."""
         for bucket in self._buckets:
             for its in bucket.rounds:
-                self._run(bucket, its, tensors, squared_norms)
+                self._run(bucket, its, tensors, sums, rules)
 
-    def _run(self, bucket: _Bucket, its: Round, tensors: Tensors, squared_norms: Tensor) -> None:
+    def _run(
+        self, bucket: _Bucket, its: Round, tensors: Tensors, sums: list[Tensor], rules: Sequence[Rule]
+    ) -> None:
         outgoing = torch.zeros(sum(its.sends), dtype=bucket.dtype, device=self._device)
         slots = [
-            (bucket.parts[slot.matrix][slot.part], outgoing.narrow(0, slot.start, slot.length))
+            (bucket.parts[slot.matrix][slot.part], slot, outgoing.narrow(0, slot.start, slot.length))
             for slot in its.slots
-            if bucket.moves[slot.matrix]
+            if bucket.holders[slot.matrix].moves
         ]
-        for part, updates in slots:
-            orthogonal.update_momentum(part, tensors, squared_norms, updates)
+        for part, slot, elements in slots:
+            share = eager.share(part, self._work, tensors, sums)
+            u_NU = getattr(self._formula, self._phase.send)(share)
+            for target, padded in part.piece.views(elements, u_NU.view(-1), 0):
+                target.copy_(padded)
+            for name, numbers in self._along(outgoing, slot.start + slot.length, slot.rows):
+                numbers.copy_(share.state[name])
         received = swap(outgoing, its.sends, its.receives, bucket.peers)
         for owned in its.owned:
-            matrix = received.new_empty(owned.shape)
-            for overlap in owned.overlaps:
-                of_sender, of_matrix = _views(overlap, received, matrix)
-                of_matrix.copy_(of_sender)
-            matrix = newton_schulz(matrix).contiguous()
-            for overlap in owned.overlaps:
-                of_sender, of_matrix = _views(overlap, received, matrix)
-                of_sender.copy_(of_matrix)
+            self._work_on(owned, received, rules[bucket.holders[owned.matrix].group])
         outgoing.copy_(swap(received, its.receives, its.sends, bucket.peers))
-        for part, updates in slots:
-            orthogonal.write(part, tensors, updates)
+        for part, slot, elements in slots:
+            rule, fragment = tensors.rules[part.parameter], part.piece.fragment
+            change = getattr(self._formula, self._phase.keep)(elements, fragment.shape, rule)
+            weight = tensors.weights[part.parameter].view(-1).narrow(0, fragment.offset, fragment.numel)
+            eager.take(weight, change, self._work.program.write, rule)
+            for name, numbers in self._along(outgoing, slot.start + slot.length, slot.rows):
+                place = part.piece.places[name]
+                kept = tensors.state[name][part.parameter].view(-1)
+                kept.narrow(0, place.offset, place.numel).copy_(numbers)
+
+    def _work_on(self, owned: Owned, received: Tensor, rule: Rule) -> None:
+        """Put a matrix together of `received`, work on it, and put it back there."""
+        matrix = received.new_empty(owned.shape)
+        rows = {name: received.new_empty(owned.shape[0]) for name in self._phase.rows}
+        places = [(matrix, owned.overlaps), *zip(rows.values(), owned.along, strict=True)]
+        for whole, overlaps in places:
+            for overlap in overlaps:
+                of_sender, of_matrix = _views(overlap, received, whole)
+                of_matrix.copy_(of_sender)
+        matrix = getattr(self._formula, self._phase.work)(matrix, rows, rule).contiguous()
+        for whole, overlaps in [(matrix, owned.overlaps), *places[1:]]:
+            for overlap in overlaps:
+                of_sender, of_matrix = _views(overlap, received, whole)
+                of_sender.copy_(of_matrix)
+
+    def _along(self, buffer: Tensor, start: int, rows: int) -> list[tuple[str, Tensor]]:
+        """The numbers of rows after the elements of a part, by field."""
+        return [(name, buffer.narrow(0, start + i * rows, rows)) for i, name in enumerate(self._phase.rows)]
 
 
-def _bucket(found: Sequence[tuple[Holder, str, tuple[int, ...]]], dtype: torch.dtype) -> _Bucket:
+def _bucket(found: Sequence[tuple[Holder, str, tuple[int, ...]]], dtype: torch.dtype, along: int) -> _Bucket:
     peers = found[0][0].plan.shard.peers
-    matrices = [Matrix(shape, partial(_held, holder.plan.shard.peers, fqn)) for holder, fqn, shape in found]
+    matrices = [Matrix(shape, partial(_held, holder.plan.shard.peers, fqn), along) for holder, fqn, shape in found]
+    by_name: Mapping[int, dict[str, list[Part]]] = {id(holder): {} for holder, _, _ in found}
+    for holder in {id(holder): holder for holder, _, _ in found}.values():
+        for part in holder.parts:
+            by_name[id(holder)].setdefault(part.piece.fragment.fqn, []).append(part)
     return _Bucket(
         peers,
         dtype,
         plan_rounds(matrices, peers.here, peers.world_size),
-        tuple(tuple(part for part in holder.parts if part.piece.fragment.fqn == fqn) for holder, fqn, _ in found),
-        tuple(holder.moves for holder, _, _ in found),
+        tuple(holder for holder, _, _ in found),
+        tuple(tuple(by_name[id(holder)].get(fqn, ())) for holder, fqn, _ in found),
     )
 
 

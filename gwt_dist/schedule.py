@@ -1,16 +1,14 @@
 """One step of many parameters: what is fixed about it (`Schedule`), and the collectives and kernels that it runs.
 
-A kernel updates in one call what needs nothing of other ranks: tensors without a limiter, and those that this process
-holds whole. Tensors with a limiter that ranks share need the norm of the whole tensor between the moments and the
-write: one sum over ranks serves them all. Matrices that are orthogonalized have their norms in the same sum, and go on
-in `rounds`.
+A kernel updates in one call, through all phases of the program, what needs nothing of other ranks: tensors whose program
+has no sums, and those that this process holds whole. For all others the phases of all programs go side by side, and one
+sum a group of processes serves them all. Which program a tensor has, nobody here asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from itertools import accumulate
 from typing import Any
 
@@ -19,10 +17,12 @@ from torch import Tensor
 
 from gwt_dist import dtensor
 from gwt_dist.comm import sum_over_ranks
-from gwt_dist.kernels import Cut, Kernel, Part, Piece, Tensors, Work, choose, limit_growth
-from gwt_dist.plan import Plan, state_dtype
-from gwt_dist.rounds import NORMS, Holder, Rounds
-from gwt_dist.update import Rule
+from gwt_dist.declare import Program, Rule
+from gwt_dist.kernels import Kernel, Tensors, choose
+from gwt_dist.plan import Plan
+from gwt_dist.stages import Maker, Run, Stage
+from gwt_dist.sums import Entry, lay_out
+from gwt_dist.units import level_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,42 +33,21 @@ class Member:
     group: int  # number of its parameter group
     dtype: torch.dtype
     moves: bool  # it has a gradient; without one it takes part in collectives alone
-    limited: bool  # its group has a limiter
-    orthogonal: bool = False  # tensors with a level have their momentum orthogonalized
+    leveled: Program  # of its tensors with level > 0
+    plain: Program  # of the others
 
-    @property
-    def norms(self) -> int:
-        """Places in the vector of squared norms; static, so that all ranks agree on its length."""
-        if not self.plan.has_levels:
-            return 0
-        return len(self.plan.places) * (NORMS if self.orthogonal else int(self.limited))
-
-    @property
-    def shares_norms(self) -> bool:
-        """Whether other ranks hold parts of the tensors whose norms it needs."""
-        return self.norms > 0 and bool(self.plan.shard.groups)
-
-
-class _Stage(Enum):
-    """What the update of a piece waits for."""
-
-    FREE = 1  # nothing
-    ALONE = 2  # the norm of a tensor that this process holds whole
-    SHARED = 3  # the norm of a tensor that ranks share
-    WHOLE = 4  # the whole matrix, on one rank
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Work for one kernel on some members, whose tensors it gets in this order."""
-
-    kernel: Kernel
-    members: tuple[int, ...]
-    work: Work
+    def entries(self, number: int) -> Iterator[Entry]:
+        """Its programs, whichever rank holds the tensors that they step, so that all ranks agree on sums."""
+        levels: dict[Program, set[bool]] = {}
+        for tensor in self.plan.shard.tensors:
+            level = bool(level_of(tensor.shape, self.plan.form.level))
+            levels.setdefault(self.leveled if level else self.plain, set()).add(level)
+        for program, its in levels.items():
+            yield Entry(number, self.plan, program, frozenset(its))
 
 
 class Schedule:
-    """What one step does, for as long as the same parameters on one device have gradients and limiters."""
+    """What one step does, for as long as the same parameters on one device have gradients and programs."""
 
     def __init__(self, members: Sequence[Member], device: torch.device) -> None:
         self.members, self._device = tuple(members), device
@@ -84,21 +63,21 @@ class Schedule:
             for i, member in enumerate(members)
             if member.moves and member.plan.exchange.sends
         ]
-        self._counting = self._by_kernel([i for i, member in enumerate(members) if member.moves])
-        self._alone = self._runs(_Stage.FREE) + self._runs(_Stage.ALONE)
-
-        # Those with a limiter come before those whose momentum is orthogonalized; one sum has the norms of both.
-        sharing = [i for i, member in enumerate(members) if member.shares_norms and not member.orthogonal]
-        whole = [i for i, member in enumerate(members) if member.norms and member.orthogonal]
-        self._limited, self._summed = sharing, sharing + whole
-        self._whole = [i for i in whole if members[i].moves]  # whose tensors the rounds are given, in this order
-        self._norms = [members[i].norms for i in self._summed]
-        self._groups = [members[i].plan.shard.groups for i in self._summed]
-        first_norm = dict(zip(self._summed, accumulate(self._norms, initial=0), strict=False))
-        self._shared = self._runs(_Stage.SHARED, first_norm)
-        self._rounds = Rounds([self._holder(i, first_norm[i]) for i in whole], device)
-        # A member without a gradient has places among the norms, but nothing to limit or to remember.
-        self._nothing = {i: torch.zeros(members[i].norms, device=device) for i in sharing if not members[i].moves}
+        moves = [member.moves for member in members]
+        self._counting = _counting(members, device)
+        make = Maker([m.dtype for m in members], [m.group for m in members], moves, self._first_slot, device)
+        local: list[Entry] = []
+        shared: dict[Program, list[Entry]] = {}
+        for i, member in enumerate(members):
+            for entry in member.entries(i):
+                if entry.program.travels or (entry.program.sums and member.plan.shard.groups):
+                    shared.setdefault(entry.program, []).append(entry)
+                else:
+                    local.append(entry)
+        self.local = make.local(local)
+        depth = max((len(program.phases) for program in shared), default=0)
+        self._sums = [lay_out([entry for its in shared.values() for entry in its], phase) for phase in range(depth)]
+        self._stages = [Stage(program, entries, self._sums, make) for program, entries in shared.items()]
 
     def run(
         self,
@@ -112,42 +91,27 @@ class Schedule:
             kernel.count([states[i]["step"] for i in members])
         exchange = self._completed(gradients)
 
-        def tensors(members: Sequence[int], second_moment: bool = True) -> Tensors:
+        def tensors(run: Run) -> Tensors:
             return Tensors(
-                [weights[i] for i in members],
-                [gradients[i] for i in members],
-                [dtensor.local(states[i]["exp_avg"]) for i in members],
-                [dtensor.local(states[i]["exp_avg_sq"]) for i in members] if second_moment else [],
-                [states[i]["step"] for i in members],
-                [rules[self.members[i].group] for i in members],
+                [weights[i] for i in run.members],
+                [gradients[i] for i in run.members],
+                {name: [dtensor.local(states[i][name]) for i in run.members] for name in run.work.program.names()},
+                [states[i]["step"] for i in run.members],
+                [rules[self.members[i].group] for i in run.members],
                 exchange,
-                [states[i]["limited_norm"] for i in members],
             )
 
-        for run in self._alone:
-            run.kernel.step(run.work, tensors(run.members))
-        if not self._summed:
-            return
-        squared_norms = torch.zeros(sum(self._norms), dtype=torch.float64, device=self._device)
-        given = [(run, tensors(run.members)) for run in self._shared]
-        whole = tensors(self._whole, second_moment=False)
-        for run, its in given:
-            run.kernel.moments(run.work, its, squared_norms)
-        self._rounds.add_norms(whole, squared_norms)
-        sum_over_ranks(squared_norms, self._norms, self._groups)
-        if self._limited:
-            counts = self._norms[: len(self._limited)]
-            limited = [self._nothing[i] if i in self._nothing else states[i]["limited_norm"] for i in self._limited]
-            its_rules = [rules[self.members[i].group] for i in self._limited]
-            rho = limit_growth(squared_norms[: sum(counts)], counts, limited, its_rules)
-            for run, its in given:
-                run.kernel.write(run.work, its, rho)
-        self._rounds.run(whole, squared_norms)
-
-    def _holder(self, i: int, first_norm: int) -> Holder:
-        member = self.members[i]
-        parts = self._parts(self._whole.index(i), i, _Stage.WHOLE, first_norm) if member.moves else ()
-        return Holder(member.plan, tuple(parts), member.moves, state_dtype(member.dtype))
+        for run in self.local:
+            run.kernel.step(run.work, tensors(run))
+        given = [[(run, tensors(run)) for run in stage.runs] for stage in self._stages]
+        sums: list[Tensor] = []
+        for phase, laid in enumerate(self._sums):
+            sums.append(torch.zeros(laid.length, dtype=torch.float64, device=self._device))
+            for stage, its in zip(self._stages, given, strict=True):
+                stage.phase(phase, its, sums, rules)
+            sum_over_ranks(sums[-1], *laid.over)
+            for stage in self._stages:
+                stage.settle(phase, sums[-1], states, rules)
 
     def _completed(self, gradients: Sequence[Tensor]) -> Tensor:
         """The elements of all cut units, completed by one sum for each process group; none if nothing is cut."""
@@ -157,50 +121,15 @@ class Schedule:
         sum_over_ranks(buffer, self._lengths, self._row_groups)
         return buffer
 
-    def _runs(self, stage: _Stage, first_norm: Mapping[int, int] | None = None) -> tuple[_Run, ...]:
-        """The work of one stage by kernel; the norms of each run are counted by themselves without `first_norm`."""
-        members = enumerate(self.members)
-        moving = [i for i, m in members if m.moves and any(_stage(m, piece) is stage for piece in m.plan.pieces)]
-        runs = []
-        for kernel, chosen in self._by_kernel(moving):
-            norms = [0 if stage is _Stage.FREE else self.members[i].norms for i in chosen]
-            first = first_norm or dict(zip(chosen, accumulate(norms, initial=0), strict=False))
-            parts = [part for n, i in enumerate(chosen) for part in self._parts(n, i, stage, first[i])]
-            runs.append(_Run(kernel, tuple(chosen), Work(tuple(parts), tuple(norms) if any(norms) else ())))
-        return tuple(runs)
 
-    def _by_kernel(self, numbers: Sequence[int]) -> list[tuple[Kernel, list[int]]]:
-        found: dict[int, tuple[Kernel, list[int]]] = {}
-        for i in numbers:
-            kernel = choose(self._device, self.members[i].dtype, self.members[i].plan.pieces)
+def _counting(members: Sequence[Member], device: torch.device) -> list[tuple[Kernel, list[int]]]:
+    """The members that move, by the kernel that counts their steps."""
+    found: dict[int, tuple[Kernel, list[int]]] = {}
+    for i, member in enumerate(members):
+        if member.moves:
+            kernel = choose(device, member.dtype, member.plain, ())
             found.setdefault(id(kernel), (kernel, []))[1].append(i)
-        return list(found.values())
-
-    def _parts(self, parameter: int, i: int, stage: _Stage, first_norm: int) -> list[Part]:
-        plan = self.members[i].plan
-        each = NORMS if stage is _Stage.WHOLE else 1
-        cuts: dict[int, list[Cut]] = {}
-        for receive in plan.exchange.receives:
-            cut = Cut(receive.unit, self._first_slot[i] + receive.slot, receive.length)
-            cuts.setdefault(receive.fragment, []).append(cut)
-        return [
-            Part(
-                parameter,
-                piece,
-                tuple(cuts.get(number, ())),
-                -1 if stage is _Stage.FREE else first_norm + each * plan.places[piece.fragment.fqn],
-            )
-            for number, piece in enumerate(plan.pieces)
-            if piece.touched and _stage(self.members[i], piece) is stage
-        ]
-
-
-def _stage(member: Member, piece: Piece) -> _Stage:
-    if member.orthogonal and piece.level:
-        return _Stage.WHOLE
-    if not (member.norms and piece.level):
-        return _Stage.FREE
-    return _Stage.SHARED if member.shares_norms else _Stage.ALONE
+    return list(found.values())
 
 
 def _indices(plan: Plan, first_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -54,13 +54,32 @@ def coefficients(shape: tuple[int, ...], level: int, wavelet: str) -> int:
     return units_of(shape, level, wavelet).moments(Fragment("", shape, 0, prod(shape))).numel
 
 
+def check_wavelet(wavelet: str) -> None:
+    """Raise `ValueError` for a name that PyWavelets does not know as a discrete wavelet."""
+    if wavelet == "haar":
+        return
+    import pywt
+
+    if wavelet not in pywt.wavelist(kind="discrete"):
+        raise ValueError(
+            f"wavelet={wavelet!r} is not a discrete wavelet of PyWavelets {pywt.__version__}; "
+            f"write one of pywt.wavelist(kind='discrete'), for example 'haar', 'db2', 'sym4' or 'bior2.2'"
+        )
+
+
+def check_haar(wavelet: str, why: str) -> None:
+    """Raise `ValueError`, saying why, for every other wavelet."""
+    check_wavelet(wavelet)
+    if not _two_taps(wavelet):
+        raise ValueError(f"wavelet={wavelet!r} must be 'haar': {why}")
+
+
 @cache
 def _two_taps(wavelet: str) -> bool:
     """Whether a wavelet is Haar, which has other names: db1, bior1.1, rbio1.1."""
+    check_wavelet(wavelet)
     if wavelet == "haar":
         return True
     import pywt
 
-    if wavelet not in pywt.wavelist(kind="discrete"):
-        raise ValueError(f"wavelet={wavelet!r} is not a discrete wavelet of PyWavelets {pywt.__version__}")
     return int(pywt.Wavelet(wavelet).dec_len) == 2

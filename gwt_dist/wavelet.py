@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gwt_dist.units import check_level, haar_unit, row_unit
+from gwt_dist.units import check_level, check_wavelet, haar_unit, row_unit
 
 
 class Transform(Protocol):
@@ -151,11 +151,7 @@ def filter_bank(wavelet: str) -> FilterBank:
 
     Raises `ValueError` for a name that PyWavelets does not know as a discrete wavelet.
     """
-    if wavelet not in pywt.wavelist(kind="discrete"):
-        raise ValueError(
-            f"wavelet={wavelet!r} is not a discrete wavelet of PyWavelets {pywt.__version__}; "
-            f"write one of pywt.wavelist(kind='discrete'), for example 'haar', 'db2', 'sym4' or 'bior2.2'"
-        )
+    check_wavelet(wavelet)
     w = pywt.Wavelet(wavelet)
     return FilterBank(tuple(w.dec_lo), tuple(w.dec_hi), tuple(w.rec_lo), tuple(w.rec_hi))
 

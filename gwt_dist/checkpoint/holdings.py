@@ -81,7 +81,7 @@ class Run:
         groups = self.optimizer.param_groups
         numbers = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         parameters = [p for group in groups for p in group["params"]]
-        hidden = [p for p in self.optimizer._shards.keys() if id(p) not in numbers]
+        hidden = [p for p in self.optimizer.shards.keys() if id(p) not in numbers]
         for parameter in [*parameters, *hidden]:
             number = numbers.get(id(parameter), self.weights.group_of.get(id(parameter)))
             if number is None and id(parameter) in self.weights.flat:
@@ -92,10 +92,10 @@ class Run:
                     "and the optimizer that it was built with"
                 )
             where = f"parameter of shape {tuple(parameter.shape)} in group {number}"
-            plan = self.optimizer._plan(parameter, number)
+            plan = self.optimizer.plan_of(parameter, number)
             if plan is None:
                 raise CheckpointError(f"a {where} of the optimizer was never given to it")
-            if parameter in self.optimizer._shards:
+            if parameter in self.optimizer.shards:
                 names = tuple(clean(tensor.fqn) for tensor in plan.shard.tensors)
             elif id(parameter) in self.weights.names:
                 names = (self.weights.names[id(parameter)],)

@@ -53,7 +53,7 @@ def fuse_backward(optimizer: Any, model: nn.Module) -> None:
                 f"fully_shard, and pass it all trainable parameters"
             )
         if hasattr(parameter, "_fsdp_flattened"):
-            if parameter not in inner._shards:
+            if parameter not in inner.shards:
                 raise ValueError(
                     f"parameter {name!r} is a part of a flat parameter of FSDP1, and the rows of its tensors are "
                     f"unknown. Call gwt_dist.attach(optimizer, model) first"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import nn
 from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import attach
 from gwt_dist.groups import param_groups
+from gwt_dist.keys import refuse_unknown
 from gwt_dist.optimizer import GWTAdamW
 
 TYPE = "GWTAdamW"
@@ -142,12 +141,7 @@ def _prepare(settings: dict[str, Any], model: nn.Module | None) -> None:
 
 
 def _checked(params: Mapping[str, Any]) -> dict[str, Any]:
-    known = [*list(inspect.signature(GWTAdamW.__init__).parameters)[2:], "targets"]
-    for key in params:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"optimizer.params has the unknown key {key!r}; {hint}Known keys: {', '.join(known)}")
+    refuse_unknown(params, "optimizer.params", "targets")
     options = dict(params)
     if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])

@@ -63,7 +63,7 @@ def engage(optimizer: Any, model: nn.Module, asked: str | None) -> str:
 
 def how_held(optimizer: GWTAdamW) -> str:
     """``"flat shards"``, ``"DTensors"`` or ``"whole tensors"``."""
-    if optimizer._shards:
+    if optimizer.shards:
         return "flat shards"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return "DTensors" if any(isinstance(p, DTensor) for p in parameters) else "whole tensors"
@@ -110,7 +110,7 @@ def _refuse(optimizer: Any, zero: Any) -> None:
 
 def _attach_loaded(inner: GWTAdamW, optimizer: Any, zero: Any) -> None:
     """Attach once; moments that are there already were loaded for these very buffers, so they are put back."""
-    if inner._shards:
+    if inner.shards:
         return
     loaded = dict(inner.state)
     inner.state.clear()

@@ -1,23 +1,11 @@
-"""One step over many fragments: `count` the steps, then `moments` (phase A) and `write` (phase B), or both, `step`.
+"""One step over many fragments: `count` the steps, then `phase` by phase, or all phases at once, `step`.
 
-Three modules have these functions with one signature. `eager` is the reference, in torch operations, and takes
-everything; `cpu` (C++) and `triton` take Haar units on fp32 and bf16 buffers and are held equal to it. `choose` says
-which of them a parameter gets; ``GWT_DIST_KERNEL`` forces one.
+`eager` is the reference, in torch operations, and takes every program; `cpu` (C++) and `triton` have the formulas and
+details for which there is a file, on Haar units in fp32 and bf16, and are held equal to it. `choose` says which of them
+a tensor gets; ``GWT_DIST_KERNEL`` forces one.
 """
 
 from gwt_dist.kernels.choice import Kernel, choose
-from gwt_dist.kernels.limiter import limit_growth
-from gwt_dist.kernels.piece import Piece, moments_shape
-from gwt_dist.kernels.work import Cut, Part, Tensors, Work
+from gwt_dist.kernels.work import Cut, Part, Place, Tensors, Work
 
-__all__ = [
-    "Cut",
-    "Kernel",
-    "Part",
-    "Piece",
-    "Tensors",
-    "Work",
-    "choose",
-    "limit_growth",
-    "moments_shape",
-]
+__all__ = ["Cut", "Kernel", "Part", "Place", "Tensors", "Work", "choose"]

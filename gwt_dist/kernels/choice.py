@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gwt_dist.declare import Program
 from gwt_dist.kernels import cpu, eager, triton
 from gwt_dist.kernels.build import BuildError
-from gwt_dist.kernels.piece import Piece
+from gwt_dist.piece import Piece
 from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.wavelet import HaarTransform
 
@@ -27,11 +28,8 @@ class Kernel(Protocol):
     def count(self, steps: list[Tensor]) -> None:
         """See `eager.count`."""
 
-    def moments(self, work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
-        """See `eager.moments`."""
-
-    def write(self, work: Work, tensors: Tensors, rho: Tensor) -> None:
-        """See `eager.write`."""
+    def phase(self, number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
+        """See `eager.phase`."""
 
     def step(self, work: Work, tensors: Tensors) -> None:
         """See `eager.step`."""
@@ -41,8 +39,8 @@ _MODULES: dict[str, Kernel] = {"eager": eager, "cpu": cpu, "triton": triton}
 NAMES = tuple(_MODULES)
 
 
-def choose(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) -> Kernel:
-    """The kernel for the `pieces` of a parameter of `dtype` on `device`.
+def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]) -> Kernel:
+    """The kernel for the `pieces` of a parameter of `dtype` on `device` that `program` steps.
 
     Raises `ValueError` if ``GWT_DIST_KERNEL`` names a kernel that cannot take them, `BuildError` if it names one that
     cannot be built.
@@ -51,7 +49,7 @@ def choose(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) ->
     if forced not in ("", *NAMES):
         raise ValueError(f"{VARIABLE}={forced!r} must be one of {NAMES}, or unset for the fastest that fits")
     name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "eager")
-    missing = "" if name == "eager" else _missing(name, device, dtype, pieces)
+    missing = "" if name == "eager" else _missing(name, device, dtype, program, pieces)
     if not missing:
         return _forced(name) if forced else _loaded(name)
     if forced:
@@ -61,7 +59,9 @@ def choose(device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) ->
     return eager
 
 
-def _missing(name: str, device: torch.device, dtype: torch.dtype, pieces: Sequence[Piece]) -> str:
+def _missing(
+    name: str, device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]
+) -> str:
     """What of a parameter the compiled kernels called `name` cannot take."""
     if name == "cpu" and device.type != "cpu":
         return f"parameters on {device}"
@@ -69,6 +69,8 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, pieces: Sequen
         return f"parameters on {device} (a GPU is needed, or, for tests on a CPU alone, TRITON_INTERPRET=1)"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"parameters of {dtype}"
+    if program.detail != "weighed" or program.write != "decay":
+        return f"details {program.detail!r} with weights {program.write!r}"
     for piece in pieces:
         if not isinstance(piece.transform, HaarTransform):
             return f"wavelets other than Haar ({piece.fragment.fqn})"

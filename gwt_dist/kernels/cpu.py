@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gwt_dist.kernels.build import load
 from gwt_dist.kernels.work import Tensors, Work
-from gwt_dist.update import Rule
+from gwt_dist.declare import Rule
 
 CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
 CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of fp32 gradients are still in a cache
@@ -22,14 +22,12 @@ def count(steps: list[Tensor]) -> None:
     _module().count(steps)
 
 
-def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
-    """As `eager.moments`."""
-    _run(_MOMENTS, work, tensors, squared_norms, _NONE)
-
-
-def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
-    """As `eager.write`."""
-    _run(_WRITE, work, tensors, _NONE, rho)
+def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
+    """As `eager.phase`."""
+    if number:
+        _run(_WRITE, work, tensors, _NONE, sums[0])
+    else:
+        _run(_MOMENTS, work, tensors, sums[0], _NONE)
 
 
 def step(work: Work, tensors: Tensors) -> None:
@@ -41,32 +39,31 @@ _NONE = torch.empty(0, dtype=torch.float64)
 _NO_BATCHES = torch.empty((0, 4), dtype=torch.int64)
 
 
-def _run(phase: int, work: Work, tensors: Tensors, squared_norms: Tensor, rho: Tensor) -> None:
+def _run(what: int, work: Work, tensors: Tensors, squared_norms: Tensor, rho: Tensor) -> None:
     distinct = {id(rule): rule for rule in tensors.rules}
     numbers = {key: i for i, key in enumerate(distinct)}
+    energy = float(work.program.formula == "adam_energy")
     _module().step(
-        phase,
+        what,
         work.table(CHUNK),
-        work.batches(CHUNK, CACHE) if phase == _STEP else _NO_BATCHES,
+        work.batches(CHUNK, CACHE) if what == _STEP else _NO_BATCHES,
         tensors.weights,
         tensors.gradients,
-        tensors.exp_avg,
-        tensors.exp_avg_sq,
+        tensors.state["exp_avg"],
+        tensors.state["exp_avg_sq"],
         tensors.steps,
-        [_row(rule) for rule in distinct.values()],
+        [_row(rule, energy) for rule in distinct.values()],
         [numbers[id(rule)] for rule in tensors.rules],
         tensors.exchange.float(),
         squared_norms,
         rho,
-        tensors.limited_norms if work.norms else [],
+        tensors.state["limited_norm"] if work.norms else [],
     )
 
 
-def _row(rule: Rule) -> tuple[float, ...]:
-    beta1, beta2 = rule.betas
-    lr, energy, coherent = float(rule.lr), float(rule.energy), float(rule.coherent)
-    numbers = lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, float(rule.detail_gain)
-    return *numbers, energy, rule.limiter, coherent
+def _row(rule: Rule, energy: float) -> tuple[float, ...]:
+    names = "beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain"
+    return float(rule.lr), *(float(rule[name]) for name in names), energy, rule["limiter"], rule["coherent"]
 
 
 def prepare() -> None:

@@ -1,14 +1,17 @@
-"""Both phases in torch operations, one fragment after the other: the reference that every other kernel must equal."""
+"""Any program in torch operations, one piece after the other: the reference that every other kernel must equal."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gwt_dist import update
-from gwt_dist.kernels.limiter import limit_growth
-from gwt_dist.kernels.piece import Piece
-from gwt_dist.kernels.work import Part, Tensors, Work
+from gwt_dist.declare import Extent, Pass, Program, Rule
+from gwt_dist.formulas import FORMULAS, WRITES, Share
+from gwt_dist.formulas.weights import decay_factor
+from gwt_dist.kernels.work import Part, Place, Tensors, Work
+from gwt_dist.piece import math_dtype
 
 
 def count(steps: list[Tensor]) -> None:
@@ -16,86 +19,100 @@ def count(steps: list[Tensor]) -> None:
     torch._foreach_add_(steps, 1)
 
 
-def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
-    """Phase A: update the moments in place.
+def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
+    """Phase `number`, a `Pass`, of all parts.
 
-    Adds ``||m/d||**2`` of the coefficients that this rank owns to `squared_norms` (fp64, one place a tensor), for the
-    parts whose `norm` is a place in it.
+    `sums` has a vector (fp64) for each phase up to this one: what those before made of their complete sums, and the one
+    to which this adds what this rank owns, at the places of its parts.
     """
+    formula, program = FORMULAS[work.program.formula], work.program
+    its = program.phases[number]
+    assert isinstance(its, Pass), "whole matrices go by `rounds`"
+    function = getattr(formula, its.function)
     for part in work.parts:
-        piece, rule = part.piece, tensors.rules[part.parameter]
-        exp_avg, exp_avg_sq = _moments(part, tensors)
-        counts = piece.counts(exp_avg)
-        update.update_moments(gather(part, tensors), exp_avg, exp_avg_sq, counts, piece.transform, rule)
-        if part.norm >= 0:
-            rows, (low, high) = piece.moments.rows, piece.owned
-            m, v = (moment.view(rows, -1)[:, low:high] for moment in (exp_avg, exp_avg_sq))
-            squared_norms[part.norm] += update.squared_norm(m, v, rule.eps)
-
-
-def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
-    """Phase B: write the weights in place, `rho` (fp64) holding the limiter of each part at the place of its norm."""
-    for part in work.parts:
-        rule, weight = tensors.rules[part.parameter], tensors.weights[part.parameter].view(-1)
-        t = tensors.steps[part.parameter]
-        size = update.step_size(t, rule)
-        if part.piece.level > 0:
-            size = size * rule.scale
-        if part.norm >= 0:
-            size = size.to(rho.device) / rho[part.norm]
-        x_NU, moments = gather(part, tensors), _moments(part, tensors)
-        change = update.change(x_NU, *moments, size.to(x_NU), t, part.piece.transform, rule).view(-1)
-        decay_factor = update.decay_factor(rule, x_NU)
-        for source, padded in blocks(part.piece, weight, change, part.piece.fragment.offset):
-            w = source.to(x_NU.dtype)
-            w -= padded
-            w *= decay_factor
-            if w is not source:
-                source.copy_(w)
+        found = function(share(part, work, tensors, sums))
+        if its.writes:
+            write(part, work, tensors, found)
+        else:
+            for place in part.sums[number]:
+                _add(part, place, found[place.name], sums[number])
 
 
 def step(work: Work, tensors: Tensors) -> None:
-    """Both phases of tensors that this process holds whole, and their limiters between them.
-
-    Either all parts have a place for their norm or none has.
-    """
+    """All phases of tensors that this process holds whole, and what stands between them."""
     if not tensors.weights:
         return
-    squared_norms = torch.zeros(sum(work.norms), dtype=torch.float64, device=tensors.weights[0].device)
-    moments(work, tensors, squared_norms)
-    rho = squared_norms
-    if work.norms:
-        rho = limit_growth(squared_norms, work.norms, tensors.limited_norms, tensors.rules)
-    write(work, tensors, rho)
+    sums: list[Tensor] = []
+    for number, its in enumerate(work.program.phases):
+        assert isinstance(its, Pass), "whole matrices go by `rounds`"
+        device = tensors.weights[0].device
+        sums.append(torch.zeros(work.sizes[number], dtype=torch.float64, device=device))
+        phase(number, work, tensors, sums)
+        if its.then:
+            sums[-1] = settle(work.program, its, work.lengths[number], tensors.state, tensors.rules, sums[-1])
 
 
-def _moments(part: Part, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    start, numel = part.piece.moments.offset, part.piece.moments.numel
-    exp_avg, exp_avg_sq = tensors.exp_avg[part.parameter], tensors.exp_avg_sq[part.parameter]
-    return exp_avg.view(-1).narrow(0, start, numel), exp_avg_sq.view(-1).narrow(0, start, numel)
+def settle(
+    program: Program,
+    its: Pass,
+    lengths: Sequence[int],  # of each parameter, its numbers in `sums`
+    state: Mapping[str, Sequence[Tensor]],  # by field, one a parameter
+    rules: Sequence[Rule],  # one a parameter
+    sums: Tensor,  # fp64, complete
+) -> Tensor:
+    """What later phases read of the complete sums of a phase, in their places."""
+    known = {name: state[name] for name in program.names(Extent.TENSOR)}
+    found: Tensor = getattr(FORMULAS[program.formula], its.then)(sums, lengths, known, rules)
+    return found
+
+
+def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share:
+    """What a function of the formula is given."""
+    piece, state = part.piece, {}
+    for field in work.program.fields:
+        place = piece.places[field.name]
+        kept = tensors.state[field.name][part.parameter].view(-1).narrow(0, place.offset, place.numel)
+        state[field.name] = kept[0] if field.extent is Extent.TENSOR else kept
+    # The vector of this very phase is not complete; functions read the sums of those before.
+    known = {place.name: place.read(vector) for its, vector in zip(part.sums, sums, strict=False) for place in its}
+    rule = tensors.rules[part.parameter]
+    return Share(gather(part, tensors), state, known, tensors.steps[part.parameter], rule, work.program, piece)
 
 
 def gather(part: Part, tensors: Tensors) -> Tensor:
-    """The gradient of the touched units, (N, U), cut units completed, zeros at the padding of rows."""
+    """The gradient of the touched units, (units, U), cut units completed, zeros at the padding of rows."""
     piece, gradient = part.piece, tensors.gradients[part.parameter].view(-1)
-    dtype = tensors.exp_avg[part.parameter].dtype
+    dtype = math_dtype(tensors.weights[part.parameter].dtype)
     x_NU = torch.zeros((piece.touched, piece.units.length), dtype=dtype, device=gradient.device)
-    for source, padded in blocks(piece, gradient, x_NU.view(-1), piece.fragment.offset):
+    for source, padded in piece.views(gradient, x_NU.view(-1), piece.fragment.offset):
         padded.copy_(source)
     for cut in part.cuts:
         x_NU[cut.unit, : cut.length] = tensors.exchange.narrow(0, cut.slot, cut.length)
     return x_NU
 
 
-def blocks(piece: Piece, buffer: Tensor, padded: Tensor, start: int) -> list[tuple[Tensor, Tensor]]:
-    """Matching views of the fragment, which begins at `start` of `buffer`, and of its units in `padded`.
+def write(part: Part, work: Work, tensors: Tensors, change: Tensor) -> None:
+    """Write the weights of a part; `change` is (units, U)."""
+    weight, fragment = tensors.weights[part.parameter].view(-1), part.piece.fragment
+    for source, padded in part.piece.views(weight, change.view(-1), fragment.offset):
+        take(source, padded, work.program.write, tensors.rules[part.parameter])
 
-    (rows, columns) each.
-    """
-    return [
-        (
-            buffer.narrow(0, start + b.source, b.rows * b.columns).view(b.rows, b.columns),
-            padded.as_strided((b.rows, b.columns), (b.stride, 1), padded.storage_offset() + b.destination),
-        )
-        for b in piece.blocks
-    ]
+
+def take(weight: Tensor, change: Tensor, how: str, rule: Rule) -> None:
+    """Change `weight` in place, in the precision of `change`; both of one shape."""
+    w = weight.to(change.dtype)
+    WRITES[how](w, change, decay_factor(rule, change))
+    if w is not weight:
+        weight.copy_(w)
+
+
+def _add(part: Part, place: Place, values: Tensor | tuple[Tensor, ...], sums: Tensor) -> None:
+    """Add the values of coefficients that this rank owns, (N,) fp64 for each number, to their places."""
+    piece = part.piece
+    for number, values_N in enumerate(values if isinstance(values, tuple) else (values,)):
+        owned = piece.of_owned(values_N)
+        if place.extent is Extent.TENSOR:
+            sums[place.index[number]] += owned.sum()
+            continue
+        along = piece.rows_of(sums.device) if place.extent is Extent.ROW else piece.columns_of(sums.device)
+        sums.index_add_(0, place.places(number, sums.device)[piece.of_owned(along).view(-1)], owned.view(-1))

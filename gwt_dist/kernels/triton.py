@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from gwt_dist.kernels.build import BuildError
-from gwt_dist.kernels.limiter import limit_growth
+from gwt_dist.formulas.limiter import limit
 from gwt_dist.kernels.work import Item, Tensors, Work
-from gwt_dist.update import Rule
+from gwt_dist.declare import Rule
 
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
@@ -36,14 +36,12 @@ def count(steps: list[Tensor]) -> None:
     torch._foreach_add_(steps, 1)
 
 
-def moments(work: Work, tensors: Tensors, squared_norms: Tensor) -> None:
-    """As `eager.moments`."""
-    _run(_MOMENTS, work, tensors, squared_norms, None)
-
-
-def write(work: Work, tensors: Tensors, rho: Tensor) -> None:
-    """As `eager.write`."""
-    _run(_WRITE, work, tensors, None, rho)
+def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
+    """As `eager.phase`."""
+    if number:
+        _run(_WRITE, work, tensors, None, sums[0])
+    else:
+        _run(_MOMENTS, work, tensors, sums[0], None)
 
 
 def step(work: Work, tensors: Tensors) -> None:
@@ -51,9 +49,10 @@ def step(work: Work, tensors: Tensors) -> None:
     if not work.norms:
         _run(_STEP, work, tensors, None, None)
         return
-    squared_norms = torch.zeros(sum(work.norms), dtype=torch.float64, device=tensors.weights[0].device)
-    moments(work, tensors, squared_norms)
-    write(work, tensors, limit_growth(squared_norms, work.norms, tensors.limited_norms, tensors.rules))
+    sums = [torch.zeros(work.sizes[0], dtype=torch.float64, device=tensors.weights[0].device)]
+    phase(0, work, tensors, sums)
+    sums[0] = limit(sums[0], work.norms, tensors.state, tensors.rules)
+    phase(1, work, tensors, sums)
 
 
 def prepare() -> None:
@@ -179,7 +178,7 @@ def _launch(
     import triton.language as tl
 
     kernels, count, (moments, write) = _kernels(), len(tensors.weights), phase
-    rules, which = _rules(tensors.rules, kept)
+    rules, which = _rules(tensors.rules, float(work.program.formula == "adam_energy"), kept)
     parameters, programs = _tables(work, tensors, which, kept)
     sizes = kept.get("sizes", count, lambda: torch.empty((count, 3), dtype=torch.float64, device=kept.device))
     if write:
@@ -210,11 +209,11 @@ def _launch(
         kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
 
 
-def _rules(rules: Sequence[Rule], kept: _Kept) -> tuple[Tensor, list[int]]:
+def _rules(rules: Sequence[Rule], energy: float, kept: _Kept) -> tuple[Tensor, list[int]]:
     """The numbers of the rules that differ, ``[rules, 9]`` fp64, and which of them each parameter has."""
     distinct = {id(rule): rule for rule in rules}
     numbers = {key: i for i, key in enumerate(distinct)}
-    rows = tuple(_row(rule, kept.device) for rule in distinct.values())
+    rows = tuple(_row(rule, energy, kept.device) for rule in distinct.values())
     table: Tensor = kept.get("rules", rows, lambda: kept.upload(rows, torch.float64))
     for i, rule in enumerate(distinct.values()):
         if _on_device(rule.lr, kept.device):
@@ -222,11 +221,10 @@ def _rules(rules: Sequence[Rule], kept: _Kept) -> tuple[Tensor, list[int]]:
     return table, [numbers[id(rule)] for rule in rules]
 
 
-def _row(rule: Rule, device: torch.device) -> tuple[float, ...]:
-    beta1, beta2 = rule.betas
+def _row(rule: Rule, energy: float, device: torch.device) -> tuple[float, ...]:
     lr = 0.0 if _on_device(rule.lr, device) else float(rule.lr)
-    numbers = lr, beta1, beta2, rule.eps, rule.weight_decay, rule.scale, float(rule.detail_gain)
-    return *numbers, float(rule.energy), float(rule.coherent)
+    names = "beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain"
+    return lr, *(float(rule[name]) for name in names), energy, rule["coherent"]
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
@@ -236,7 +234,7 @@ def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
 
 def _tables(work: Work, tensors: Tensors, which: list[int], kept: _Kept) -> tuple[Tensor, _Programs]:
     """Where the tensors of each parameter lie, ``[parameters, 6]`` int64, and the programs that go with them."""
-    lists = tensors.weights, tensors.gradients, tensors.exp_avg, tensors.exp_avg_sq, tensors.steps
+    lists = tensors.weights, tensors.gradients, tensors.state["exp_avg"], tensors.state["exp_avg_sq"], tensors.steps
     pointers = [tuple(tensor.data_ptr() for tensor in each) for each in lists]
     dtypes = [tuple(tensor.dtype for tensor in each) for each in lists[:2]]
 
@@ -255,8 +253,8 @@ def _check(tensors: Tensors, device: torch.device) -> None:
     kinds = {
         "weight": (tensors.weights, _FLOATS),
         "gradient": (tensors.gradients, _FLOATS),
-        "exp_avg": (tensors.exp_avg, [torch.float32]),
-        "exp_avg_sq": (tensors.exp_avg_sq, [torch.float32]),
+        "exp_avg": (tensors.state["exp_avg"], [torch.float32]),
+        "exp_avg_sq": (tensors.state["exp_avg_sq"], [torch.float32]),
         "step": (tensors.steps, [torch.float32]),
     }
     for name, (each, dtypes) in kinds.items():

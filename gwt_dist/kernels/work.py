@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gwt_dist.kernels.piece import Piece
-from gwt_dist.update import Rule
+from gwt_dist.declare import Extent, Program, Rule
+from gwt_dist.piece import Piece
 
 
 class Cut(NamedTuple):
@@ -22,13 +22,43 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the numbers of one sum of a phase stand in the vector of the phase, for one piece."""
+
+    name: str
+    extent: Extent
+    numbers: int
+    # One a number for TENSOR; one a row touched, or one a place in a row, for each number after the other.
+    index: Sequence[int]
+
+    def places(self, number: int, device: torch.device) -> Tensor:
+        """Of each row touched, or of each place in a row: int64, ``[P]`` or ``[K]``."""
+        each = len(self.index) // self.numbers
+        return torch.tensor(self.index[number * each : (number + 1) * each], dtype=torch.int64, device=device)
+
+    def read(self, sums: Tensor) -> Tensor:
+        """The numbers: 0-d for TENSOR, else (P,) or (K,); with a dimension of `numbers` before where there are more."""
+        if self.extent is Extent.TENSOR:
+            first = self.index[0]
+            return sums[first] if self.numbers == 1 else sums[first : first + self.numbers]
+        found = torch.stack([sums[self.places(number, sums.device)] for number in range(self.numbers)])
+        return found[0] if self.numbers == 1 else found
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One piece and its places in a step."""
 
     parameter: int  # in the lists of `Tensors`
     piece: Piece
     cuts: tuple[Cut, ...]
-    norm: int  # in the vector of squared norms, -1: without a limiter
+    sums: tuple[tuple[Place, ...], ...] = ()  # of each phase; none where a phase has none
+
+    @property
+    def norm(self) -> int:
+        """The place of a single number a tensor, which is all that compiled kernels sum; -1 without one."""
+        places = [place for its in self.sums for place in its if place.extent is Extent.TENSOR]
+        return places[0].index[0] if places else -1
 
 
 @dataclass(slots=True)
@@ -37,12 +67,10 @@ class Tensors:
 
     weights: list[Tensor]  # local buffers, dense, any floating dtype
     gradients: list[Tensor]  # local buffers, dense, any floating dtype
-    exp_avg: list[Tensor]  # dense, fp32 or fp64
-    exp_avg_sq: list[Tensor]  # dense, fp32 or fp64
+    state: Mapping[str, list[Tensor]]  # by field of the program: dense, fp32 or fp64
     steps: list[Tensor]  # 0-d fp32, this step counted
     rules: list[Rule]  # one a parameter
     exchange: Tensor  # elements of cut units, fp32 or fp64
-    limited_norms: list[Tensor]  # dense, as exp_avg; a number for each place of the parameter, read by `step` alone
 
 
 class Item(NamedTuple):
@@ -72,9 +100,16 @@ class Work:
     """Pieces that one call of a kernel works on."""
 
     parts: tuple[Part, ...]
-    norms: tuple[int, ...] = ()  # places of each parameter in the vector of squared norms; none without a limiter
+    program: Program
+    lengths: tuple[tuple[int, ...], ...]  # of each phase, how many numbers a tensor each parameter has in its sums
+    sizes: tuple[int, ...] = ()  # of each phase, the length of the vector of its sums
     _tables: dict[int, Tensor] = field(default_factory=dict, init=False)
     _batches: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
+
+    @property
+    def norms(self) -> tuple[int, ...]:
+        """Of each parameter, its numbers in the sums of the first phase; none where it has none."""
+        return self.lengths[0] if self.lengths and any(self.lengths[0]) else ()
 
     def table(self, chunk: int) -> Tensor:
         """The items of all parts in order of their norms, int64 ``[items, 13]``.

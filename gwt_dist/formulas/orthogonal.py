@@ -3,7 +3,8 @@
     a    = approximation(x)
     c    = min(1, ||M||**2 / ||a||**2)      M = m / (1-b1**(t-1)), of the steps before this one; 0 at the first
     m    = b1*m + (1-b1)*a
-    U    = synthesis of m / (1-b1**t) and g * details       g = detail_gain, or c where that is more
+    n    = m, or b1*m + (1-b1)*a with Nesterov
+    U    = synthesis of n / (1-b1**t) and g * details       g = detail_gain, or c where that is more
     O    = newton_schulz(U)                                 U of the whole matrix [R, C]
     W   -= lr * scale * sqrt(max(R, C)) * O
     W   *= 1 - lr * weight_decay
@@ -21,14 +22,15 @@ Shapes: N coefficients, U elements of a unit, see `wavelet`. Mathematics is in t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gwt_dist.declare import Rule
+from gwt_dist.formulas.moments import first_weight, read
+from gwt_dist.formulas.share import Share
 from gwt_dist.layout import columns_of
-from gwt_dist.update import Rule
-from gwt_dist.wavelet import Transform
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -51,6 +53,38 @@ def newton_schulz(
     return x.T if tall else x
 
 
+def norms(share: Share) -> dict[str, tuple[Tensor, ...]]:
+    """Squares of the momentum before this step and of its approximation, (N,) fp64 each, for `detail_gain`."""
+    a_N = share.piece.transform.approximation(share.x_NU)
+    return {"m_a": tuple(x_N.double().square() for x_N in (share.state["exp_avg"], a_N))}
+
+
+def momentum(share: Share) -> Tensor:
+    """Add this step's approximation to the momentum; returns ``U``, (N, U)."""
+    exp_avg_N, rule, transform = share.state["exp_avg"], share.rule, share.piece.transform
+    gain = detail_gain(*share.sums["m_a"].unbind(), share.step, rule)
+    fresh_N = transform.approximation(share.x_NU).mul_(1 - rule["beta1"])
+    exp_avg_N.mul_(rule["beta1"]).add_(fresh_N)
+    corrected_N = read(exp_avg_N, fresh_N, rule) / first_weight(share.step.double(), rule, share.piece.level).to(fresh_N)
+    gain_N = gain.to(exp_avg_N).expand_as(exp_avg_N)
+    return transform.synthesis(share.x_NU, corrected_N, torch.ones_like(exp_avg_N), gain_N)
+
+
+def orthogonalize(u_RC: Tensor, rows: Mapping[str, Tensor], rule: Rule) -> Tensor:
+    """``O`` of a whole matrix, (R, C)."""
+    return newton_schulz(u_RC)
+
+
+def write(
+    o: Tensor,  # elements of O, of any shape
+    shape: Sequence[int],  # of the tensor
+    rule: Rule,
+) -> Tensor:
+    """What its weights lose, as `o`: ``lr * scale * sqrt(max(R, C)) * O``."""
+    size = rule.lr * (rule["scale"] * math.sqrt(max(shape[0], columns_of(shape))))
+    return o * size
+
+
 def detail_gain(
     squared_norm_m: Tensor,  # 0-d fp64, ||m||**2 of the whole matrix before this step
     squared_norm_a: Tensor,  # 0-d fp64, ||a||**2 of the whole matrix
@@ -59,33 +93,12 @@ def detail_gain(
 ) -> Tensor:
     """The factor on the details of a matrix, 0-d fp64: its coherence, which is how steady its gradient has been.
 
-    One number for a matrix where `update.coherence` has one for each unit: there is no second moment to tell units
+    One number for a matrix where `weighed.coherence` has one for each unit: there is no second moment to tell units
     apart, and the iteration sees them together.
     """
-    least = torch.full_like(squared_norm_m, rule.detail_gain)
-    if not rule.coherent:
+    least = torch.full_like(squared_norm_m, rule["detail_gain"])
+    if not rule["coherent"]:
         return least
-    before = 1 - rule.betas[0] ** (step.double() - 1)
+    before = 1 - rule["beta1"] ** (step.double() - 1)
     steady = squared_norm_m / (before * before * squared_norm_a)
     return torch.maximum(torch.where((before > 0) & (squared_norm_a > 0), steady, 0.0).clamp(max=1.0), least)
-
-
-def update_momentum(
-    x_NU: Tensor,  # (N, U) gradient, zeros where a unit is padded
-    exp_avg_N: Tensor,  # (N,) updated in place
-    gain: Tensor,  # 0-d, the factor on the details
-    step: Tensor,  # 0-d, t
-    transform: Transform,
-    rule: Rule,
-) -> Tensor:
-    """Add this step's approximation to the momentum; returns ``U``, (N, U)."""
-    beta = rule.betas[0]
-    exp_avg_N.mul_(beta).add_(transform.approximation(x_NU).mul_(1 - beta))
-    corrected_N = exp_avg_N / (1 - beta ** step.double()).to(exp_avg_N)
-    return transform.synthesis(x_NU, corrected_N, torch.ones_like(exp_avg_N), gain.to(exp_avg_N).expand_as(exp_avg_N))
-
-
-def step_size(shape: Sequence[int], rule: Rule) -> float | Tensor:
-    """``lr * scale * sqrt(max(R, C))`` of a tensor of `shape`."""
-    columns = columns_of(shape)
-    return rule.lr * (rule.scale * math.sqrt(max(shape[0], columns)))

@@ -1,0 +1,116 @@
+"""What a recipe says of itself, in plain data: what it keeps, over what extent, and what stands between its phases.
+
+State, schedule, kernels, plans of bytes and checkpoints are derived from a `Program`, and none of them asks which recipe
+it came from. `recipes` builds programs, `formulas` has the mathematics that they name. Knows no torch.
+
+    energy           Pass("step", writes)
+    with a limiter   Pass("moments") -> one number a tensor, summed over ranks -> Pass("write", writes)
+    orthogonal       Pass("norms") -> two numbers a tensor, summed -> Travel to the owner of the matrix and back
+
+Words: R rows, C columns, K coefficients a row, N coefficients of what a rank holds, U elements of a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Extent(Enum):
+    """What one number of a state tensor, or of a sum, stands for; its shape for a whole tensor ``[R, C]``."""
+
+    UNIT = "unit"  # [R, K]  a coefficient: kept by every rank that touches its unit
+    ROW = "row"  # [R, 1]  a row: kept by every rank that touches it
+    COLUMN = "column"  # [1, K]  a coefficient's place in a row: kept whole by every rank that touches the tensor
+    TENSOR = "tensor"  # [1]  the tensor: kept by every rank that has the parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One state tensor; `name` is its key in state, checkpoints and plans."""
+
+    name: str
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A sum of fp64 numbers over all coefficients of a tensor, a row or a column, whichever ranks hold them."""
+
+    name: str
+    extent: Extent = Extent.TENSOR  # TENSOR, ROW or COLUMN
+    numbers: int = 1  # numbers of one coefficient, summed one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A phase over the units that this rank touches.
+
+    It hands nothing to the next phase but its sums: what that needs again, it computes again from gradient and state.
+    """
+
+    function: str  # of the formula; takes a `formulas.Share`
+    sums: tuple[Sum, ...] = ()  # complete, over all ranks, when the next phase begins
+    then: str = ""  # function of the formula that makes of complete sums, one a tensor, what later phases read instead
+    writes: bool = False  # the function returns the change of the weights, which ends the step
+
+    def __post_init__(self) -> None:
+        if self.then and [(s.extent, s.numbers) for s in self.sums] != [(Extent.TENSOR, 1)]:
+            raise ValueError(f"phase {self.function!r}: what {self.then!r} takes is one sum of one number a tensor")
+        if self.writes and self.sums:
+            raise ValueError(f"phase {self.function!r} writes the weights and has sums, which nothing would read")
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """A phase that takes each whole matrix to one rank and back, and ends the step. Functions of the formula."""
+
+    send: str  # (Share) -> (N, U): what is sent of a part
+    work: str  # (matrix [R, C], {row field: [R]}, rule) -> (R, C): on the rank that owns the matrix
+    keep: str  # (elements of a part of what came back, shape of the tensor, rule) -> change of its weights
+    rows: tuple[str, ...] = ()  # ROW fields that go along, are updated there in place, and come back
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """How one tensor is stepped, resolved. Hashable: two tensors with equal programs are stepped in one call."""
+
+    formula: str  # where moments come from: a name of `formulas.FORMULAS`
+    fields: tuple[Field, ...]
+    phases: tuple[Pass | Travel, ...]
+    detail: str = ""  # what the details of a unit contribute: a name of `formulas.DETAILS`
+    write: str = "decay"  # how a weight takes its change: a name of `formulas.WRITES`
+    numbers: tuple[str, ...] = ()  # names of the numbers that functions read of a `Rule`, in the order of kernel tables
+
+    @property
+    def travels(self) -> bool:
+        """Whether whole matrices go to one rank."""
+        return any(isinstance(phase, Travel) for phase in self.phases)
+
+    @property
+    def sums(self) -> tuple[Sum, ...]:
+        """All sums over ranks in a step."""
+        return tuple(s for phase in self.phases if isinstance(phase, Pass) for s in phase.sums)
+
+    def names(self, *extents: Extent) -> tuple[str, ...]:
+        """Names of the fields of these extents, in order; of all without any."""
+        return tuple(f.name for f in self.fields if f.extent in extents or not extents)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A parameter group at one step: its programs, and the numbers that change from step to step or from run to run."""
+
+    program: Program  # of tensors with level > 0
+    plain: Program  # of all others
+    lr: Any  # float, or 0-d tensor
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        return self.numbers[name]
+
+    def of(self, level: int) -> Program:
+        """The program of a tensor of this level."""
+        return self.program if level else self.plain

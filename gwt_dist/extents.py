@@ -1,0 +1,51 @@
+"""What a rank keeps of a state tensor, by the extent of its field: integers, from layouts alone.
+
+A field over rows is nothing new to `layout`: its units are the rows. Every question of a fragment, which numbers it
+keeps and which of them it owns, then has the answer that it has for coefficients.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from gwt_dist.declare import Extent
+from gwt_dist.layout import Fragment, Units, columns_of
+
+
+def units_along(extent: Extent, shape: tuple[int, ...], units: Units) -> Units:
+    """The units of which a field of `extent`, UNIT or ROW, has one number a coefficient; `units` are the tensor's."""
+    columns = columns_of(shape)
+    return units if extent is Extent.UNIT else Units(columns, max(1, columns))
+
+
+def kept(extent: Extent, fragment: Fragment, units: Units, offset: int = 0) -> Fragment:
+    """The numbers that go with `fragment` of a tensor of these units, as an interval of the whole field.
+
+    The whole field is ``[R, K]`` for UNIT, ``[R, 1]`` for ROW, ``[1, K]`` for COLUMN and ``[1]`` for TENSOR; `offset`
+    is the place in this rank's buffer.
+    """
+    if extent in (Extent.UNIT, Extent.ROW):
+        return units_along(extent, fragment.shape, units).moments(fragment, offset)
+    if extent is Extent.TENSOR:  # whatever this rank holds of the tensor
+        return Fragment(fragment.fqn, (1,), 0, 1, offset)
+    coefficients = units.per_row * units.coefficients
+    return Fragment(fragment.fqn, (1, coefficients), 0, coefficients if fragment.numel else 0, offset)
+
+
+def owned(extent: Extent, fragment: Fragment, units: Units) -> Fragment:
+    """The part of `kept` that this rank counts in sums and writes to checkpoints; what all keep alike, all own."""
+    numbers = kept(extent, fragment, units)
+    if extent not in (Extent.UNIT, Extent.ROW):
+        return numbers
+    along = units_along(extent, fragment.shape, units)
+    first, _ = along.touched(fragment)
+    low, high = (along.coefficients * (unit - first) for unit in along.owned(fragment))
+    start = numbers.start + low
+    if high <= low:
+        return Fragment(numbers.fqn, numbers.shape, start, start)
+    return Fragment(numbers.fqn, numbers.shape, start, numbers.start + high, 0, numbers.rows)
+
+
+def whole(extent: Extent, shape: tuple[int, ...], units: Units) -> tuple[int, ...]:
+    """Shape of a whole field of a tensor of `shape`."""
+    return kept(extent, Fragment("", shape, 0, prod(shape)), units).shape

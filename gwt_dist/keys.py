@@ -1,0 +1,117 @@
+"""The keys that a parameter group may have: what they are if nothing is said, and what is legal. Knows no torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SECOND_MOMENTS = ("approximation", "energy", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a parameter group. `None` is legal where `default` is what the recipe may say otherwise."""
+
+    default: Any
+    legal: Callable[[Any], bool]
+    must: str  # what is legal, for the sentence "lr=-1 in parameter group 0 must be ..."
+    of_recipe: bool = True  # None means "as the recipe says"
+    meaning: bool = False  # moments of another value mean something else, so a checkpoint must have the same
+
+
+def within(value: object, low: float, high: float) -> bool:
+    """Whether `value` is a finite number in ``[low, high]``; a tensor of one real element is a number too."""
+    if hasattr(value, "numel") and value.numel() == 1 and not value.is_complex():
+        value = value.item()  # type: ignore[attr-defined]
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and math.isfinite(value)
+    )
+
+
+def _betas(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(within(b, 0, 1) and b < 1 for b in value)
+
+
+def _number(value: object) -> bool:
+    return within(value, 0, math.inf)
+
+
+_NUMBER, _FLAG = "must be a finite number >= 0", "must be True or False"
+_MEANT = "or None (as the recipe)"
+
+KEYS: dict[str, Key] = {
+    "lr": Key(1e-3, _number, _NUMBER, of_recipe=False),
+    "betas": Key((0.9, 0.999), _betas, "must be two numbers in [0, 1)", of_recipe=False),
+    "eps": Key(1e-6, lambda v: _number(v) and v > 0, "must be a finite number > 0", of_recipe=False),
+    "weight_decay": Key(0.0, _number, _NUMBER, of_recipe=False),
+    "scale": Key(0.25, _number, _NUMBER, of_recipe=False),
+    "second_moment": Key(
+        "energy", lambda v: v in SECOND_MOMENTS, f"must be one of {SECOND_MOMENTS} {_MEANT}", meaning=True
+    ),
+    "detail_gain": Key(
+        "coherence",
+        lambda v: v == "coherence" or within(v, 0, 1),
+        f"must be in [0, 1], 'coherence' {_MEANT}",
+        meaning=True,
+    ),
+    "limiter": Key(
+        0.0, lambda v: v == 0 or within(v, 1, math.inf), f"must be 0 (none), at least 1, {_MEANT}", meaning=True
+    ),
+    "nesterov": Key(False, lambda v: isinstance(v, bool), _FLAG),
+    "cautious": Key(False, lambda v: isinstance(v, bool), _FLAG),
+    "correct_bias": Key(True, lambda v: isinstance(v, bool), _FLAG),
+    "nor": Key(0.0, lambda v: within(v, 0, 1) and v < 1, f"must be in [0, 1), 0 for none, {_MEANT}"),
+}
+
+# Arguments of `GWTAdamW` that every recipe has, beside the parameters.
+COMMON = "lr", "betas", "eps", "weight_decay", "level", "scale", "wavelet", "recipe"
+
+
+def of_recipes() -> list[str]:
+    """The keys that are None where the recipe decides."""
+    return [name for name, key in KEYS.items() if key.of_recipe]
+
+
+def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
+    """Raise `ValueError` for the first of `names` that is no key of a group, and none of `more`."""
+    known = [*COMMON, *of_recipes(), *more]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{where} has the unknown key {name!r}; {hint}Known keys: {', '.join(known)}")
+
+
+# Group keys of galore-torch, apollo-torch and the published GWT: what to write here in their place.
+FOREIGN_KEYS = {
+    "rank": "level: moments shrink 2**level-fold whatever the shape, so level=2 keeps a quarter of AdamW's state",
+    "update_proj_gap": "nothing: there is no projection to renew; remove it",
+    "proj_type": "nothing: rows are transformed, whatever the shape; remove it",
+    "proj": 'nothing, or wavelet="haar": there is no projection to draw or to decompose; remove it',
+    "scale_type": "nothing: the update of each element has the denominator of its own unit; remove it",
+    "scale_front": "nothing: the limiter always acts before scale; remove it",
+    "disable_nl": "limiter: 0 for disable_nl=True, 1.01 for False, or remove it (as the recipe)",
+    "wave_type": "wavelet, by its PyWavelets name",
+    "boundary": "nothing: the last unit of a row is padded with zeros; remove it",
+}
+
+
+def check_keys(group: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` naming the key, its value and the legal range, for the first key of `group` that is wrong."""
+    foreign = [key for key in FOREIGN_KEYS if key in group]
+    if foreign:
+        instead = "; ".join(f"{key}={group[key]!r} -> {FOREIGN_KEYS[key]}" for key in foreign)
+        raise ValueError(
+            f"{', '.join(foreign)} in {where}: keys of another optimizer (galore-torch, apollo-torch or the published "
+            f"GWT), which GWTAdamW would ignore in silence. Here: {instead}"
+        )
+    for name, key in KEYS.items():
+        value = group.get(name, key.default)
+        if not (value is None and key.of_recipe) and not key.legal(value):
+            raise ValueError(f"{name}={value!r} in {where} {key.must}")

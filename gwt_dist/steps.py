@@ -1,0 +1,157 @@
+"""The layouts of an optimizer's parameters and the schedules of its steps, made once and kept."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gwt_dist import dtensor
+from gwt_dist.comm import Shard
+from gwt_dist.declare import Rule
+from gwt_dist.plan import Form, Plan
+from gwt_dist.recipes import rule_of
+from gwt_dist.schedule import Member, Schedule
+from gwt_dist.shards import shard_of
+
+Group = dict[str, Any]
+Numbered = tuple[int, Tensor]  # a parameter and the number of its group
+_NO_STATE: Group = {}
+_KEPT = 1024  # schedules at once; a fused backward pass has one for each group of parameters
+
+
+class Steps:
+    """What is known of the parameters of one optimizer, for as long as their layouts last."""
+
+    def __init__(self) -> None:
+        self.shards: MutableMapping[Tensor, Shard] = WeakIdKeyDictionary()  # attached parameters
+        self.given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters that the user passed
+        self.plans: MutableMapping[Tensor, Plan] = WeakIdKeyDictionary()
+        # What is in a step -> its parameters and its schedules, one a device, with the numbers of their members
+        self._schedules: dict[Any, tuple[list[Any], list[tuple[Schedule, list[int]]]]] = {}
+        self._places: dict[int, tuple[int, int, Any]] = {}  # id of a parameter -> group, place there, itself
+
+    def attach(self, parameter: Tensor, shard: Shard) -> None:
+        """Take the layout of a parameter."""
+        self.shards[parameter] = shard
+        self.plans.pop(parameter, None)
+        self._schedules.clear()
+
+    def numbered(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> list[Numbered]:
+        """Parameters with the numbers of their groups, in the order in which the groups have them."""
+        found = []
+        for parameter in parameters:
+            known = self._places.get(id(parameter))
+            if known is None or known[2]() is not parameter:
+                self._places = {
+                    id(p): (number, place, weakref.ref(p))
+                    for number, group in enumerate(groups)
+                    for place, p in enumerate(group["params"])
+                }
+                known = self._places.get(id(parameter))
+            if known is not None:
+                found.append((*known[:2], parameter))
+        return [(number, parameter) for number, _, parameter in sorted(found, key=lambda one: one[:2])]
+
+    def take(
+        self, members: Sequence[Numbered], groups: Sequence[Group], states: MutableMapping[Tensor, Group]
+    ) -> None:
+        """One step of `members`; state that is not there yet is made."""
+        rules = [rule_of(group) for group in groups]
+        for schedule, numbers in self._scheduled(members, groups, rules):
+            _run(schedule, [members[i][1] for i in numbers], states, rules)
+
+    def _scheduled(
+        self, members: Sequence[Numbered], groups: Sequence[Group], rules: Sequence[Rule]
+    ) -> list[tuple[Schedule, list[int]]]:
+        key = (
+            tuple((g["level"], g["wavelet"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)),
+            tuple((id(p), p.grad is None, p.dtype, p.device) for _, p in members),
+        )
+        known = self._schedules.get(key)
+        if known is not None and all(reference() is p for reference, (_, p) in zip(known[0], members, strict=True)):
+            return known[1]
+        by_device: dict[torch.device, list[tuple[int, Member]]] = {}
+        dry_run = False
+        for i, (number, parameter) in enumerate(members):
+            plan = self.plan_of(parameter, number, groups[number], rules[number])
+            if plan is None:
+                dry_run = True
+            else:
+                rule = rules[number]
+                member = Member(plan, number, parameter.dtype, parameter.grad is not None, rule.program, rule.plain)
+                by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
+        schedules = [
+            (Schedule([member for _, member in found], device), [i for i, _ in found])
+            for device, found in by_device.items()
+        ]
+        if not dry_run:  # which is known by the values of the gradients, and these may change
+            if len(self._schedules) >= _KEPT:
+                self._schedules.pop(next(iter(self._schedules)))
+            self._schedules[key] = [weakref.ref(p) for _, p in members], schedules
+        return schedules
+
+    def plan_of(self, parameter: Tensor, number: int, group: Group, rule: Rule | None = None) -> Plan | None:
+        """The plan of a parameter of group `number`, whatever its gradient: ranks that share it make the same calls.
+
+        None for the buffers of an engine's dry run. Raises `ValueError` if its group has another form now.
+        """
+        plan = self.plans.get(parameter)
+        form = Form.of(group["level"], group["wavelet"], rule or rule_of(group))
+        if plan is None:
+            shard = shard_of(parameter, self.shards, self.given, _where(parameter, number, group))
+            if shard is None:
+                return None
+            plan = self.plans[parameter] = Plan.of(shard, form)
+        if plan.form != form:
+            raise ValueError(
+                f"{form} of {_where(parameter, number, group)} differ from {plan.form} at its first step; its state "
+                f"cannot follow. Build a new optimizer"
+            )
+        return plan
+
+
+def _where(parameter: Tensor, number: int, group: Group) -> str:
+    """For messages. What an engine took out of its group (ZeRO-3 keeps one buffer at a time there) has no number."""
+    place = next((f" {j}" for j, p in enumerate(group["params"]) if p is parameter), "")
+    return f"parameter{place} of group {number}"
+
+
+def _run(
+    schedule: Schedule,
+    parameters: Sequence[Tensor],
+    known: MutableMapping[Tensor, Group],
+    rules: Sequence[Rule],
+) -> None:
+    """One step of the members of a schedule."""
+    states: list[Mapping[str, Any]] = []
+    weights, gradients = [], []
+    for member, parameter in zip(schedule.members, parameters, strict=True):
+        if parameter.grad is None:
+            states.append(_NO_STATE)
+            weights.append(parameter)
+            gradients.append(parameter)
+            continue
+        state = known[parameter]
+        if not state:
+            state.update(member.plan.fresh_state(parameter))
+        states.append(state)
+        weight = dtensor.local(parameter)
+        gradient = dtensor.local(parameter.grad, like=parameter)
+        if gradient.numel() != weight.numel():
+            raise ValueError(
+                f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
+                f"parameter of {member.plan.shard.tensors[0].fqn!r}: the step would use those of other elements. "
+                f"It was not reduced; run the last backward pass before step() outside of no_sync()"
+            )
+        weights.append(weight)
+        gradients.append(gradient)
+    dense = [weight.contiguous() for weight in weights]
+    schedule.run(dense, [gradient.contiguous() for gradient in gradients], states, rules)
+    for weight, copy in zip(weights, dense, strict=True):
+        if copy is not weight:
+            weight.copy_(copy)
