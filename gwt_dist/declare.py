@@ -1,7 +1,7 @@
 """What a recipe says of itself, in plain data: what it keeps, over what extent, and what stands between its phases.
 
-State, schedule, kernels, plans of bytes and checkpoints are derived from a `Program`, and none of them asks which recipe
-it came from. `recipes` builds programs, `formulas` has the mathematics that they name. Knows no torch.
+State, schedule, kernels, plans of bytes and checkpoints are derived from a `Program`, and none of them asks which
+recipe it came from. `recipes` builds programs, `formulas` has the mathematics that they name. Knows no torch.
 
     energy           Pass("step", writes)
     with a limiter   Pass("moments") -> one number a tensor, summed over ranks -> Pass("write", writes)

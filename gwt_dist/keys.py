@@ -24,8 +24,9 @@ class Key:
 
 def within(value: object, low: float, high: float) -> bool:
     """Whether `value` is a finite number in ``[low, high]``; a tensor of one real element is a number too."""
-    if hasattr(value, "numel") and value.numel() == 1 and not value.is_complex():
-        value = value.item()  # type: ignore[attr-defined]
+    number: Any = value
+    if hasattr(number, "numel") and number.numel() == 1 and not number.is_complex():
+        value = number.item()
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)

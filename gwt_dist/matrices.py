@@ -118,13 +118,18 @@ def _round(matrices: Sequence[Matrix], pairs: Sequence[tuple[int, int]], rank: i
     for there in range(world_size):
         for number in mine:
             for fragment in matrices[number].held(there):
-                parts = fragment, *[rows_of(fragment)] * matrices[number].along
-                for found, part in zip(overlaps[number], parts, strict=True):
-                    whole = Fragment("", part.shape, 0, prod(part.shape))
-                    found += replace(part, offset=sum(receives)).intersect(whole)
-                    receives[there] += part.numel
+                its = [fragment, *[rows_of(fragment)] * matrices[number].along]
+                for found, one in zip(overlaps[number], its, strict=True):
+                    whole = Fragment("", one.shape, 0, prod(one.shape))
+                    found += replace(one, offset=sum(receives)).intersect(whole)
+                    receives[there] += one.numel
     owned = [
-        Owned(number, (matrices[number].shape[0], columns_of(matrices[number].shape)), tuple(first), tuple(map(tuple, rest)))
+        Owned(
+            number,
+            (matrices[number].shape[0], columns_of(matrices[number].shape)),
+            tuple(first),
+            tuple(map(tuple, rest)),
+        )
         for number in mine
         for first, *rest in [overlaps[number]]
     ]

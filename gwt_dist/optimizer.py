@@ -12,7 +12,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gwt_dist import state
 from gwt_dist.comm import Shard
-from gwt_dist.keys import of_recipes, refuse_unknown
 from gwt_dist.plan import Plan
 from gwt_dist.recipes import DEFAULT, check_group
 from gwt_dist.steps import Group, Steps
@@ -32,8 +31,8 @@ class GWTAdamW(torch.optim.Optimizer):
 
     Every keyword is also a key of a parameter group. State of a parameter: ``step`` (0-d fp32), ``exp_avg`` and
     ``exp_avg_sq`` (``[R, ceil(C / 2**level)]``, one packed vector for a flat buffer; fp32, or fp64 for fp64
-    parameters) and ``limited_norm`` (one number a tensor). Without a second moment ``exp_avg_sq`` has what is level 0
-    alone, and is not there where nothing is.
+    parameters) and ``limited_norm`` (one number a tensor), or what else the recipe declares. A flat buffer has in each
+    what its tensors have; a field that none of them has is not there.
 
     Args:
         params: Parameters or parameter groups.
@@ -45,13 +44,20 @@ class GWTAdamW(torch.optim.Optimizer):
         scale: Factor on the update of tensors with level > 0.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
         recipe: ``"energy"`` (second moment of the unit's energy, details weighted by their coherence, no limiter, no
-            collective), ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or
-            ``"orthogonal"`` (momentum alone, half of the state; the update of the whole matrix is orthogonalized as
-            Muon's, on one rank each, see `orthogonal`). Tensors of level 0 are AdamW under all of them.
+            collective), ``"foam"`` (the same moments, details bounded by their own squares, see `formulas.residual`),
+            ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or ``"orthogonal"``
+            (momentum alone, half of the state; the update of the whole matrix is orthogonalized as Muon's, on one rank
+            each, see `formulas.orthogonal`). Tensors of level 0 are AdamW under all of them.
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
         detail_gain: Factor on the details, 0 to 1, or ``"coherence"``: at least ``1 - beta1``, and more for units
-            whose gradients are steady, see `update.coherence`; None as the recipe says.
+            whose gradients are steady, see `formulas.weighed`; None as the recipe says.
         limiter: Largest growth of the update's norm in one step, at least 1, or 0 for none; None as the recipe says.
+        nesterov: Whether the update takes ``b1*m + (1-b1)*a``, a step further than the momentum ``m`` of the
+            approximation ``a``; where level > 0.
+        cautious: Whether a weight decays only where its update does not take it away from zero (arXiv 2510.12402).
+        correct_bias: False leaves ``sqrt(1-b2**t)/(1-b1**t)``, the published form of the correction, out.
+        nor: Of ``"orthogonal"``: decay rate of the mean squares of rows of the orthogonalized matrix, which are brought
+            to one size (NorMuon, arXiv 2510.05491; 0.95 there), R numbers more a matrix; 0 for none.
 
     Raises:
         ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
@@ -69,10 +75,15 @@ class GWTAdamW(torch.optim.Optimizer):
         scale: float = 0.25,
         wavelet: str = "haar",
         recipe: str = DEFAULT,
-        **keys: Any,
+        second_moment: str | None = None,
+        detail_gain: float | str | None = None,
+        limiter: float | None = None,
+        nesterov: bool | None = None,
+        cautious: bool | None = None,
+        correct_bias: bool | None = None,
+        nor: float | None = None,
     ) -> None:
         self._forget_layout()
-        refuse_unknown(keys, "GWTAdamW")
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -82,7 +93,13 @@ class GWTAdamW(torch.optim.Optimizer):
             scale=scale,
             wavelet=wavelet,
             recipe=recipe,
-            **{key: keys.get(key) for key in of_recipes()},
+            second_moment=second_moment,
+            detail_gain=detail_gain,
+            limiter=limiter,
+            nesterov=nesterov,
+            cautious=cautious,
+            correct_bias=correct_bias,
+            nor=nor,
         )
         check_group(defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
@@ -182,7 +199,7 @@ class GWTAdamW(torch.optim.Optimizer):
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
         checkpoint would keep one rank's as if they were everyone's.
         """
-        state.check_writable(self.state)
+        state.check_writable(self.state, self._steps)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Group) -> None:

@@ -139,4 +139,3 @@ def _whole(extent: Extent, shape: tuple[int, ...], form: Form) -> tuple[int, ...
     if extent is Extent.UNIT:
         return moments_shape(shape, form.level, form.wavelet)
     return extents.whole(extent, shape, form.units(shape))
-

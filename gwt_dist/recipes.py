@@ -108,8 +108,8 @@ RECIPES: dict[str, Recipe] = {
     # A detail contributes what one fresh gradient contributes to Adam's momentum, or more where gradients are steady,
     # over the energy of its own unit. Bounded, so it needs no norm and no collective.
     "energy": Recipe(_adam, _adamw, _adam_numbers, refuses=_NO_ROWS),
-    # The residual of an element is a gradient of its own beside its unit's momentum (FOAM, arXiv 2512.07112): bounded by
-    # its square in the denominator, so it needs no gain.
+    # The residual of an element is a gradient of its own beside its unit's momentum (FOAM, arXiv 2512.07112), bounded
+    # by its square in the denominator, so it needs no gain.
     "foam": Recipe(
         *(_residual, _adamw, _adam_numbers),
         {"detail_gain": 0.0},
@@ -124,7 +124,7 @@ RECIPES: dict[str, Recipe] = {
         *(_orthogonal, _adamw, _orthogonal_numbers),
         {"second_moment": "none"},
         {
-            "limiter": "no second moment is kept there: it limits the growth of a normalized momentum, and an "
+            "limiter": "no second moment is kept: it limits the growth of a normalized momentum, and an "
             "orthogonalized update always has the same norm. Remove limiter, or write a second_moment"
         },
     ),
@@ -198,7 +198,7 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     name, said = spelled(group)
     for key, why in RECIPES[name].refuses.items():
         if said.get(key):
-            raise ValueError(f"{key}={said[key]!r} in {where} with recipe={name!r}: {why}")
+            raise ValueError(f"{key}={said[key]!r} in {where}, where the recipe is {name!r}: {why}")
     try:
         rule_of(group)
     except ValueError as error:

@@ -70,9 +70,7 @@ class Rounds:
             for its in bucket.rounds:
                 self._run(bucket, its, tensors, sums, rules)
 
-    def _run(
-        self, bucket: _Bucket, its: Round, tensors: Tensors, sums: list[Tensor], rules: Sequence[Rule]
-    ) -> None:
+    def _run(self, bucket: _Bucket, its: Round, tensors: Tensors, sums: list[Tensor], rules: Sequence[Rule]) -> None:
         outgoing = torch.zeros(sum(its.sends), dtype=bucket.dtype, device=self._device)
         slots = [
             (bucket.parts[slot.matrix][slot.part], slot, outgoing.narrow(0, slot.start, slot.length))

@@ -1,8 +1,8 @@
 """One step of many parameters: what is fixed about it (`Schedule`), and the collectives and kernels that it runs.
 
-A kernel updates in one call, through all phases of the program, what needs nothing of other ranks: tensors whose program
-has no sums, and those that this process holds whole. For all others the phases of all programs go side by side, and one
-sum a group of processes serves them all. Which program a tensor has, nobody here asks.
+A kernel updates in one call, through all phases of the program, what needs nothing of other ranks: tensors whose
+program has no sums, and those that this process holds whole. For all others the phases of all programs go side by side,
+and one sum a group of processes serves them all. Which program a tensor has, nobody here asks.
 """
 
 from __future__ import annotations

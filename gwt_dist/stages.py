@@ -1,4 +1,4 @@
-"""What a schedule runs: kernels on the pieces of many parameters (`Run`), and a program that needs other ranks (`Stage`)."""
+"""What a schedule runs: kernels on pieces of many parameters (`Run`), programs that need other ranks (`Stage`)."""
 
 from __future__ import annotations
 
@@ -135,9 +135,7 @@ class Stage:
             for run, tensors in given:
                 run.kernel.phase(number, run.work, tensors, sums)
 
-    def settle(
-        self, number: int, sums: Tensor, states: Sequence[Mapping[str, Any]], rules: Sequence[Rule]
-    ) -> None:
+    def settle(self, number: int, sums: Tensor, states: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> None:
         """Put in the place of the complete sums of a phase what later phases read; `rules` one a group."""
         its = self.program.phases[number] if number < len(self.program.phases) else None
         if isinstance(its, Pass) and its.then:

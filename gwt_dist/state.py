@@ -12,17 +12,19 @@ from torch.distributed.tensor import DTensor
 from gwt_dist.comm import Shard
 from gwt_dist.keys import KEYS
 from gwt_dist.piece import math_dtype
-from gwt_dist.plan import Form, Plan
+from gwt_dist.plan import SHARDED, Form, Plan
 from gwt_dist.recipes import rule_of
 from gwt_dist.steps import Group, Steps
 
 STEP = "step"
 
 
-def check_writable(states: Mapping[Tensor, Group]) -> None:
-    """Raise `ValueError` for state of DTensors that is no DTensor: one rank's would be kept as if it were everyone's."""
+def check_writable(states: Mapping[Tensor, Group], steps: Steps) -> None:
+    """Raise `ValueError` for state that is no DTensor and should be: one rank's would be kept as everyone's."""
     for parameter, state in states.items():
-        if isinstance(parameter, DTensor) and not isinstance(state.get("exp_avg", parameter), DTensor):
+        fields = steps.plans[parameter].fields if isinstance(parameter, DTensor) and parameter in steps.plans else ()
+        sharded = [state[f.name] for f in fields if f.extent in SHARDED and f.name in state]
+        if not all(isinstance(value, DTensor) for value in sharded):
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut "
                 f"within a unit, so ranks keep moments of the same unit and its state cannot be written as a "

@@ -57,9 +57,7 @@ class Steps:
                 found.append((*known[:2], parameter))
         return [(number, parameter) for number, _, parameter in sorted(found, key=lambda one: one[:2])]
 
-    def take(
-        self, members: Sequence[Numbered], groups: Sequence[Group], states: MutableMapping[Tensor, Group]
-    ) -> None:
+    def take(self, members: Sequence[Numbered], groups: Sequence[Group], states: MutableMapping[Tensor, Group]) -> None:
         """One step of `members`; state that is not there yet is made."""
         rules = [rule_of(group) for group in groups]
         for schedule, numbers in self._scheduled(members, groups, rules):

@@ -98,10 +98,10 @@ def lay_out(entries: Sequence[Entry], phase: int) -> Sums:
                 index: Sequence[int] = places.get(key, range(0))
                 if one.extent is Extent.ROW:
                     its = [(*key, row) for row in range(piece.first_row, piece.first_row + piece.rows)]
-                    for row in its:
-                        if row not in places:
-                            places[row] = sums.take(one.numbers, ())
-                    index = [places[row][i] for i in range(one.numbers) for row in its]
+                    for place in its:
+                        if place not in places:
+                            places[place] = sums.take(one.numbers, ())
+                    index = [places[place][i] for i in range(one.numbers) for place in its]
                 found.append(Place(one.name, one.extent, one.numbers, index))
             sums._places[entry.member, entry.program, number] = tuple(found)
     return sums

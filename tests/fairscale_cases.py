@@ -139,7 +139,7 @@ def sharded_case(kind: str, level: int, recipe: str) -> dict[str, Any]:
             "collectives": per_step,
             "names": sorted({f.fqn for b in buffers for f in b.fragments}),
             "empty": sum(all(f.numel == 0 for f in b.fragments) for b in buffers),
-            "cut": sum(len(p.exchange.receives) for p in optimizer._plans.values()),
+            "cut": sum(len(p.exchange.receives) for p in optimizer._steps.plans.values()),
         }
 
 

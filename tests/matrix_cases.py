@@ -311,6 +311,6 @@ def rerun_case(family: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
             state = built.optimizer.state
             tensors = list(built.weights().values())
             tensors += [fsdp2_cases.local(t).clone() for values in state.values() for t in values.values()]
-            cut = sum(len(plan.exchange.receives) for plan in built.optimizer._plans.values())
+            cut = sum(len(plan.exchange.receives) for plan in built.optimizer._steps.plans.values())
         runs.append(tensors)
     return {"same": zero_engine_cases.same_bits(*runs), "cut": cut}

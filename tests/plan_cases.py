@@ -125,7 +125,7 @@ def _on_meta(model: Any, mesh: DeviceMesh, level: int) -> dict[str, int]:
     found = {"moments": 0, "scalars": 0, "weights": 0, "norms": 0}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            plan = optimizer._plan(parameter, number)
+            plan = optimizer.plan_of(parameter, number)
             assert plan is not None
             for name, tensor in plan.fresh_state(parameter).items():
                 found["moments" if name in MOMENTS else "scalars"] += size(tensor)

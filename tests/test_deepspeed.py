@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from gwt_dist.kernels import moments_shape
+from gwt_dist.piece import moments_shape
 from zero_cases import (
     Net,
     forgotten_attach_case,

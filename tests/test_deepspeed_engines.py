@@ -11,7 +11,7 @@ from math import prod
 
 import pytest
 
-from gwt_dist.kernels import moments_shape
+from gwt_dist.piece import moments_shape
 from zero_cases import Net, refused_case, shapes_of
 from zero_engine_cases import (
     ENGINES,

@@ -11,7 +11,7 @@ from math import prod
 import pytest
 
 from fsdp1_cases import forgotten_attach_case, fsdp1_case, shifted_case, unreduced_case
-from gwt_dist.kernels import moments_shape
+from gwt_dist.piece import moments_shape
 from zero_cases import Net, shapes_of
 
 pytestmark = pytest.mark.matrix

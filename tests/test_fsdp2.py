@@ -10,7 +10,7 @@ from math import prod
 import pytest
 
 from fsdp2_cases import alone_case, fsdp2_case
-from gwt_dist.kernels import moments_shape
+from gwt_dist.piece import moments_shape
 from ranks import run_ranks
 from zero_cases import Net, shapes_of
 

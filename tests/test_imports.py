@@ -19,28 +19,38 @@ LINES = 400  # aim at 300; at this length a module does two things
 
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
-MATH = {"units", "wavelet", "update", "orthogonal", "recipes"}
-RUNTIME = {"kernels", "layout", "comm", "dtensor", "groups", "matrices", "plan", "rounds", "schedule", "optimizer"}
+DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
+MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
+LAYOUT = {"layout", "matrices", "comm", "dtensor", "groups"}
+RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "steps", "state", "optimizer"}
 STATE = {"checkpoint", "memory", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "units": {"layout"},
     "wavelet": {"units"},
-    "update": {"wavelet"},
-    "orthogonal": {"layout", "wavelet", "update"},
-    "recipes": {"wavelet", "update"},
+    "declare": set(),
+    "keys": set(),
+    "recipes": {"units", "declare", "keys"},
+    "extents": {"layout", "declare"},
+    "piece": {"layout", "units", "wavelet"},
+    "formulas": {"declare", "piece", "layout"},
     "matrices": {"layout"},
-    "kernels": {"units", "wavelet", "update", "orthogonal", "layout"},
+    "kernels": {"wavelet", "declare", "piece", "formulas"},
     "comm": {"layout"},
     "groups": set(),
     "dtensor": {"layout", "comm"},
-    "plan": {"units", "kernels", "layout", "comm", "dtensor"},
-    "rounds": {"units", "orthogonal", "kernels", "layout", "matrices", "comm", "plan"},
-    "schedule": {"update", "kernels", "comm", "dtensor", "plan", "rounds"},
-    "optimizer": MATH | {"comm", "dtensor", "plan", "schedule"},
+    "plan": {"units", "declare", "extents", "piece", "layout", "comm", "dtensor"},
+    "sums": {"declare", "layout", "piece", "kernels", "plan"},
+    "rounds": {"units", "declare", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
+    "stages": {"declare", "piece", "kernels", "layout", "rounds", "sums"},
+    "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
+    "shards": {"comm", "dtensor"},
+    "steps": {"comm", "declare", "dtensor", "plan", "recipes", "schedule", "shards"},
+    "state": {"comm", "keys", "piece", "plan", "recipes", "steps"},
+    "optimizer": {"comm", "keys", "plan", "recipes", "steps", "state"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
-    "memory": {"layout", "units", "groups"},  # what needs no torch: a plan is there before torch would be
+    "memory": {"layout", "units", "groups", *DECLARED},  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
@@ -56,6 +66,7 @@ EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
     "layout": set(),
     "matrices": set(),
+    **{part: set() for part in DECLARED},
     "units": {"pywt"},
     "memory": {"torch"},
     "wavelet": {"torch", "pywt"},
@@ -175,12 +186,12 @@ def test_a_wrong_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "engines").mkdir()
     broken = {
         "layout.py": ["import torch", "from gwt_dist import optimizer", "from . import optimizer"],
-        "update.py": ["import gwt_dist.engines", "def f():\n    from gwt_dist import GWTAdamW"],
+        "piece.py": ["import gwt_dist.engines", "def f():\n    from gwt_dist import GWTAdamW"],
         "engines/deepspeed.py": ["import deepspeed", "from ..train import loop", "import yaml"],
     }
     (tmp_path / "train").mkdir()
     fine = {
-        "update.py": ["import torch", "import math\nfrom torch import Tensor"],
+        "piece.py": ["import torch", "import math\nfrom torch import Tensor"],
         "engines/deepspeed.py": [
             "def f():\n    import deepspeed",
             "if TYPE_CHECKING:\n    import deepspeed",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gwt_dist import GWTAdamW
-from gwt_dist.update import limit_growth
+from gwt_dist.formulas.adam import limit_growth
 from oracle import Oracle
 
 # PyWavelets, as the oracle, warns when filters are longer than the row, which is what these tests are after.

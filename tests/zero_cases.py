@@ -202,8 +202,8 @@ def zero_case(
         "moments": sum(s["exp_avg"].numel() for s in states),
         "bytes": sum(t.numel() * t.element_size() for s in states for t in s.values()),
         "planned": planned(stage, level, recipe, wavelet),
-        "received": sum(len(p.exchange.receives) for p in optimizer._plans.values()),
-        "cut": [(i, r.slot) for i, p in enumerate(optimizer._plans.values()) for r in p.exchange.receives],
+        "received": sum(len(p.exchange.receives) for p in optimizer._steps.plans.values()),
+        "cut": [(i, r.slot) for i, p in enumerate(optimizer._steps.plans.values()) for r in p.exchange.receives],
     }
     engine.destroy()
     return result

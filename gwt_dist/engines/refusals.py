@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gwt_dist.optimizer import Group
+from gwt_dist.steps import Group
 
 # Section and key, the values that are refused, and why with the way out.
 _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (

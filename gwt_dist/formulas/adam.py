@@ -70,4 +70,3 @@ class Adam:
         """Both at once."""
         self.moments(share)
         return self.write(share)
-

@@ -42,8 +42,15 @@ def step_size(step: Tensor, rule: Rule, level: int) -> Tensor:
     """``lr * sqrt(1-b2**t)/(1-b1**t)`` as a 0-d fp64 tensor; `step` is t, 0-d."""
     t = step.double()
     if not rule["correct_bias"]:
-        return torch.ones_like(t) * rule.lr
-    return (1 - rule["beta2"] ** t).sqrt_() / first_weight(t, rule, level) * rule.lr
+        return uncorrected(t, rule)
+    size: Tensor = (1 - rule["beta2"] ** t).sqrt_() / first_weight(t, rule, level) * rule.lr
+    return size
+
+
+def uncorrected(t: Tensor, rule: Rule) -> Tensor:
+    """``lr`` as a 0-d fp64 tensor on the device of `t`, fp64."""
+    size: Tensor = torch.ones_like(t) * rule.lr
+    return size
 
 
 def scaled(size: Tensor, share: Share) -> Tensor:

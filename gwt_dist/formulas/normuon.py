@@ -25,4 +25,5 @@ def orthogonalize(u_RC: Tensor, rows: Mapping[str, Tensor], rule: Rule) -> Tenso
     o_RC, w_R = newton_schulz(u_RC), rows["exp_avg_sq_row"]
     w_R.lerp_(o_RC.square().mean(1), 1 - rule["nor"])
     even_RC = o_RC / (w_R.sqrt() + 1e-8)[:, None]
-    return even_RC * (o_RC.norm() / (even_RC.norm() + 1e-30))
+    scale: Tensor = o_RC.norm() / (even_RC.norm() + 1e-30)
+    return even_RC * scale

@@ -62,10 +62,13 @@ def norms(share: Share) -> dict[str, tuple[Tensor, ...]]:
 def momentum(share: Share) -> Tensor:
     """Add this step's approximation to the momentum; returns ``U``, (N, U)."""
     exp_avg_N, rule, transform = share.state["exp_avg"], share.rule, share.piece.transform
-    gain = detail_gain(*share.sums["m_a"].unbind(), share.step, rule)
+    squared_norm_m, squared_norm_a = share.sums["m_a"].unbind()
+    gain = detail_gain(squared_norm_m, squared_norm_a, share.step, rule)
     fresh_N = transform.approximation(share.x_NU).mul_(1 - rule["beta1"])
     exp_avg_N.mul_(rule["beta1"]).add_(fresh_N)
-    corrected_N = read(exp_avg_N, fresh_N, rule) / first_weight(share.step.double(), rule, share.piece.level).to(fresh_N)
+    corrected_N = read(exp_avg_N, fresh_N, rule) / first_weight(share.step.double(), rule, share.piece.level).to(
+        fresh_N
+    )
     gain_N = gain.to(exp_avg_N).expand_as(exp_avg_N)
     return transform.synthesis(share.x_NU, corrected_N, torch.ones_like(exp_avg_N), gain_N)
 
@@ -81,7 +84,7 @@ def write(
     rule: Rule,
 ) -> Tensor:
     """What its weights lose, as `o`: ``lr * scale * sqrt(max(R, C)) * O``."""
-    size = rule.lr * (rule["scale"] * math.sqrt(max(shape[0], columns_of(shape))))
+    size: float | Tensor = rule.lr * (rule["scale"] * math.sqrt(max(shape[0], columns_of(shape))))
     return o * size
 
 

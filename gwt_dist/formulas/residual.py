@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gwt_dist.formulas.moments import denominator, first_weight, scaled
+from gwt_dist.formulas.moments import denominator, first_weight, scaled, uncorrected
 from gwt_dist.formulas.share import Share
 
 
@@ -25,4 +25,5 @@ def change(share: Share, n_N: Tensor) -> Tensor:
     v_N = share.state["exp_avg_sq"] * second_weight.reciprocal().to(n_N)
     r_NU = share.x_NU - (share.piece.transform.approximation(share.x_NU) * mean)[:, None]
     d_NU = denominator(r_NU * r_NU + v_N[:, None], rule["eps"])
-    return (r_NU + n_N[:, None]) / d_NU * scaled(torch.ones_like(t) * rule.lr, share)
+    u_NU: Tensor = (r_NU + n_N[:, None]) / d_NU
+    return u_NU * scaled(uncorrected(t, rule), share)

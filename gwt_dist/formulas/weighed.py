@@ -1,6 +1,6 @@
 """Details of a unit over the denominator of the unit, times one gain: a number, or the coherence of the unit.
 
-    u = synthesis of n/d and g * details / d        g = detail_gain, or the coherence of the unit where that is more
+u = synthesis of n/d and g * details / d        g = detail_gain, or the coherence of the unit where that is more
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def coherence(
     first term is the factor that takes the signal best out of a single noisy gradient (Wiener's), which is all that is
     known of a detail. This step's own approximation is left out of M, or an outlier would call itself steady.
 
-    The factor ``1-b1**t`` cancels that of `moments.step_size`, which is meant for a moment. The coherence is this project's
-    own.
+    The factor ``1-b1**t`` cancels that of `moments.step_size`, which is meant for a moment. The coherence is this
+    project's own.
     """
     beta1, beta2 = rule["beta1"], rule["beta2"]
     t = step.double()

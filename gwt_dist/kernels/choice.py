@@ -14,8 +14,8 @@ from torch import Tensor
 from gwt_dist.declare import Program
 from gwt_dist.kernels import cpu, eager, triton
 from gwt_dist.kernels.build import BuildError
-from gwt_dist.piece import Piece
 from gwt_dist.kernels.work import Tensors, Work
+from gwt_dist.piece import Piece
 from gwt_dist.wavelet import HaarTransform
 
 VARIABLE = "GWT_DIST_KERNEL"
@@ -59,9 +59,7 @@ def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: S
     return eager
 
 
-def _missing(
-    name: str, device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]
-) -> str:
+def _missing(name: str, device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]) -> str:
     """What of a parameter the compiled kernels called `name` cannot take."""
     if name == "cpu" and device.type != "cpu":
         return f"parameters on {device}"

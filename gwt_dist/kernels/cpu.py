@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_dist.declare import Rule
 from gwt_dist.kernels.build import load
 from gwt_dist.kernels.work import Tensors, Work
-from gwt_dist.declare import Rule
 
 CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
 CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of fp32 gradients are still in a cache

@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gwt_dist.kernels.build import BuildError
-from gwt_dist.formulas.limiter import limit
-from gwt_dist.kernels.work import Item, Tensors, Work
 from gwt_dist.declare import Rule
+from gwt_dist.formulas.limiter import limit
+from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.work import Item, Tensors, Work
 
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
