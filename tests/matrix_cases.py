@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 import fairscale_cases
 import fsdp1_cases
 import fsdp2_cases
+import toy_recipe  # noqa: F401
 import whole_tensor_cases
 import zero_engine_cases
 from gwt_dist import GWTAdamW, attach, initialize
@@ -29,7 +30,12 @@ from zero_engine_cases import Recorder, initial
 
 Weights = dict[str, Tensor]
 STEPS = 3
-COMBINATIONS = [*((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")), (2, "orthogonal")]
+COMBINATIONS = [
+    *((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")),
+    *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "toy")),
+]
+BLOCKS = {recipe for _, recipe in COMBINATIONS}
+SPELLED = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}  # what is a key of another recipe
 
 
 class Shapes(nn.Module):
@@ -93,8 +99,11 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            block = next(part for part in name.split(".") if part.startswith(("paper", "energy", "orthogonal")))
-            group = groups.setdefault(block, {"params": [], **options(int(block[-1]), block[:-1])})
+            block = next(part for part in name.split(".") if part[:-1] in BLOCKS)
+            recipe = block[:-1]
+            group = groups.setdefault(
+                block, {"params": [], **options(int(block[-1]), recipe), **SPELLED.get(recipe, {})}
+            )
             group["params"].append(parameter)
     return list(groups.values())
 
