@@ -38,7 +38,9 @@ class Shard:
     many fragments as it has pieces of tensors.
     """
 
-    tensors: tuple[layout.Tensor, ...]  # as all ranks hold them, the same tuple on each rank
+    # As all ranks hold them: the same on each, but for a DTensor whose columns are cut, where cuts are those of the rows
+    # that this rank holds a part of.
+    tensors: tuple[layout.Tensor, ...]
     fragments: tuple[Fragment, ...]  # this rank's, in its local buffer
     groups: tuple[ProcessGroup, ...]  # summing over one after the other takes in all ranks; none: a world of 1
     row_groups: tuple[ProcessGroup, ...]  # the same for the ranks that hold the rest of this one's cut units

@@ -198,7 +198,9 @@ def test_a_level_changed_after_the_first_step_is_refused() -> None:
     model, optimizer = make()
     train(model, optimizer, batches(1))
     optimizer.param_groups[0]["level"] = 3
-    with pytest.raises(ValueError, match=r"level=3, wavelet='haar' with .* of parameter 0 of group 0 differ from level=2"):
+    with pytest.raises(
+        ValueError, match=r"level=3, wavelet='haar' with .* of parameter 0 of group 0 differ from level=2"
+    ):
         train(model, optimizer, batches(1))
 
 

@@ -226,8 +226,16 @@ def test_a_state_of_another_recipe_is_refused() -> None:
     gradients = [random((8, 12))]
     (mine, _), (theirs, _) = (trained(ZEROS, gradients, recipe=r) for r in ("orthogonal", "paper"))
     for one, other, message in (
-        (mine, theirs, r"group 0 has the state exp_avg, exp_avg_sq, limited_norm in .*'paper'\) and exp_avg, limited_norm in this"),
-        (theirs, mine, r"group 0 has the state exp_avg, limited_norm in .*'orthogonal'\) and exp_avg, exp_avg_sq, limited_norm"),
+        (
+            mine,
+            theirs,
+            r"group 0 has the state exp_avg, exp_avg_sq, limited_norm in .*'paper'\) and exp_avg, limited_norm in this",
+        ),
+        (
+            theirs,
+            mine,
+            r"group 0 has the state exp_avg, limited_norm in .*'orthogonal'\) and exp_avg, exp_avg_sq, limited_norm",
+        ),
     ):
         before = copy.deepcopy(one.state_dict())
         with pytest.raises(ValueError, match=message):
@@ -244,5 +252,7 @@ def test_what_an_orthogonalized_update_cannot_have() -> None:
         GWTAdamW([weight], recipe="orthogonal", limiter=1.5)
     optimizer, weight = trained(ZEROS, [random((8, 12))])
     optimizer.param_groups[0]["recipe"] = "energy"
-    with pytest.raises(ValueError, match=r"differ from level=2, wavelet='haar' with exp_avg, limited_norm at its first"):
+    with pytest.raises(
+        ValueError, match=r"differ from level=2, wavelet='haar' with exp_avg, limited_norm at its first"
+    ):
         optimizer.step()
