@@ -38,8 +38,8 @@ class Shard:
     many fragments as it has pieces of tensors.
     """
 
-    # As all ranks hold them: the same on each, but for a DTensor whose columns are cut, where cuts are those of the rows
-    # that this rank holds a part of.
+    # As all ranks hold them. The same on each, but for a DTensor whose columns are cut: there the cuts are those of the
+    # rows that this rank holds a part of.
     tensors: tuple[layout.Tensor, ...]
     fragments: tuple[Fragment, ...]  # this rank's, in its local buffer
     groups: tuple[ProcessGroup, ...]  # summing over one after the other takes in all ranks; none: a world of 1

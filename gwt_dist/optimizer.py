@@ -121,7 +121,7 @@ class GWTAdamW(torch.optim.Optimizer):
 
         None for a buffer of an engine that was never given to this optimizer. Raises `ValueError` as `step` does.
         """
-        return self._steps.plan_of(parameter, group, self.param_groups[group])
+        return self._steps.plan_of(parameter, group, self.param_groups)
 
     def attach(self, shards: Mapping[Tensor, Shard]) -> None:
         """Take the layout of flat parameters as an engine adapter read it: parameter to what this rank holds of it.

@@ -43,19 +43,20 @@ class Steps:
 
     def numbered(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> list[Numbered]:
         """Parameters with the numbers of their groups, in the order in which the groups have them."""
-        found = []
-        for parameter in parameters:
+        places = [(self._place(parameter, groups), parameter) for parameter in parameters]
+        return [(place[0], parameter) for place, parameter in sorted(places, key=lambda one: one[0]) if place]
+
+    def _place(self, parameter: Tensor, groups: Sequence[Group]) -> tuple[int, ...]:
+        """Number of its group and place in it; nothing for what an engine took out of its group."""
+        known = self._places.get(id(parameter))
+        if known is None or known[2]() is not parameter:
+            self._places = {
+                id(p): (number, place, weakref.ref(p))
+                for number, group in enumerate(groups)
+                for place, p in enumerate(group["params"])
+            }
             known = self._places.get(id(parameter))
-            if known is None or known[2]() is not parameter:
-                self._places = {
-                    id(p): (number, place, weakref.ref(p))
-                    for number, group in enumerate(groups)
-                    for place, p in enumerate(group["params"])
-                }
-                known = self._places.get(id(parameter))
-            if known is not None:
-                found.append((*known[:2], parameter))
-        return [(number, parameter) for number, _, parameter in sorted(found, key=lambda one: one[:2])]
+        return known[:2] if known else ()
 
     def take(self, members: Sequence[Numbered], groups: Sequence[Group], states: MutableMapping[Tensor, Group]) -> None:
         """One step of `members`; state that is not there yet is made."""
@@ -76,7 +77,7 @@ class Steps:
         by_device: dict[torch.device, list[tuple[int, Member]]] = {}
         dry_run = False
         for i, (number, parameter) in enumerate(members):
-            plan = self.plan_of(parameter, number, groups[number], rules[number])
+            plan = self.plan_of(parameter, number, groups, rules[number])
             if plan is None:
                 dry_run = True
             else:
@@ -93,30 +94,29 @@ class Steps:
             self._schedules[key] = [weakref.ref(p) for _, p in members], schedules
         return schedules
 
-    def plan_of(self, parameter: Tensor, number: int, group: Group, rule: Rule | None = None) -> Plan | None:
+    def plan_of(self, parameter: Tensor, number: int, groups: Sequence[Group], rule: Rule | None = None) -> Plan | None:
         """The plan of a parameter of group `number`, whatever its gradient: ranks that share it make the same calls.
 
         None for the buffers of an engine's dry run. Raises `ValueError` if its group has another form now.
         """
-        plan = self.plans.get(parameter)
+        plan, group = self.plans.get(parameter), groups[number]
         form = Form.of(group["level"], group["wavelet"], rule or rule_of(group))
         if plan is None:
-            shard = shard_of(parameter, self.shards, self.given, _where(parameter, number, group))
+            shard = shard_of(parameter, self.shards, self.given, self._where(parameter, number, groups))
             if shard is None:
                 return None
             plan = self.plans[parameter] = Plan.of(shard, form)
         if plan.form != form:
             raise ValueError(
-                f"{form} of {_where(parameter, number, group)} differ from {plan.form} at its first step; its state "
-                f"cannot follow. Build a new optimizer"
+                f"{form} of {self._where(parameter, number, groups)} differ from {plan.form} at its first step; its "
+                f"state cannot follow. Build a new optimizer"
             )
         return plan
 
-
-def _where(parameter: Tensor, number: int, group: Group) -> str:
-    """For messages. What an engine took out of its group (ZeRO-3 keeps one buffer at a time there) has no number."""
-    place = next((f" {j}" for j, p in enumerate(group["params"]) if p is parameter), "")
-    return f"parameter{place} of group {number}"
+    def _where(self, parameter: Tensor, number: int, groups: Sequence[Group]) -> str:
+        """For messages; what an engine took out of its group (ZeRO-3 keeps one buffer at a time there) has no number."""
+        place = self._place(parameter, groups)
+        return f"parameter{f' {place[1]}' if place else ''} of group {number}"
 
 
 def _run(

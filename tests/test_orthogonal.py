@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gwt_dist import GWTAdamW, matrices, rounds
+from gwt_dist.formulas.orthogonal import newton_schulz
 from gwt_dist.layout import Fragment
 from gwt_dist.matrices import Matrix, assign, cost, plan_rounds
-from gwt_dist.formulas.orthogonal import newton_schulz
 from simulated import Sharded
 from test_layout import run, worlds
 

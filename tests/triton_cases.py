@@ -19,11 +19,11 @@ from torch import Tensor
 import test_layout
 from gwt_dist import GWTAdamW, update
 from gwt_dist.comm import Shard
+from gwt_dist.formulas.adam import Rule
 from gwt_dist.kernels import choice, eager, triton
 from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.plan import Plan
 from gwt_dist.schedule import Member, Schedule
-from gwt_dist.formulas.adam import Rule
 
 SLOW = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
