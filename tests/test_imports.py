@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer": MATH | {"comm", "dtensor", "plan", "schedule"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
-    "memory": {"layout", "units", "groups"},  # what needs no torch: a plan is there before torch would be
+    # What needs no torch: a plan is there before torch would be.
+    "memory": {"layout", "units", "groups", "declare", "keys", "recipes", "extents"},
     "config": MATH | RUNTIME | {"engines"},
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
