@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import prod
 
 from gwt_dist.declare import Extent
-from gwt_dist.layout import Fragment, Units, columns_of
+from gwt_dist.layout import Fragment, Tensor, Units, columns_of
 
 
 def units_along(extent: Extent, shape: tuple[int, ...], units: Units) -> Units:
@@ -49,3 +49,14 @@ def owned(extent: Extent, fragment: Fragment, units: Units) -> Fragment:
 def whole(extent: Extent, shape: tuple[int, ...], units: Units) -> tuple[int, ...]:
     """Shape of a whole field of a tensor of `shape`."""
     return kept(extent, Fragment("", shape, 0, prod(shape)), units).shape
+
+
+def summed(extent: Extent, tensor: Tensor, units: Units) -> int:
+    """Places of a sum of `extent` that ranks share: one a tensor, one a place in a row, or one a row that is cut."""
+    return len(shared_rows(tensor)) if extent is Extent.ROW else prod(whole(extent, tensor.shape, units))
+
+
+def shared_rows(tensor: Tensor) -> list[int]:
+    """Rows of which more than one rank holds a part."""
+    columns = max(1, columns_of(tensor.shape))
+    return sorted({cut // columns for cut in tensor.cuts if cut % columns})

@@ -114,7 +114,7 @@ class Steps:
         return plan
 
     def _where(self, parameter: Tensor, number: int, groups: Sequence[Group]) -> str:
-        """For messages; what an engine took out of its group (ZeRO-3 keeps one buffer at a time there) has no number."""
+        """For messages; what an engine took out of its group, as ZeRO-3 does, has no number."""
         place = self._place(parameter, groups)
         return f"parameter{f' {place[1]}' if place else ''} of group {number}"
 

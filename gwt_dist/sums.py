@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from torch.distributed import ProcessGroup
 
+from gwt_dist import extents
 from gwt_dist.declare import Extent, Pass, Program, Sum
 from gwt_dist.kernels import Place
-from gwt_dist.layout import Tensor, columns_of
 from gwt_dist.piece import Piece
 from gwt_dist.plan import Plan
 
@@ -82,13 +82,14 @@ def lay_out(entries: Sequence[Entry], phase: int) -> Sums:
         before = sums.length
         for one in entry.sums(phase):
             for tensor in entry.plan.shard.tensors if one.extent is not Extent.ROW else ():
-                length = one.numbers * _numbers(one.extent, entry.plan, tensor)
+                units = entry.plan.form.units(tensor.shape)
+                length = one.numbers * extents.summed(one.extent, tensor, units)
                 places[n, one.name, tensor.fqn] = sums.take(length, entry.plan.shard.groups)
         sums.spans[entry.member, entry.program] = before, sums.length
     for n, entry in enumerate(entries):
         for one in entry.sums(phase):
             for tensor in entry.plan.shard.tensors if one.extent is Extent.ROW else ():
-                for row in _shared_rows(tensor):
+                for row in extents.shared_rows(tensor):
                     places[n, one.name, tensor.fqn, row] = sums.take(one.numbers, entry.plan.shard.row_groups)
     for n, entry in enumerate(entries):
         for number, piece in entry.pieces():
@@ -105,14 +106,3 @@ def lay_out(entries: Sequence[Entry], phase: int) -> Sums:
                 found.append(Place(one.name, one.extent, one.numbers, index))
             sums._places[entry.member, entry.program, number] = tuple(found)
     return sums
-
-
-def _numbers(extent: Extent, plan: Plan, tensor: Tensor) -> int:
-    units = plan.form.units(tensor.shape)
-    return 1 if extent is Extent.TENSOR else units.per_row * units.coefficients
-
-
-def _shared_rows(tensor: Tensor) -> list[int]:
-    """Rows of which more than one rank holds a part."""
-    columns = max(1, columns_of(tensor.shape))
-    return sorted({cut // columns for cut in tensor.cuts if cut % columns})

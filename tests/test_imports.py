@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "groups": set(),
     "dtensor": {"layout", "comm"},
     "plan": {"units", "declare", "extents", "piece", "layout", "comm", "dtensor"},
-    "sums": {"declare", "layout", "piece", "kernels", "plan"},
+    "sums": {"declare", "extents", "piece", "kernels", "plan"},
     "rounds": {"units", "declare", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
     "stages": {"declare", "piece", "kernels", "layout", "rounds", "sums"},
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},

@@ -319,7 +319,7 @@ class Counted(list):  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("recipe", ["paper", "orthogonal"])
 def test_no_work_is_quadratic_in_the_number_of_parameters(recipe: str) -> None:
-    """Groups are walked a few times in a step, the making of plans included, and once for all updates of single layers."""
+    """Groups are walked a few times in a step, the making of plans included, and once for updates of single layers."""
     walks = []
     for number in (4, 40):
         parameters = [torch.nn.Parameter(random(3, 5)) for _ in range(number)]

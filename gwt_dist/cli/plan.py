@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gwt_dist.cli.models import read_model
+from gwt_dist.keys import refuse_unknown
 from gwt_dist.memory import fill
 from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
@@ -18,7 +20,7 @@ from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import ENGINES, Setup
-from gwt_dist.memory.state import DEFAULT_RECIPE, LIMITED, SECOND_MOMENT
+from gwt_dist.recipes import DEFAULT, RECIPES
 from gwt_dist.report.pages import check_free, write_page
 
 TARGETS = ["attn", "mlp"]
@@ -43,7 +45,7 @@ def plan(
     target: Annotated[
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="energy, paper or orthogonal.")] = DEFAULT_RECIPE,
+    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     weights: Annotated[str, typer.Option(help="fp32, bf16, fp16 or fp64. [bf16 with ZeRO, else fp32]")] = "",
     gradients: Annotated[str, typer.Option(help="Dtype in which gradients are accumulated. [as the weights]")] = "",
@@ -69,16 +71,15 @@ def plan(
     if html is not None:
         check_free(html, force)
     spec = read_model(model)
+    # Arguments of `param_groups`, and what is beside them.
     options: dict[str, Any] = {
         "level": level,
         "targets": target or TARGETS,
         "wavelet": wavelet,
         "recipe": recipe,
         "limiter": None,
-        "accumulation": accumulation,
-        "micro_batch": micro_batch,
-        "sequence": sequence,
     }
+    batch = {"accumulation": accumulation, "micro_batch": micro_batch, "sequence": sequence}
     replicas = 1
     if mesh:
         replicas, shards = _mesh(mesh)
@@ -96,7 +97,8 @@ def plan(
             raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
         settings = _read(deepspeed_config)
         base = setup_of(settings, world)
-        options |= {key: value for key, value in _of_file(settings).items() if OPTION.get(key, key) not in given}
+        options |= _not_given(_params(settings), given)
+        batch |= _not_given(_batch(settings), given)
     else:
         zero = engine.startswith("zero")
         base = Setup(
@@ -109,11 +111,8 @@ def plan(
             use_orig_params=use_orig_params,
         )
 
-    limited = _limited(options["recipe"], options["limiter"])
-
     def make(lv: int, ranks: int) -> Plan:
-        second_moment = SECOND_MOMENT[options["recipe"]]
-        groups = groups_of(spec, lv, options["targets"], options["wavelet"], limited, second_moment)
+        groups = groups_of(spec, **{**options, "level": lv})
         return fill.plan(spec, groups, replace(base, world_size=ranks))
 
     tried: list[Tried] = []
@@ -124,7 +123,7 @@ def plan(
     else:
         found = make(options["level"], base.world_size)
     if found is not None:
-        content = _content(found, spec, options, low_rank)
+        content = _content(found, spec, options, batch, low_rank)
     else:
         content = {"fits": False}
     if fit:
@@ -143,12 +142,13 @@ def plan(
         raise typer.Exit(1)
 
 
-def _content(found: Plan, spec: ModelSpec, options: dict[str, Any], low_rank: int | None) -> dict[str, Any]:
+def _content(
+    found: Plan, spec: ModelSpec, options: dict[str, Any], batch: dict[str, int], low_rank: int | None
+) -> dict[str, Any]:
     high = groups_of(spec, 1, options["targets"])
     targeted = {name for group in high if group.level for name, _ in group.tensors}
-    content = report(found, targeted, low_rank, options["accumulation"])
-    tokens = options["micro_batch"] * options["sequence"] * options["accumulation"] * found.setup.world_size
-    content["setup"] |= {**options, "tokens": tokens}
+    content = report(found, targeted, low_rank, batch["accumulation"])
+    content["setup"] |= {**options, **batch, "tokens": prod(batch.values()) * found.setup.world_size}
     return content
 
 
@@ -167,12 +167,6 @@ def _fit(
 
 def _tried(one: Tried) -> dict[str, Any]:
     return {"level": one.level, "world_size": one.world_size, "device": one.device, "fits": one.fits}
-
-
-def _limited(recipe: str, limiter: float | None) -> bool:
-    if recipe not in LIMITED:
-        raise ValueError(f"recipe {recipe!r} must be one of {', '.join(LIMITED)}")
-    return LIMITED[recipe] if limiter is None else limiter > 0
 
 
 def _mesh(text: str) -> tuple[int, int]:
@@ -194,16 +188,21 @@ def _read(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _of_file(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a DeepSpeed JSON says of the optimizer and the batch."""
+def _not_given(said: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """What a file says but for the options of the command line."""
+    return {key: value for key, value in said.items() if OPTION.get(key, key) not in given}
+
+
+def _params(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed JSON says of the groups; "auto" is for the Trainer to fill in, and no bytes depend on it."""
     section = settings.get("optimizer") or {}
     params = (section.get("params") or {}) if section.get("type") == "GWTAdamW" else {}
-    found = {key: params[key] for key in ("level", "targets", "wavelet", "recipe", "limiter") if key in params}
-    for option, key in (
-        ("accumulation", "gradient_accumulation_steps"),
-        ("micro_batch", "train_micro_batch_size_per_gpu"),
-    ):
-        value = settings.get(key)
-        if isinstance(value, int) and value > 0:
-            found[option] = value
-    return found
+    refuse_unknown(params, "optimizer.params", "targets")
+    return {key: value for key, value in params.items() if value != "auto"}
+
+
+def _batch(settings: dict[str, Any]) -> dict[str, int]:
+    """What it says of the batch."""
+    names = {"accumulation": "gradient_accumulation_steps", "micro_batch": "train_micro_batch_size_per_gpu"}
+    said = {option: settings.get(key) for option, key in names.items()}
+    return {option: value for option, value in said.items() if isinstance(value, int) and value > 0}

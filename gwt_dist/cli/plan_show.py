@@ -16,6 +16,7 @@ NAMES = {
     "fairscale": "fairscale FullyShardedDataParallel",
     **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},
 }
+NOT_STATE = ("weights", "gradients", "masters", "gradients of the masters")  # rows that AdamW has alike
 COLUMNS = (("worst rank", "worst_rank"), ("least", "min"), ("median", "median"), ("most", "max"))
 
 
@@ -154,9 +155,9 @@ _LEFT, _WIDTH = 110, 640  # of the bars, in units of the drawing, which leaves r
 def page(content: dict[str, Any]) -> str:
     """A page that needs nothing beside itself."""
     parts = [(row["name"], row["worst_rank"]) for row in content["rows"]]
-    states = ("exp_avg", "exp_avg_sq", "steps, limiter norms")
     adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
-    beside = [(n, adamw // 2 if n in states[:2] else 0 if n == states[2] else value) for n, value in parts]
+    its_state = {"exp_avg": adamw // 2, "exp_avg_sq": adamw // 2}
+    beside = [(n, value if n in NOT_STATE else its_state.get(n, 0)) for n, value in parts]
     legend = {name: colour for (name, _), colour in zip(parts, COLOURS, strict=False)}
     largest = max(sum(v for _, v in parts), sum(v for _, v in beside), 1)
     most = max(other["rank"] for other in content["beside"]) or 1

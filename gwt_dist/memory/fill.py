@@ -3,63 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
-from gwt_dist import layout
+from gwt_dist import extents
+from gwt_dist.declare import Extent, Program
 from gwt_dist.memory import splits
+from gwt_dist.memory.count import count, per_tensor, tensor_of, travelling
 from gwt_dist.memory.model import ModelSpec, TensorSpec
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.setup import STEP, Setup
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.memory.state import GroupSpec
-from gwt_dist.units import coefficients, level_of, units_of
 
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """Of the tensors of a `Concatenation`, by shard."""
-
-    elements: tuple[int, ...]
-    wavelet: tuple[int, ...]  # coefficients of all moments, as the two that follow
-    cut: tuple[int, ...]
-    rest: tuple[int, ...]
-    second: tuple[int, ...]  # of the second moment alone, whatever the level
-    held: tuple[int, ...]  # tensors with any element
-    exchange: int
-
-
-_Kind = tuple[int, str, int]  # level, wavelet and number of moments of a tensor's group
-
-
-@lru_cache(maxsize=4096)
-def _count(laid: Concatenation, kinds: tuple[_Kind | None, ...], shards: int) -> _Counts:
-    """What `shards` ranks keep of the tensors of kind not None."""
-    elements, wavelet, cut, rest, second, held = ([0] * shards for _ in range(6))
-    exchange = 0
-    for number, (shape, kind) in enumerate(zip(laid.shapes, kinds, strict=True)):
-        if kind is None:
-            continue
-        level, name, moments = kind
-        units = units_of(shape, level, name)
-        kept = wavelet if level_of(shape, level) else rest
-        moments = moments if kept is wavelet else 2
-        starts = []
-        for shard, start, stop in laid.intervals(number):
-            first, last = units.index(start), units.index(stop - 1) + 1
-            elements[shard] += stop - start
-            held[shard] += 1
-            kept[shard] += moments * (last - first) * units.coefficients
-            second[shard] += (moments - 1) * (last - first) * units.coefficients
-            if units.bounds(first)[0] < start and kept is wavelet:
-                cut[shard] += moments * units.coefficients
-            if start:
-                starts.append(start)
-        tensor = layout.Tensor("", shape, tuple(starts))
-        exchange += layout.plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
-    return _Counts(tuple(elements), tuple(wavelet), tuple(cut), tuple(rest), tuple(second), tuple(held), exchange)
+Part = tuple[Concatenation, int]  # a tensor, by its number
 
 
 def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> Plan:
@@ -68,68 +25,72 @@ def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> Plan:
     Raises `ValueError` for groups that the engine cannot have.
     """
     found = Plan(setup, model, groups)
-    shards = setup.shards
-    for values in (
-        found.wavelet,
-        found.second,
-        found.cut,
-        found.rest,
-        found.scalars,
-        found.elements,
-        found.checkpoint,
-    ):
-        values += [0] * shards
-    found.weights, found.gradients = [0] * shards, [0] * shards
-    found.masters, found.step_gradients = [0] * shards, [0] * shards
     _BUILD[setup.engine](found)
     return found
 
 
 class _Sums:
-    """Adds tensors to a plan."""
+    """Adds tensors and parameters to a plan."""
 
     def __init__(self, found: Plan) -> None:
-        self.plan, self.setup = found, found.setup
-        self.kinds = {name: (g.level, g.wavelet, g.moments) for g in found.groups for name, _ in g.tensors}
-        # Squared norms of a tensor: of its limiter, or of momentum and approximation.
-        self.norms_of = {n: int(g.limited) if g.second_moment else 2 for g in found.groups for n, _ in g.tensors}
-        self.frozen = [t for t in found.model.tensors if t.name not in self.kinds]
-        self.shards = len(found.weights)
+        self.plan, self.setup, self.shards = found, found.setup, found.setup.shards
+        self.groups = {name: group for group in found.groups for name, _ in group.tensors}
+        self.frozen = [t for t in found.model.tensors if t.name not in self.groups]
 
-    def moments(self, laid: Concatenation, names: Sequence[str], times: int = 1) -> _Counts:
-        """Moments of tensors of these names, and what a checkpoint keeps of them, `times` over."""
-        setup, found = self.setup, self.plan
-        counts = _count(laid, tuple(self.kinds.get(name) for name in names), self.shards)
-        moment = setup.state_bytes
-        stored = 4 if setup.masters else setup.bytes_of("weights")
-        for s in range(self.shards):
-            found.elements[s] += times * counts.elements[s]
-            found.wavelet[s] += times * moment * counts.wavelet[s]
-            found.cut[s] += times * moment * counts.cut[s]
-            found.rest[s] += times * moment * counts.rest[s]
-            found.second[s] += times * moment * counts.second[s]
-            owned = counts.wavelet[s] - counts.cut[s] + counts.rest[s]
-            found.checkpoint[s] += times * (stored * counts.elements[s] + moment * owned)
-        if self.shards > 1:
+    def tensors(
+        self,
+        laid: Concatenation,
+        names: Sequence[str],
+        times: int = 1,
+        *,
+        alone: bool = False,
+        owner: int | None = None,
+    ) -> None:
+        """Elements and state of tensors of these names, and what a checkpoint keeps of them, `times` over.
+
+        `alone`: each is a parameter by itself, which has no state where nothing of it is held; without it, `parameter`
+        adds what there is one of a tensor. `owner`: the shard that has all of their state, and every shard the weights.
+        """
+        setup, found, size, first = self.setup, self.plan, self.setup.state_bytes, owner or 0
+        groups = [self.groups.get(name) for name in names]
+        kinds = tuple(g and g.kind(shape) for g, shape in zip(groups, laid.shapes, strict=True))
+        counts = count(laid, kinds, self.shards if owner is None else 1)
+        stored = 0 if owner is not None else 4 if setup.masters else setup.bytes_of("weights")
+        _add(found.elements, counts.elements, times, first)
+        _add(found.cut, counts.cut, times * size, first)
+        _add(found.checkpoint, counts.elements, times * stored, first)
+        _add(found.checkpoint, counts.owned, times * size, first)
+        found.checkpoint_common += times * size * counts.common
+        if alone:
+            _add(found.steps, counts.tensors, STEP, first)
+        for field, kept in counts.kept.items():
+            if alone or field.extent is not Extent.TENSOR:
+                _add(found.fields[field], kept, times * size, first)
+        if owner is None and self.shards > 1:
             found.exchange += times * counts.exchange
-            for name, shape in zip(names, laid.shapes, strict=True):
-                level, _, moments = self.kinds.get(name, (0, "", 2))
-                found.travelling += times * prod(shape) if moments == 1 and level_of(shape, level) else 0
-        return counts
+            for group, shape in zip(groups, laid.shapes, strict=True):
+                found.travelling += times * travelling(group.program_for(shape), shape) if group else 0
 
-    def scalars(self, tensors: int) -> int:
-        """Bytes of the step and the norms of a parameter that stands for so many tensors."""
-        return STEP + self.setup.state_bytes * tensors
+    def parameter(self, group: GroupSpec, parts: Sequence[Part], owner: int | None = None) -> None:
+        """What a parameter of these tensors has on every shard, or on `owner`, whatever is held of them."""
+        programs = {group.program_for(laid.shapes[i]) for laid, i in parts}
+        once, first = [1] * (self.shards if owner is None else 1), owner or 0
+        _add(self.plan.steps, once, STEP, first)
+        for field in per_tensor(programs):
+            _add(self.plan.fields[field], once, self.setup.state_bytes * len(parts), first)
+        if owner is None:
+            self.summed(group, programs, parts)
+
+    def summed(self, group: GroupSpec, programs: Iterable[Program], parts: Sequence[Part]) -> None:
+        """A parameter's places in sums over ranks: those of each program for all of its tensors."""
+        for one in (one for program in programs for one in program.sums if self.shards > 1):
+            for tensor in (tensor_of(*part) for part in parts):
+                places = extents.summed(one.extent, tensor, group.units_for(tensor.shape))
+                self.plan.norms += one.numbers * places
 
     def everywhere(self, values: list[int], number: int) -> None:
         """Add the same number for each shard."""
         values[:] = [value + number for value in values]
-
-    def norms(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
-        """A parameter's places in the sum of norms: those of each tensor, if any of them has a level."""
-        if self.shards > 1:
-            if any(level_of(shape, self.kinds[name][0]) for name, shape in zip(names, shapes, strict=True)):
-                self.plan.norms += self.norms_of[names[0]] * len(names)
 
     def frozen_weights(self) -> None:
         """Frozen tensors that every rank holds whole."""
@@ -144,8 +105,9 @@ def _whole(found: Plan) -> None:
     sums.frozen_weights()
     for group in found.groups:
         for name, shape in group.tensors:
-            sums.moments(splits.flat([shape], 1), [name])
-            found.scalars[0] += sums.scalars(1)
+            laid = splits.flat([shape], 1)
+            sums.tensors(laid, [name])
+            sums.parameter(group, [(laid, 0)])
             found.weights[0] += prod(shape) * setup.bytes_of("weights")
             found.gradients[0] += prod(shape) * setup.bytes_of("gradients")
             if setup.masters:
@@ -160,18 +122,12 @@ def _owners(found: Plan) -> None:
     split = splits.largest_first if setup.engine == "zro" else splits.in_order
     owners = split([[shape for _, shape in group.tensors] for group in found.groups], setup.world_size)
     for group, of_group in zip(found.groups, owners, strict=True):
-        for (_, shape), rank in zip(group.tensors, of_group, strict=True):
-            leveled = level_of(shape, group.level) > 0
-            moments = group.moments if leveled else 2
-            moment = setup.state_bytes * coefficients(shape, group.level, group.wavelet)
-            kept = moments * moment
-            (found.wavelet if leveled else found.rest)[rank] += kept
-            found.second[rank] += (moments - 1) * moment
-            found.scalars[rank] += sums.scalars(1)
-            found.elements[rank] += prod(shape)
-            found.checkpoint[rank] += kept
-            found.checkpoint_common += prod(shape) * setup.bytes_of("weights")
+        for (name, shape), rank in zip(group.tensors, of_group, strict=True):
+            laid = splits.flat([shape], 1)
+            sums.tensors(laid, [name], owner=rank)
+            sums.parameter(group, [(laid, 0)], rank)
     trained = sum(prod(shape) for group in found.groups for _, shape in group.tensors)
+    found.checkpoint_common += trained * setup.bytes_of("weights")
     sums.everywhere(found.weights, trained * setup.bytes_of("weights"))
     sums.everywhere(found.gradients, trained * setup.bytes_of("gradients"))
 
@@ -185,10 +141,9 @@ def _zero_1_and_2(found: Plan) -> None:
         shapes = [shape for _, shape in group.tensors]
         laid, order = splits.zero_1_and_2(shapes, sums.shards, round_robin=setup.round_robin, alignment=alignment)
         names = [group.tensors[i][0] for i in order]
-        sums.moments(laid, names)
-        sums.norms(names, laid.shapes)
+        sums.tensors(laid, names)
+        sums.parameter(group, [(laid, i) for i in range(len(shapes))])
         whole = sum(prod(shape) for shape in shapes)
-        sums.everywhere(found.scalars, sums.scalars(len(shapes)))
         sums.everywhere(found.weights, laid.part * sums.shards * setup.bytes_of("weights"))
         sums.everywhere(found.masters, laid.part * 4)
         padded = laid.part * sums.shards
@@ -204,10 +159,10 @@ def _zero_3(found: Plan) -> None:
     for group in found.groups:
         shapes = [shape for _, shape in group.tensors]
         _each(sums, group, lambda shape: splits.zero_3(shape, sums.shards))
-        for numbers in splits.sub_groups(shapes, sums.shards, setup.sub_group_size):
-            slots = sum(splits.zero_3(shapes[i], sums.shards).part for i in numbers)
-            sums.everywhere(found.scalars, sums.scalars(len(numbers)))
-            sums.norms([group.tensors[i][0] for i in numbers], [shapes[i] for i in numbers])
+        for buffer in splits.sub_groups(shapes, sums.shards, setup.sub_group_size):
+            parts = [(splits.zero_3(shapes[i], sums.shards), 0) for i in buffer]
+            slots = sum(laid.part for laid, _ in parts)
+            sums.parameter(group, parts)
             sums.everywhere(found.masters, slots * 4)
             sums.everywhere(found.gradients, slots * setup.bytes_of("gradients"))
             _largest(found.step_gradients, slots * 4)
@@ -232,9 +187,8 @@ def _fsdp2(found: Plan) -> None:
         _each(sums, group, lambda shape: splits.rows(shape, sums.shards))
         for s, (now, then) in enumerate(zip(found.elements, before, strict=True)):
             found.gradients[s] += (now - then) * gradient
-        for name, shape in group.tensors:
-            sums.everywhere(found.scalars, sums.scalars(1))
-            sums.norms([name], [shape])
+        for _, shape in group.tensors:
+            sums.parameter(group, [(splits.rows(shape, sums.shards), 0)])
     _frozen_parts(sums, lambda tensor: splits.rows(tensor.shape, sums.shards))
 
 
@@ -246,7 +200,7 @@ def _each(sums: _Sums, group: GroupSpec, split: Callable[[tuple[int, ...]], Conc
         first.setdefault(shape, name)
         times[shape] += 1
     for shape, name in first.items():
-        sums.moments(split(shape), [name], times[shape])
+        sums.tensors(split(shape), [name], times[shape])
 
 
 def _frozen_parts(sums: _Sums, split: Callable[[TensorSpec], Concatenation]) -> None:
@@ -271,29 +225,31 @@ def _flat_units(found: Plan) -> None:
             laid = splits.fsdp1(shapes, sums.shards, ranks, weight, setup.use_orig_params)
         else:
             laid = splits.flat(shapes, sums.shards)
-        kinds = {sums.kinds.get(name) for name in names}
+        groups = [sums.groups.get(name) for name in names]
+        kinds = {g and (g.level, g.wavelet, g.program, g.plain) for g in groups}
         if not parts and len(kinds) > 1:
             raise ValueError(
                 f"the tensors of unit {unit or 'the rest of the model'!r} have the levels "
-                f"{sorted(k[0] for k in kinds if k)}{' and some are frozen' if None in kinds else ''}, and one flat "
-                f"parameter has one: use_orig_params, or one level for all"
+                f"{sorted({g.level for g in groups if g})}{' and some are frozen' if None in kinds else ''}, and one "
+                f"flat parameter has one: use_orig_params, or one level for all"
             )
         sums.everywhere(found.weights, laid.part * weight)
         if kinds == {None}:
             continue
         sums.everywhere(found.gradients, laid.part * gradient)
-        counts = sums.moments(laid, names)
-        if parts:
-            for s in range(sums.shards):
-                found.scalars[s] += counts.held[s] * sums.scalars(1)  # no gradient, so no state, where nothing is held
-            for tensor in tensors:
-                if tensor.name in sums.kinds:
-                    sums.norms([tensor.name], [tensor.shape])
-        else:
-            sums.everywhere(found.scalars, sums.scalars(len(tensors)))
-            sums.norms(names, shapes)
+        sums.tensors(laid, names, alone=parts)
+        for i, group in enumerate(groups):
+            if parts and group:
+                sums.summed(group, [group.program_for(shapes[i])], [(laid, i)])
+        if not parts and groups[0]:
+            sums.parameter(groups[0], [(laid, i) for i in range(len(tensors))])
     for tensor in sums.frozen:
         found.checkpoint_common += tensor.numel * weight
+
+
+def _add(values: list[int], more: Sequence[int], factor: int, first: int = 0) -> None:
+    for s, number in enumerate(more, first):
+        values[s] += factor * number
 
 
 def _largest(values: list[int], number: int) -> None:

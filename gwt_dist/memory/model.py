@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gwt_dist.groups import first_match, levels_by_pattern, no_match
-from gwt_dist.memory.state import DEFAULT_RECIPE, LIMITED, GroupSpec
+from gwt_dist.memory.state import GroupSpec
 from gwt_dist.units import check_level
 
 if TYPE_CHECKING:
@@ -54,14 +54,12 @@ class ModelSpec:
 
 
 def groups_of(
-    model: ModelSpec,
-    level: int,
-    targets: str | Sequence[str] | Mapping[str, int],
-    wavelet: str = "haar",
-    limited: bool = LIMITED[DEFAULT_RECIPE],
-    second_moment: bool = True,
+    model: ModelSpec, level: int, targets: str | Sequence[str] | Mapping[str, int], **group_options: Any
 ) -> list[GroupSpec]:
-    """The groups that `param_groups` makes of the model itself; raises the same `ValueError`."""
+    """The groups that `param_groups` makes of the model itself, with the same arguments.
+
+    Raises `ValueError` as that does and as `GWTAdamW` does for `group_options`.
+    """
     check_level(level)
     patterns = levels_by_pattern(targets, level)
     by_level: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
@@ -74,7 +72,8 @@ def groups_of(
         if pattern not in matched:
             raise no_match(pattern, [tensor.linear for tensor in model.tensors if tensor.linear])
     return [
-        GroupSpec(lv, wavelet, tuple(by_level[lv]), limited, second_moment) for lv in sorted(by_level, reverse=True)
+        GroupSpec.of({**group_options, "level": level}, tuple(by_level[level]), f"parameter group {number}")
+        for number, level in enumerate(sorted(by_level, reverse=True))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Bytes of every rank of a run that is not there yet: weights, gradients, masters, moments, cut units, collectives.
+"""Bytes of every rank of a run that is not there yet: weights, gradients, masters, state, cut units, collectives.
 
 State, cut units, exchange, masters and the model's own weights are exact. Gradients are those that an engine holds at
 the end of a backward pass. Activations and an engine's buffers for communication are not counted.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gwt_dist.declare import Extent, Field
 from gwt_dist.memory.model import ModelSpec
 from gwt_dist.memory.setup import Setup
 from gwt_dist.memory.state import GroupSpec
@@ -23,26 +24,39 @@ class Plan:
     setup: Setup
     model: ModelSpec
     groups: Sequence[GroupSpec]
-    weights: list[int] = field(default_factory=list)
-    masters: list[int] = field(default_factory=list)
-    gradients: list[int] = field(default_factory=list)
-    step_gradients: list[int] = field(default_factory=list)  # fp32, of one buffer at a time, beside masters
-    wavelet: list[int] = field(default_factory=list)  # moments of tensors with level > 0
-    second: list[int] = field(default_factory=list)  # the second of both, of whatever level
-    cut: list[int] = field(default_factory=list)  # the part of `wavelet` that another rank owns
-    rest: list[int] = field(default_factory=list)  # both moments of level-0 tensors
-    scalars: list[int] = field(default_factory=list)  # steps and limiter norms
-    elements: list[int] = field(default_factory=list)  # trained elements, not bytes
-    checkpoint: list[int] = field(default_factory=list)  # what a shard's ranks write between them
+    fields: dict[Field, list[int]] = field(init=False)  # state by field, wherever a number of it is kept
+    steps: list[int] = field(init=False)
+    cut: list[int] = field(init=False)  # of `fields`, what another rank owns
+    weights: list[int] = field(init=False)
+    masters: list[int] = field(init=False)
+    gradients: list[int] = field(init=False)
+    step_gradients: list[int] = field(init=False)  # fp32, of one buffer at a time, beside masters
+    elements: list[int] = field(init=False)  # trained elements, not bytes
+    checkpoint: list[int] = field(init=False)  # what a shard's ranks write between them
     checkpoint_common: int = 0  # what all ranks hold alike, of which each writes a part
     exchange: int = 0  # elements of all cut units in the sum that completes them, each step
-    norms: int = 0  # squared norms in their sum, each step
-    travelling: int = 0  # elements of all matrices that are sent to a rank each and back, each step
+    norms: int = 0  # numbers of all other sums over ranks, each step
+    travelling: int = 0  # numbers that are sent to the ranks of their matrices and back, each step
+
+    def __post_init__(self) -> None:
+        programs = [program for group in self.groups for program in (group.plain, group.program)]
+        self.fields = {field: self._nothing() for program in programs for field in program.fields}
+        self.steps, self.cut, self.weights, self.masters = (self._nothing() for _ in range(4))
+        self.gradients, self.step_gradients, self.elements, self.checkpoint = (self._nothing() for _ in range(4))
+
+    def _nothing(self) -> list[int]:
+        return [0] * self.setup.shards
+
+    @property
+    def scalars(self) -> list[int]:
+        """Steps, and fields of one number a tensor."""
+        its = [values for field, values in self.fields.items() if field.extent is Extent.TENSOR]
+        return [sum(x) for x in zip(self.steps, *its, strict=True)]
 
     @property
     def state(self) -> list[int]:
         """All optimizer state."""
-        return [sum(x) for x in zip(self.wavelet, self.rest, self.scalars, strict=True)]
+        return [sum(x) for x in zip(self.steps, *self.fields.values(), strict=True)]
 
     @property
     def total(self) -> list[int]:

@@ -8,6 +8,7 @@ from math import prod
 from statistics import median_low
 from typing import Any
 
+from gwt_dist.declare import Extent
 from gwt_dist.memory.compare import Other, others, quarter
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.traffic import traffic
@@ -40,7 +41,6 @@ def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumula
     """
     setup, total = plan.setup, plan.total
     worst = max(range(len(total)), key=total.__getitem__)
-    first = [a + b - c for a, b, c in zip(plan.wavelet, plan.rest, plan.second, strict=True)]
     gradients, states = setup.gradients or setup.weights, f"fp{8 * setup.state_bytes}"
     on_host = setup.offload in ("optimizer", "both")
     rows = [
@@ -48,11 +48,10 @@ def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumula
         ("gradients", gradients, on_host and setup.engine == "fsdp2", plan.gradients),
         ("masters", "fp32", on_host, plan.masters),
         ("gradients of the masters", "fp32", on_host, plan.step_gradients),
-        ("exp_avg", states, on_host, first),
-        ("exp_avg_sq", states, on_host, plan.second),
+        *((f.name, states, on_host, values) for f, values in plan.fields.items() if f.extent is not Extent.TENSOR),
         ("steps, limiter norms", "fp32" if setup.state_bytes == 4 else "fp32, fp64", on_host, plan.scalars),
     ]
-    elements = sum(plan.elements)
+    elements, kept = sum(plan.elements), {field.name for field in plan.fields}
     rank = quarter(plan.groups, targeted) if low_rank is None else low_rank
     ours = Other("GWTAdamW", "exact", sum(plan.state) - sum(plan.cut))
     return {
@@ -78,7 +77,7 @@ def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumula
         "rows": [
             {"name": name, "dtype": dtype, "host": host, **spread(values, worst)}
             for name, dtype, host, values in rows
-            if any(values) or (name == "exp_avg_sq" and any(first))
+            if any(values) or (elements and name in kept)
         ],
         "state": spread(plan.state, worst),
         "cut": spread(plan.cut, worst),

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from gwt_dist.layout import Fragment
+from gwt_dist.declare import Extent, Program
+from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory import splits
+from gwt_dist.memory.count import Kind, numbers, per_tensor
+from gwt_dist.recipes import DEFAULT, check_group, program_of
 from gwt_dist.units import level_of, units_of
 
-# That of `GWTAdamW`, where a group does not say.
-DEFAULT_RECIPE = "energy"
-# Whether the limiter of a recipe is on where a group does not say: `recipes.RECIPES`, which needs torch.
-LIMITED = {"paper": True, "energy": False, "orthogonal": False}
-# Whether it keeps a second moment of tensors with level > 0 where a group does not say.
-SECOND_MOMENT = {"paper": True, "energy": True, "orthogonal": False}
-FP32 = 4  # bytes; moments are fp32 whatever the weights are, except for fp64 weights
+FP32 = 4  # bytes; state is fp32 whatever the weights are, except for fp64 weights
+Tensors = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +24,31 @@ class GroupSpec:
 
     level: int
     wavelet: str
-    tensors: tuple[tuple[str, tuple[int, ...]], ...]
-    limited: bool = LIMITED[DEFAULT_RECIPE]  # a limiter above 0, so that norms are summed over ranks
-    second_moment: bool = True  # of tensors with level > 0, whose momentum is orthogonalized if they have none
+    tensors: Tensors
+    program: Program = field(default_factory=partial(program_of, {}, 1))  # of tensors with level > 0
+    plain: Program = field(default_factory=partial(program_of, {}, 0))  # of all others
 
-    @property
-    def moments(self) -> int:
-        """Moments of a tensor with level > 0."""
-        return 1 + self.second_moment
+    @classmethod
+    def of(cls, group: Mapping[str, Any], tensors: Tensors, where: str = "a parameter group") -> GroupSpec:
+        """That of a parameter group: its ``level``, and any other key of `GWTAdamW`.
+
+        Raises `ValueError` as `GWTAdamW` does for a key that is wrong; it says `where`.
+        """
+        keys = {"wavelet": "haar", "recipe": DEFAULT, **group}
+        check_group(keys, where)
+        return cls(keys["level"], keys["wavelet"], tensors, program_of(keys, 1), program_of(keys, 0))
+
+    def program_for(self, shape: Sequence[int]) -> Program:
+        """What steps a tensor of `shape`."""
+        return self.program if level_of(shape, self.level) else self.plain
+
+    def kind(self, shape: tuple[int, ...]) -> Kind:
+        """What decides what is kept of a tensor of `shape`."""
+        return self.level, self.wavelet, self.program_for(shape).fields
+
+    def units_for(self, shape: tuple[int, ...]) -> Units:
+        """The units of a tensor of `shape`."""
+        return units_of(shape, self.level, self.wavelet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +57,11 @@ class StateBytes:
     elements.
     """
 
-    wavelet: int  # moments of tensors with level > 0, cut units counted wherever they are kept
+    wavelet: int  # state of tensors with level > 0 but for scalars, cut units counted wherever they are kept
     wavelet_cut: int  # the part of `wavelet` that another rank owns
     wavelet_adamw: int  # what AdamW would hold for the elements of these tensors
     rest: int  # both moments of level-0 tensors, which is what AdamW holds
-    scalars: int  # steps and limiter norms
+    scalars: int  # steps, and fields of one number a tensor: limiter norms
 
     @property
     def total(self) -> int:
@@ -59,23 +75,19 @@ class StateBytes:
 
 
 def specs(named_parameters: Iterable[tuple[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[GroupSpec]:
-    """The groups that `param_groups` returned, by shapes; under `deepspeed.zero.Init` too."""
+    """The groups that `param_groups` returned, by shapes; under `deepspeed.zero.Init` too.
+
+    Raises `ValueError` for a key of a group that is wrong.
+    """
     names = {id(parameter): name for name, parameter in named_parameters}
     return [
-        GroupSpec(
-            group["level"],
-            group.get("wavelet", "haar"),
+        GroupSpec.of(
+            {key: value for key, value in group.items() if key != "params"},
             tuple((names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group["params"]),
-            LIMITED[group.get("recipe", DEFAULT_RECIPE)] if group.get("limiter") is None else group["limiter"] > 0,
-            _second_moment(group),
+            f"parameter group {number}",
         )
-        for group in groups
+        for number, group in enumerate(groups)
     ]
-
-
-def _second_moment(group: Mapping[str, Any]) -> bool:
-    chosen = group.get("second_moment")
-    return SECOND_MOMENT[group.get("recipe", DEFAULT_RECIPE)] if chosen is None else chosen != "none"
 
 
 def plan_zero(
@@ -86,8 +98,8 @@ def plan_zero(
     for group in groups:
         names, shapes = [name for name, _ in group.tensors], [shape for _, shape in group.tensors]
         if stage == 3:
-            for numbers in splits.sub_groups(shapes, world_size, sub_group_size):
-                slots = [splits.zero_3(shapes[i], world_size).fragments([names[i]], rank)[0] for i in numbers]
+            for buffer in splits.sub_groups(shapes, world_size, sub_group_size):
+                slots = [splits.zero_3(shapes[i], world_size).fragments([names[i]], rank)[0] for i in buffer]
                 buffers.append((group, slots))
         else:
             buffers.append((group, splits.zero_1_and_2(shapes, world_size)[0].fragments(names, rank)))
@@ -97,19 +109,20 @@ def plan_zero(
 def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateBytes:
     """State bytes for flat buffers, each of which holds `fragments` of all tensors of one optimizer parameter.
 
-    A tensor of which the rank holds nothing is an empty fragment: its limiter norm is kept by every rank.
+    A tensor of which the rank holds nothing is an empty fragment: what there is one of a tensor, every rank keeps.
     """
     wavelet = cut = wavelet_adamw = rest = scalars = 0
     for group, fragments in buffers:
-        scalars += FP32 * (1 + len(fragments))
+        programs = {group.program_for(fragment.shape) for fragment in fragments}
+        scalars += FP32 * (1 + len(per_tensor(programs)) * len(fragments))
         for fragment in fragments:
-            units = units_of(fragment.shape, group.level, group.wavelet)
-            kept = units.moments(fragment).numel
-            first, last = units.owned(fragment)
+            fields = [f for f in group.program_for(fragment.shape).fields if f.extent is not Extent.TENSOR]
+            its = numbers(fields, fragment, group.units_for(fragment.shape))
+            kept = FP32 * sum(n.kept for _, n in its)
             if level_of(fragment.shape, group.level):
-                wavelet += group.moments * FP32 * kept
-                cut += group.moments * FP32 * (kept - fragment.rows * (last - first) * units.coefficients)
+                wavelet += kept
+                cut += kept - FP32 * sum(n.owned for _, n in its)
                 wavelet_adamw += 2 * FP32 * fragment.numel
             else:
-                rest += 2 * FP32 * kept
+                rest += kept
     return StateBytes(wavelet, cut, wavelet_adamw, rest, scalars)

@@ -1,0 +1,97 @@
+"""How many numbers ranks keep of the fields of tensors, and how many they send: by extent, whatever the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from gwt_dist import extents, layout
+from gwt_dist.declare import Extent, Field, Program, Travel
+from gwt_dist.layout import Fragment, Units
+from gwt_dist.memory.splits import Concatenation
+from gwt_dist.units import units_of
+
+Kind = tuple[int, str, tuple[Field, ...]]  # level and wavelet of a tensor's group, and the tensor's fields
+
+
+class Numbers(NamedTuple):
+    """Of a field, how many numbers go with a fragment."""
+
+    kept: int
+    owned: int  # those that its rank counts in sums and writes to checkpoints
+
+
+def numbers(fields: Iterable[Field], fragment: Fragment, units: Units) -> list[tuple[Field, Numbers]]:
+    """Of each field, the numbers that go with `fragment` of a tensor of these units."""
+    of = {
+        extent: Numbers(extents.kept(extent, fragment, units).numel, extents.owned(extent, fragment, units).numel)
+        for extent in {field.extent for field in fields}
+    }
+    return [(field, of[field.extent]) for field in fields]
+
+
+def per_tensor(programs: Iterable[Program]) -> tuple[Field, ...]:
+    """The fields of one number a tensor that a parameter has if these programs step its tensors: for all of them."""
+    found = (field for program in programs for field in program.fields if field.extent is Extent.TENSOR)
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of the tensors of a `Concatenation`, by shard; of a tensor that it holds nothing of a shard keeps nothing."""
+
+    elements: list[int]
+    kept: dict[Field, list[int]]  # numbers
+    owned: list[int]  # of all fields that are sharded as elements are
+    cut: list[int]  # of all fields, what another shard owns
+    tensors: list[int]
+    common: int  # numbers that all shards which hold any of a tensor keep alike, once
+    exchange: int
+
+
+@lru_cache(maxsize=4096)
+def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> Counts:
+    """What `shards` ranks keep of the tensors of kind not None."""
+    elements, owned, cut, tensors = ([0] * shards for _ in range(4))
+    kept: dict[Field, list[int]] = {}
+    common = exchange = 0
+    for number, (shape, kind) in enumerate(zip(laid.shapes, kinds, strict=True)):
+        if kind is None:
+            continue
+        level, wavelet, fields = kind
+        units = units_of(shape, level, wavelet)
+        found: dict[tuple[int, int], list[tuple[list[int], Extent, Numbers]]] = {}
+        for shard, start, stop in laid.intervals(number):
+            # Which rows they are changes no number, so most parts of a tensor are like one before.
+            begin = start % units.columns
+            like = begin, begin + stop - start
+            if like not in found:
+                its = numbers(fields, Fragment("", shape, *like), units)
+                found[like] = [(kept.setdefault(f, [0] * shards), f.extent, n) for f, n in its]
+            elements[shard] += stop - start
+            tensors[shard] += 1
+            for by_shard, extent, n in found[like]:
+                by_shard[shard] += n.kept
+                cut[shard] += n.kept - n.owned
+                if extent in (Extent.UNIT, Extent.ROW):
+                    owned[shard] += n.owned
+        common += sum(prod(extents.whole(f.extent, shape, units)) for f in fields if f.extent is Extent.COLUMN)
+        tensor = tensor_of(laid, number)
+        exchange += layout.plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
+    return Counts(elements, kept, owned, cut, tensors, common, exchange)
+
+
+@lru_cache(maxsize=4096)
+def tensor_of(laid: Concatenation, number: int) -> layout.Tensor:
+    """A tensor and where it is cut."""
+    cuts = tuple(start for _, start, _ in laid.intervals(number) if start)
+    return layout.Tensor("", laid.shapes[number], cuts)
+
+
+def travelling(program: Program, shape: tuple[int, ...]) -> int:
+    """Elements of a tensor that go to one rank and back, and the numbers of its rows that go along."""
+    rows = shape[0] if len(shape) >= 2 else 1
+    return sum(prod(shape) + rows * len(phase.rows) for phase in program.phases if isinstance(phase, Travel))
