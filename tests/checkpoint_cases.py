@@ -211,7 +211,7 @@ def load_case(
 
 
 def one_rank_fails_case(folder: str, what: str) -> dict[str, Any]:
-    """Rank 1 alone finds a damaged piece, or its disk full: what every rank says, and what is left."""
+    """Rank 1 alone finds a damaged chunk, or its disk full: what every rank says, and what is left."""
     path = place(folder, what, torch.float32, dist.get_world_size())
     trained = Trained("fsdp2")
     trained.train(steps()[:BEFORE])
@@ -221,8 +221,8 @@ def one_rank_fails_case(folder: str, what: str) -> dict[str, Any]:
     states = [{k: dtensor.local(v).clone() for k, v in s.items()} for s in trained.optimizer.state.values()]
     real_verify, real_write = Reader.verify, write.write_file
 
-    def damaged(self: Reader, stored: Any, piece: Any, told: str) -> None:
-        raise CheckpointError(f"{piece.file} is damaged, says rank 1")
+    def damaged(self: Reader, stored: Any, chunk: Any, told: str) -> None:
+        raise CheckpointError(f"{chunk.file} is damaged, says rank 1")
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")

@@ -100,7 +100,7 @@ def renamed(to: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def piece_of(index: dict[str, Any], kind: str = "weight") -> dict[str, Any]:
+def chunk_of(index: dict[str, Any], kind: str = "weight") -> dict[str, Any]:
     return index["tensors"]["attn_q.weight"]["parts"][kind]["pieces"][0]
 
 
@@ -122,17 +122,17 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not there": (renamed("rank-00001.safetensors"), "rank-00001.safetensors is missing"),
     "huge": (lambda i: i["files"]["rank-00000.safetensors"].update(bytes=1 << 50), "and the file 58"),
     "shape": (lambda i: i["tensors"]["attn_q.weight"].update(shape=[1 << 40, 1 << 40]), "is no shape of a tensor"),
-    "beyond": (lambda i: piece_of(i).update(offset=1 << 40), "do not lie in its data"),
-    "header": (lambda i: piece_of(i).update(offset=0), "do not lie in its data"),
-    "rows": (lambda i: piece_of(i).update(rows=1 << 40, stop=0), "do not lie in its data"),
+    "beyond": (lambda i: chunk_of(i).update(offset=1 << 40), "do not lie in its data"),
+    "header": (lambda i: chunk_of(i).update(offset=0), "do not lie in its data"),
+    "rows": (lambda i: chunk_of(i).update(rows=1 << 40, stop=0), "do not lie in its data"),
     "twice": (
-        lambda i: i["tensors"]["attn_q.weight"]["parts"]["weight"]["pieces"].append(piece_of(i)),
+        lambda i: i["tensors"]["attn_q.weight"]["parts"]["weight"]["pieces"].append(chunk_of(i)),
         "do not lie in its data|do not make up the tensor",
     ),
-    "gap": (lambda i: piece_of(i).update(start=1), "do not make up the tensor"),
-    "negative": (lambda i: piece_of(i).update(start=-1), "is no number of things"),
-    "boolean": (lambda i: piece_of(i).update(start=True), "is a bool"),
-    "checksum": (lambda i: piece_of(i).update(sha256="0" * 64), "rank-00000.safetensors is damaged"),
+    "gap": (lambda i: chunk_of(i).update(start=1), "do not make up the tensor"),
+    "negative": (lambda i: chunk_of(i).update(start=-1), "is no number of things"),
+    "boolean": (lambda i: chunk_of(i).update(start=True), "is a bool"),
+    "checksum": (lambda i: chunk_of(i).update(sha256="0" * 64), "rank-00000.safetensors is damaged"),
     "dtype": (lambda i: i["tensors"]["attn_q.weight"].update(dtype="F128"), "dtype is 'F128'"),
     "state": (
         lambda i: void(i["tensors"]["attn_q.weight"]["parts"].pop("exp_avg")),

@@ -323,7 +323,7 @@ def test_damaged_files(content: bytes) -> None:
 @fuzz
 @given(data_files(), st.integers(0, 1 << 20))
 def test_files_with_an_index_that_was_made_to_fit(content: bytes, header: int) -> None:
-    """Length and header have checksums that are right; the pieces have not, or lie elsewhere."""
+    """Length and header have checksums that are right; the chunks have not, or lie elsewhere."""
     here = saved()
     here.restore()
     (here.folder / DATA).write_bytes(content)
@@ -353,7 +353,7 @@ def set_in(index: dict[str, Any], value: Any, *path: Any) -> None:
 
 
 def grow(stored: dict[str, Any], shape: list[int], stop: int, rows: int) -> None:
-    """A tensor that fits its only piece, and no file."""
+    """A tensor that fits its only chunk, and no file."""
     stored["shape"] = shape
     stored["pieces"][0].update(start=0, stop=stop, rows=rows)
 
