@@ -40,6 +40,8 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero3 offload": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 LEVEL, RECIPE, BEFORE, AFTER = 2, "paper", 2, 3
+# Recipes with keys of their own, by the names that the cases have for them.
+KEYS: dict[str, dict[str, Any]] = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
 
 
 class Trained:
@@ -47,7 +49,7 @@ class Trained:
 
     def __init__(self, kind: str, dtype: torch.dtype = torch.float32, level: int = LEVEL, recipe: str = RECIPE) -> None:
         self.kind, self.dtype = kind, dtype
-        settings_of_groups = options(level, recipe)
+        settings_of_groups = options(level, recipe) | KEYS.get(recipe, {})
         if kind.startswith("fsdp1"):
             self.model: Any = wrapped("FULL_SHARD", kind == "fsdp1", dtype)
         else:

@@ -109,7 +109,7 @@ def void(_: object) -> None:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda i: i.update(version=2), "has the format version 2 and this gwt_dist reads 1"),
+    "newer": (lambda i: i.update(version=3), "has the format version 3 and this gwt_dist reads 1 to 2"),
     "another format": (lambda i: i.update(format="x"), "is not the index of a checkpoint"),
     "a list": (lambda i: [1], "is not the index of a checkpoint"),
     "not JSON": (lambda i: b"{", "is not JSON"),
@@ -139,8 +139,38 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"parts are \['exp_avg_sq', 'weight'\]",
     ),
     "second moment": (
-        lambda i: void(i["tensors"]["attn_q.weight"]["parts"].pop("exp_avg_sq")),
-        "'attn_q.weight' has no second moment in .*, against what its recipe says",
+        lambda i: [i["tensors"]["attn_q.weight"][key].pop("exp_avg_sq") for key in ("parts", "fields")] and None,
+        r"'attn_q.weight' has the state exp_avg \(unit\), limited_norm \(tensor\) in .*, and this optimizer "
+        r"\(recipe 'paper'\) needs exp_avg \(unit\), exp_avg_sq \(unit\), limited_norm \(tensor\)",
+    ),
+    "another extent": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(extent="row"),
+        r"has the state exp_avg \(row\), exp_avg_sq",
+    ),
+    "no extent": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(extent="rows"),
+        "fields.exp_avg.extent is 'rows'",
+    ),
+    "more of a field": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(format="int8"),
+        r"fields.exp_avg should have the keys \['extent'\]",
+    ),
+    "a field for a weight": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"].update(weight={"extent": "unit"}),
+        "fields.weight is the name of what is no state",
+    ),
+    "no number": (
+        lambda i: i["tensors"]["attn_q.weight"]["numbers"].clear(),
+        r"numbers should have the keys \['limited_norm'\] and has \[\]",
+    ),
+    "text for a number": (
+        lambda i: i["tensors"]["attn_q.weight"]["numbers"].update(limited_norm="1"),
+        "numbers.limited_norm is a str",
+    ),
+    "state of nobody": (lambda i: i["tensors"]["attn_q.weight"].update(group=None), "group is none, of a tensor with"),
+    "recipe": (
+        lambda i: i["groups"][0].update(recipe="newer"),
+        "'attn_q.weight' was trained with the recipe 'newer' in .*, which is none of paper, energy",
     ),
     "group": (lambda i: i["tensors"]["attn_q.weight"].update(group=9), "group is 9, of 2"),
     "option": (lambda i: i["groups"][0].update(lr="1"), "lr='1' in a parameter group"),
