@@ -40,6 +40,8 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero3 offload": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 LEVEL, RECIPE, BEFORE, AFTER = 2, "paper", 2, 3
+# Recipes with keys of their own, by the names that the cases have for them.
+KEYS: dict[str, dict[str, Any]] = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
 
 
 class Trained:
@@ -47,7 +49,7 @@ class Trained:
 
     def __init__(self, kind: str, dtype: torch.dtype = torch.float32, level: int = LEVEL, recipe: str = RECIPE) -> None:
         self.kind, self.dtype = kind, dtype
-        settings_of_groups = options(level, recipe)
+        settings_of_groups = options(level, recipe) | KEYS.get(recipe, {})
         if kind.startswith("fsdp1"):
             self.model: Any = wrapped("FULL_SHARD", kind == "fsdp1", dtype)
         else:
@@ -211,7 +213,7 @@ def load_case(
 
 
 def one_rank_fails_case(folder: str, what: str) -> dict[str, Any]:
-    """Rank 1 alone finds a damaged piece, or its disk full: what every rank says, and what is left."""
+    """Rank 1 alone finds a damaged chunk, or its disk full: what every rank says, and what is left."""
     path = place(folder, what, torch.float32, dist.get_world_size())
     trained = Trained("fsdp2")
     trained.train(steps()[:BEFORE])
@@ -221,8 +223,8 @@ def one_rank_fails_case(folder: str, what: str) -> dict[str, Any]:
     states = [{k: dtensor.local(v).clone() for k, v in s.items()} for s in trained.optimizer.state.values()]
     real_verify, real_write = Reader.verify, write.write_file
 
-    def damaged(self: Reader, stored: Any, piece: Any, told: str) -> None:
-        raise CheckpointError(f"{piece.file} is damaged, says rank 1")
+    def damaged(self: Reader, stored: Any, chunk: Any, told: str) -> None:
+        raise CheckpointError(f"{chunk.file} is damaged, says rank 1")
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")

@@ -51,15 +51,15 @@ def test_before_the_first_step(tmp_path) -> None:
     assert same(content(again), content(run))
 
 
-def test_small_pieces(saved, tmp_path, monkeypatch) -> None:
-    """Tensors in many pieces are the tensors in one."""
+def test_small_chunks(saved, tmp_path, monkeypatch) -> None:
+    """Tensors in many chunks are the tensors in one."""
     run = built()
     gwt_dist.load(saved, *run)
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
     gwt_dist.save(tmp_path / "small", *run, step=2)
     again = built()
     folder = gwt_dist.load(tmp_path / "small", *again).folder
-    assert len(read_index(folder).tensors["mlp_down.weight"].parts["weight"].pieces) == -(-16 * 5461 // 250)
+    assert len(read_index(folder).tensors["mlp_down.weight"].parts["weight"].chunks) == -(-16 * 5461 // 250)
     assert same(content(run), content(again))
 
 
@@ -249,8 +249,8 @@ def test_groups_that_were_apart_are_not_joined(tmp_path) -> None:
 
 
 def test_memory_of_save_and_load(tmp_path, monkeypatch) -> None:
-    """No more than a piece beside the state itself, counted by the allocations of torch and of Python."""
-    monkeypatch.setattr(files, "PIECE_BYTES", 1 << 18)
+    """No more than a chunk beside the state itself, counted by the allocations of torch and of Python."""
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 18)
     model = nn.Linear(512, 4096, bias=False)
     optimizer = GWTAdamW(model.parameters(), level=1)
     for parameter in model.parameters():

@@ -100,7 +100,7 @@ def renamed(to: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def piece_of(index: dict[str, Any], kind: str = "weight") -> dict[str, Any]:
+def chunk_of(index: dict[str, Any], kind: str = "weight") -> dict[str, Any]:
     return index["tensors"]["attn_q.weight"]["parts"][kind]["pieces"][0]
 
 
@@ -109,7 +109,7 @@ def void(_: object) -> None:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda i: i.update(version=2), "has the format version 2 and this gwt_dist reads 1"),
+    "newer": (lambda i: i.update(version=3), "has the format version 3 and this gwt_dist reads 1 to 2"),
     "another format": (lambda i: i.update(format="x"), "is not the index of a checkpoint"),
     "a list": (lambda i: [1], "is not the index of a checkpoint"),
     "not JSON": (lambda i: b"{", "is not JSON"),
@@ -122,25 +122,55 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not there": (renamed("rank-00001.safetensors"), "rank-00001.safetensors is missing"),
     "huge": (lambda i: i["files"]["rank-00000.safetensors"].update(bytes=1 << 50), "and the file 58"),
     "shape": (lambda i: i["tensors"]["attn_q.weight"].update(shape=[1 << 40, 1 << 40]), "is no shape of a tensor"),
-    "beyond": (lambda i: piece_of(i).update(offset=1 << 40), "do not lie in its data"),
-    "header": (lambda i: piece_of(i).update(offset=0), "do not lie in its data"),
-    "rows": (lambda i: piece_of(i).update(rows=1 << 40, stop=0), "do not lie in its data"),
+    "beyond": (lambda i: chunk_of(i).update(offset=1 << 40), "do not lie in its data"),
+    "header": (lambda i: chunk_of(i).update(offset=0), "do not lie in its data"),
+    "rows": (lambda i: chunk_of(i).update(rows=1 << 40, stop=0), "do not lie in its data"),
     "twice": (
-        lambda i: i["tensors"]["attn_q.weight"]["parts"]["weight"]["pieces"].append(piece_of(i)),
+        lambda i: i["tensors"]["attn_q.weight"]["parts"]["weight"]["pieces"].append(chunk_of(i)),
         "do not lie in its data|do not make up the tensor",
     ),
-    "gap": (lambda i: piece_of(i).update(start=1), "do not make up the tensor"),
-    "negative": (lambda i: piece_of(i).update(start=-1), "is no number of things"),
-    "boolean": (lambda i: piece_of(i).update(start=True), "is a bool"),
-    "checksum": (lambda i: piece_of(i).update(sha256="0" * 64), "rank-00000.safetensors is damaged"),
+    "gap": (lambda i: chunk_of(i).update(start=1), "do not make up the tensor"),
+    "negative": (lambda i: chunk_of(i).update(start=-1), "is no number of things"),
+    "boolean": (lambda i: chunk_of(i).update(start=True), "is a bool"),
+    "checksum": (lambda i: chunk_of(i).update(sha256="0" * 64), "rank-00000.safetensors is damaged"),
     "dtype": (lambda i: i["tensors"]["attn_q.weight"].update(dtype="F128"), "dtype is 'F128'"),
     "state": (
         lambda i: void(i["tensors"]["attn_q.weight"]["parts"].pop("exp_avg")),
         r"parts are \['exp_avg_sq', 'weight'\]",
     ),
     "second moment": (
-        lambda i: void(i["tensors"]["attn_q.weight"]["parts"].pop("exp_avg_sq")),
-        "'attn_q.weight' has no second moment in .*, against what its recipe says",
+        lambda i: [i["tensors"]["attn_q.weight"][key].pop("exp_avg_sq") for key in ("parts", "fields")] and None,
+        r"'attn_q.weight' has the state exp_avg \(unit\), limited_norm \(tensor\) in .*, and this optimizer "
+        r"\(recipe 'paper'\) needs exp_avg \(unit\), exp_avg_sq \(unit\), limited_norm \(tensor\)",
+    ),
+    "another extent": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(extent="row"),
+        r"has the state exp_avg \(row\), exp_avg_sq",
+    ),
+    "no extent": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(extent="rows"),
+        "fields.exp_avg.extent is 'rows'",
+    ),
+    "more of a field": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(format="int8"),
+        r"fields.exp_avg should have the keys \['extent'\]",
+    ),
+    "a field for a weight": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"].update(weight={"extent": "unit"}),
+        "fields.weight is the name of what is no state",
+    ),
+    "no number": (
+        lambda i: i["tensors"]["attn_q.weight"]["numbers"].clear(),
+        r"numbers should have the keys \['limited_norm'\] and has \[\]",
+    ),
+    "text for a number": (
+        lambda i: i["tensors"]["attn_q.weight"]["numbers"].update(limited_norm="1"),
+        "numbers.limited_norm is a str",
+    ),
+    "state of nobody": (lambda i: i["tensors"]["attn_q.weight"].update(group=None), "group is none, of a tensor with"),
+    "recipe": (
+        lambda i: i["groups"][0].update(recipe="newer"),
+        "'attn_q.weight' was trained with the recipe 'newer' in .*, which is none of paper, energy",
     ),
     "group": (lambda i: i["tensors"]["attn_q.weight"].update(group=9), "group is 9, of 2"),
     "option": (lambda i: i["groups"][0].update(lr="1"), "lr='1' in a parameter group"),

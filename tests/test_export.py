@@ -51,10 +51,10 @@ def test_logits_are_those_of_the_live_model(ranks, tmp_path, capsys, kind) -> No
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_one_process_small_pieces_and_files(tmp_path, monkeypatch, tied) -> None:
+def test_one_process_small_chunks_and_files(tmp_path, monkeypatch, tied) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
     model = llama(tied)
     saved_in(tmp_path / "run", model)
     out = export_model(tmp_path / "run", tmp_path / "out", max_shard_size=10_000)

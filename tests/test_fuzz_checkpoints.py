@@ -58,6 +58,7 @@ class Saved:
         self.train()  # what is here is not what is there
         self.files = {path: path.read_bytes() for path in (self.path / "latest", *self.folder.iterdir())}
         self.index: dict[str, Any] = json.loads(self.files[self.folder / "index.json"])
+        self.indexes = self.index, version_1(self.index)
 
     def build(self) -> None:
         self.model = nn.ModuleDict({"attn": nn.Linear(6, 5), "mlp": nn.Linear(5, 9, bias=False)})
@@ -95,6 +96,15 @@ class Saved:
         weights = [tensor.clone() for tensor in self.model.state_dict().values()]
         rng = (random.getstate(), torch.get_rng_state())
         return [weights, states, repr(groups), repr(self.scheduler.state_dict()), rng]
+
+
+def version_1(index: dict[str, Any]) -> dict[str, Any]:
+    """What was written of the same checkpoint before state had fields."""
+    index = json.loads(json.dumps(index)) | {"version": 1}
+    for entry in index["tensors"].values():
+        del entry["fields"]
+        entry["limited_norm"] = entry.pop("numbers").get("limited_norm")
+    return index
 
 
 _current: list[Saved] = []
@@ -181,6 +191,7 @@ HOSTILE: list[Any] = [
     0.0, -0.0, 0.5, 1e308, -1e308, float("nan"), float("inf"), "@1e999",
     "", ".", "..", "../outside.safetensors", "/etc/passwd", f"../{STEP}/{DATA}", DATA, "index.json", "link", "sub/x",
     "\0", "\ud800", "\x1b[31m", "a" * 5000, "F32", "BF16", "BOOL", "haar", "db2", "energy", "weight", "0" * 64,
+    "row", "tensor",
     [], {}, [[]], [0], [1 << 40, 1 << 40], [0, 1 << 62, 1 << 62], [-1], [1] * 70, {"": 0}, {"params": []}, DEEP, DEEPER,
 ]  # fmt: skip
 
@@ -201,8 +212,8 @@ def at(value: Any, path: tuple[Any, ...]) -> Any:
 
 @st.composite
 def indexes(draw: st.DrawFn) -> bytes:
-    """The index of the checkpoint with one to three changes."""
-    index = json.loads(saved().files[saved().folder / "index.json"])
+    """The index of the checkpoint, in either version, with one to three changes."""
+    index = copy.deepcopy(draw(st.sampled_from(saved().indexes)))
     for _ in range(draw(st.integers(1, 3))):
         found = list(places(index))
         if not found:
@@ -323,7 +334,7 @@ def test_damaged_files(content: bytes) -> None:
 @fuzz
 @given(data_files(), st.integers(0, 1 << 20))
 def test_files_with_an_index_that_was_made_to_fit(content: bytes, header: int) -> None:
-    """Length and header have checksums that are right; the pieces have not, or lie elsewhere."""
+    """Length and header have checksums that are right; the chunks have not, or lie elsewhere."""
     here = saved()
     here.restore()
     (here.folder / DATA).write_bytes(content)
@@ -353,7 +364,7 @@ def set_in(index: dict[str, Any], value: Any, *path: Any) -> None:
 
 
 def grow(stored: dict[str, Any], shape: list[int], stop: int, rows: int) -> None:
-    """A tensor that fits its only piece, and no file."""
+    """A tensor that fits its only chunk, and no file."""
     stored["shape"] = shape
     stored["pieces"][0].update(start=0, stop=stop, rows=rows)
 
@@ -365,7 +376,7 @@ FOUND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "infinite rate": (lambda i: set_in(i, "@1e999", "groups", 0, "lr"), "holds '1e999', which is too large"),
     "long rate": (lambda i: set_in(i, "1" * 5000, "groups", 0, "lr"), r"lr='1+\.\.\."),
     "tensor option": (lambda i: set_in(i, [], "groups", 0, "mine"), "options of a parameter group in .* make no sense"),
-    "huge norm": (lambda i: set_in(i, 10**400, *BIAS, "limited_norm"), "limited_norm is a int"),
+    "huge norm": (lambda i: set_in(i, 10**400, *BIAS, "numbers", "limited_norm"), "limited_norm is a int"),
     "empty shape": (lambda i: set_in(i, [0, 1 << 62, 1 << 62], *BIAS, "shape"), "shape is no shape of a tensor"),
     "no Python state": (lambda i: random_states(i).pop("python"), "random states are not those of this version"),
     "another state": (
@@ -399,6 +410,16 @@ def test_found_before(case) -> None:
     change(index)
     here.forge(json.dumps(index).replace('"@1e999"', "1e999").encode())
     assert re.search(message, str(load(here)))
+
+
+def test_version_1_without_changes() -> None:
+    """What the fuzzing starts from is what loads."""
+    here = saved()
+    here.restore()
+    here.forge(json.dumps(here.indexes[1]).encode())
+    assert load(here) is None
+    assert inspected(here)[0] == 0
+    here.build()
 
 
 def test_a_key_twice() -> None:

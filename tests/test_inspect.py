@@ -107,10 +107,10 @@ def test_the_table(saved, capsys, monkeypatch, columns: int) -> None:
 
 def test_every_damage_is_named(saved, capsys, monkeypatch) -> None:
     folder = saved / "step-00000002"
-    pieces = {what: part.pieces[0] for what, part in read_index(folder).stored()}
+    chunks = {what: part.chunks[0] for what, part in read_index(folder).stored()}
     hit = ("weight of attn_q.weight", "exp_avg of mlp_down.weight", "python random state of rank 0")
     for what in hit:
-        flip(folder / "rank-00000.safetensors", pieces[what].offset)
+        flip(folder / "rank-00000.safetensors", chunks[what].offset)
     code, found = told(capsys, saved)
     assert code == 1
     assert {tensor for one in found["damaged"] for tensor in one["tensors"]} == set(hit)
@@ -126,8 +126,8 @@ def test_damaged_files_do_not_hide_others(ranks, tmp_path, capsys, how) -> None:
     ranks(2, save_case, str(tmp_path), ("fsdp2",), torch.float32, timeout=120)
     (folder,) = tmp_path.glob("*/step-*")
     first, second = (folder / f"rank-0000{i}.safetensors" for i in (0, 1))
-    pieces = [(what, piece) for what, part in read_index(folder).stored() for piece in part.pieces]
-    last = max((piece.offset, what) for what, piece in pieces if piece.file == second.name)
+    chunks = [(what, chunk) for what, part in read_index(folder).stored() for chunk in part.chunks]
+    last = max((chunk.offset, what) for what, chunk in chunks if chunk.file == second.name)
     flip(second, last[0])
     if how == "header":
         flip(first, 9)
@@ -142,7 +142,7 @@ def test_damaged_files_do_not_hide_others(ranks, tmp_path, capsys, how) -> None:
     code, found = told(capsys, folder)
     assert code == 1
     assert [one["file"] for one in found["damaged"]] == [first.name, second.name]
-    assert set(found["damaged"][0]["tensors"]) == {what for what, piece in pieces if piece.file == first.name}
+    assert set(found["damaged"][0]["tensors"]) == {what for what, chunk in chunks if chunk.file == first.name}
     assert found["damaged"][1]["tensors"] == [last[1]]
 
 

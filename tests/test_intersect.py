@@ -1,4 +1,4 @@
-"""Intersections of fragments, and the pieces that a checkpoint cuts them into."""
+"""Intersections of fragments, and the chunks that a checkpoint cuts them into."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def test_fragments_of_other_shapes_have_no_intersection() -> None:
 @given(pairs(), st.integers(1, 40))
 def test_pieces_make_up_a_fragment(pair: tuple[Fragment, Fragment], most: int) -> None:
     whole = pair[0]
-    before, files.PIECE_BYTES = files.PIECE_BYTES, 4 * most
+    before, files.CHUNK_BYTES = files.CHUNK_BYTES, 4 * most
     try:
-        pieces = list(files.split(whole, 4))
+        chunks = list(files.split(whole, 4))
     finally:
-        files.PIECE_BYTES = before
-    found = [element for piece in pieces for element in elements(piece)]
+        files.CHUNK_BYTES = before
+    found = [element for chunk in chunks for element in elements(chunk)]
     assert found == list(elements(whole))
-    assert all(piece.numel <= max(most, whole.stop - whole.start if whole.rows > 1 else 0) for piece in pieces)
+    assert all(chunk.numel <= max(most, whole.stop - whole.start if whole.rows > 1 else 0) for chunk in chunks)
 
 
 def test_overlaps_are_plain_numbers() -> None:

@@ -35,7 +35,7 @@ def export_model(
 ) -> Path:
     """Write the weights of a checkpoint to a new folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    Runs in one process without a process group. Tensors are put together one at a time, every piece compared with its
+    Runs in one process without a process group. Tensors are put together one at a time, every chunk compared with its
     checksum, and one shard is in memory at a time. All of it gets its name when it is on the disk.
 
     Args:

@@ -1,6 +1,6 @@
-"""The bytes: one safetensors file of a rank, written as a stream, and pieces of it read back.
+"""The bytes: one safetensors file of a rank, written as a stream, and chunks of it read back.
 
-Pieces are at most `PIECE_BYTES` long, and no more than one of them is in memory at a time, on the way in and on the way
+Chunks are at most `CHUNK_BYTES` long, and no more than one of them is in memory at a time, on the way in and on the way
 out. Reading goes by offset and without a memory map: a file that shrinks while it is read is an error and no SIGBUS.
 """
 
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from gwt_dist.checkpoint.dtypes import torch_dtype
 from gwt_dist.checkpoint.folder import open_file
-from gwt_dist.checkpoint.format import ITEM_BYTES, CheckpointError, File, Piece, Stored
+from gwt_dist.checkpoint.format import ITEM_BYTES, CheckpointError, Chunk, File, Stored
 from gwt_dist.layout import Fragment, Overlap
 
-PIECE_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20
 _HASH_BYTES = 1 << 20  # read at a time to be hashed: what was read is still in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece to be written: `fragment`, dense, of stored tensor `name`, out of a local buffer that holds `held`."""
+    """A chunk to be written: `fragment`, dense, of stored tensor `name`, out of a local buffer that holds `held`."""
 
     name: str
     kind: str
@@ -62,8 +62,8 @@ def copy(destination: Tensor, source: Tensor, overlap: Overlap) -> None:
 
 
 def split(fragment: Fragment, item_bytes: int) -> Iterator[Fragment]:
-    """Fragments of at most `PIECE_BYTES` that make up one, at offset 0."""
-    most = max(1, PIECE_BYTES // item_bytes)
+    """Fragments of at most `CHUNK_BYTES` that make up one, at offset 0."""
+    most = max(1, CHUNK_BYTES // item_bytes)
     name, shape, start, stop = fragment.fqn, fragment.shape, fragment.start, fragment.stop
     if fragment.rows == 1:
         for low in range(start, stop, most):
@@ -75,8 +75,8 @@ def split(fragment: Fragment, item_bytes: int) -> Iterator[Fragment]:
         yield Fragment(name, shape, start + shift, stop + shift, 0, min(step, fragment.rows - row))
 
 
-def write_file(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]) -> tuple[File, list[Piece]]:
-    """Write a safetensors file and flush it to the disk; its checksums, and a piece for each part in order."""
+def write_file(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]) -> tuple[File, list[Chunk]]:
+    """Write a safetensors file and flush it to the disk; its checksums, and a chunk for each part in order."""
     # Widest first, so that every tensor is aligned.
     order = sorted(range(len(parts)), key=lambda i: -ITEM_BYTES[parts[i].dtype])
     content: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -103,12 +103,12 @@ def write_file(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]) -
             file.write(raw)
         file.flush()
         os.fsync(file.fileno())
-    pieces = [Piece(path.name, len(header) + offsets[i], checksums[i], part.fragment) for i, part in enumerate(parts)]
-    return File(len(header) + offset, len(header), hashlib.sha256(header).hexdigest()), pieces
+    chunks = [Chunk(path.name, len(header) + offsets[i], checksums[i], part.fragment) for i, part in enumerate(parts)]
+    return File(len(header) + offset, len(header), hashlib.sha256(header).hexdigest()), chunks
 
 
 class Reader:
-    """Reads pieces of the files of one checkpoint; every file's header is checked when it is opened.
+    """Reads chunks of the files of one checkpoint; every file's header is checked when it is opened.
 
     Raises `CheckpointError` naming the file for whatever is not what was written.
     """
@@ -130,34 +130,34 @@ class Reader:
         """Length and header of a file."""
         self._descriptor(name)
 
-    def verify(self, stored: Stored, piece: Piece, what: str) -> None:
-        """Compare a piece with its checksum."""
-        digest, length = hashlib.sha256(), stored.bytes_of(piece)
+    def verify(self, stored: Stored, chunk: Chunk, what: str) -> None:
+        """Compare a chunk with its checksum."""
+        digest, length = hashlib.sha256(), stored.bytes_of(chunk)
         for low in range(0, length, _HASH_BYTES):
-            digest.update(self._bytes(piece.file, piece.offset + low, min(_HASH_BYTES, length - low)).numpy().data)
-        self._compare(digest.hexdigest(), stored, piece, what)
+            digest.update(self._bytes(chunk.file, chunk.offset + low, min(_HASH_BYTES, length - low)).numpy().data)
+        self._compare(digest.hexdigest(), stored, chunk, what)
 
     def whole(self, stored: Stored, what: str) -> Tensor:
-        """A whole tensor in its own shape, every piece of it compared with its checksum."""
+        """A whole tensor in its own shape, every chunk of it compared with its checksum."""
         result = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
-        for piece in stored.pieces:
-            raw = self._bytes(piece.file, piece.offset, stored.bytes_of(piece))
-            self._compare(hashlib.sha256(raw.numpy().data).hexdigest(), stored, piece, what)
-            held = Fragment(piece.fragment.fqn, stored.shape, 0, result.numel())
-            for overlap in piece.fragment.intersect(held):
+        for chunk in stored.chunks:
+            raw = self._bytes(chunk.file, chunk.offset, stored.bytes_of(chunk))
+            self._compare(hashlib.sha256(raw.numpy().data).hexdigest(), stored, chunk, what)
+            held = Fragment(chunk.fragment.fqn, stored.shape, 0, result.numel())
+            for overlap in chunk.fragment.intersect(held):
                 copy(result, raw.view(result.dtype), overlap)
         return result
 
-    def _compare(self, sha256: str, stored: Stored, piece: Piece, what: str) -> None:
-        if sha256 != piece.sha256:
-            end = piece.offset + stored.bytes_of(piece)
+    def _compare(self, sha256: str, stored: Stored, chunk: Chunk, what: str) -> None:
+        if sha256 != chunk.sha256:
+            end = chunk.offset + stored.bytes_of(chunk)
             raise CheckpointError(
-                f"{self.folder / piece.file} is damaged: bytes {piece.offset}..{end}, {what} "
-                f"{piece.fragment.start}..{piece.fragment.stop}, are not those that were written"
+                f"{self.folder / chunk.file} is damaged: bytes {chunk.offset}..{end}, {what} "
+                f"{chunk.fragment.start}..{chunk.fragment.stop}, are not those that were written"
             )
 
-    def read(self, stored: Stored, piece: Piece, overlaps: Sequence[tuple[Tensor, Overlap]]) -> None:
-        """Copy parts of a piece into local buffers; as few bytes as lie around them are read."""
+    def read(self, stored: Stored, chunk: Chunk, overlaps: Sequence[tuple[Tensor, Overlap]]) -> None:
+        """Copy parts of a chunk into local buffers; as few bytes as lie around them are read."""
         low = min(o.source for _, o in overlaps)
         high = max(o.source + (o.rows - 1) * o.source_stride + o.columns for _, o in overlaps)
         size, dtype = ITEM_BYTES[stored.dtype], torch_dtype(stored.dtype)
@@ -165,9 +165,9 @@ class Reader:
         dense = whole.rows == 1 or whole.columns == whole.source_stride == whole.destination_stride
         if len(overlaps) == 1 and dense and buffer.dtype == dtype and buffer.device.type == "cpu":
             place = buffer.narrow(0, whole.destination, high - low).view(torch.uint8)  # nothing in between
-            self._fill(piece.file, piece.offset + low * size, place)
+            self._fill(chunk.file, chunk.offset + low * size, place)
             return
-        content = self._bytes(piece.file, piece.offset + low * size, (high - low) * size).view(dtype)
+        content = self._bytes(chunk.file, chunk.offset + low * size, (high - low) * size).view(dtype)
         for buffer, o in overlaps:
             places = (o.rows, o.columns, o.source - low, o.source_stride, o.destination, o.destination_stride)
             copy(buffer, content, Overlap(*places))

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from gwt_dist.checkpoint.dtypes import safetensors_dtype
-from gwt_dist.checkpoint.format import EXP_AVG_SQ, FLOATS, CheckpointError, Index
+from gwt_dist.checkpoint.format import FLOATS, WEIGHT, CheckpointError, Index
 from gwt_dist.checkpoint.holdings import Run, Stepped
-from gwt_dist.recipes import RECIPES, check_group
-
-# What the moments mean; these stay as the optimizer was built, and must be what they were.
-_MEANING = ("level", "wavelet", "recipe", "second_moment", "detail_gain", "limiter")
+from gwt_dist.declare import Field
+from gwt_dist.keys import KEYS
+from gwt_dist.plan import Form
+from gwt_dist.recipes import RECIPES, check_group, meaning, rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ def check(index: Index, run: Run, scheduler: Any, where: str) -> Fit:
     """Compare a checkpoint with what is here.
 
     Raises:
-        CheckpointError: For tensors that one of both does not have, other shapes, levels, wavelets or recipes, and
-            states that this engine cannot hold apart.
+        CheckpointError: For tensors that one of both does not have, other shapes, levels, wavelets, recipes or state,
+            and states that this engine cannot hold apart.
     """
     if scheduler is not None and index.scheduler is None:
         raise CheckpointError(f"{where} has no state of a scheduler, and one was given to load")
@@ -54,10 +54,10 @@ def check(index: Index, run: Run, scheduler: Any, where: str) -> Fit:
                 )
             if entry.level:
                 _check_recipe(name, index.groups[entry.group], run.optimizer.param_groups[about.group], where)
-            if entry.step is not None and (EXP_AVG_SQ in entry.parts) != about.second_moment:
+            if entry.step is not None and set(entry.fields) != set(about.fields):
                 raise CheckpointError(
-                    f"{name!r} has {'a' if EXP_AVG_SQ in entry.parts else 'no'} second moment in {where}, against what "
-                    f"its recipe says; the index was changed"
+                    f"{name!r} has the state {_shown(entry.fields)} in {where}, and this optimizer (recipe "
+                    f"{about.recipe!r}) needs {_shown(about.fields)}. Build the optimizer as it was"
                 )
     return Fit([(one, _state(index, run, one, where)) for one in run.stepped], list(_options(index, run, where)))
 
@@ -67,7 +67,7 @@ def _check_names(index: Index, run: Run, where: str) -> None:
     for local in [*run.weights.model, *run.weights.masters]:
         for fragment in local.fragments:
             here[fragment.fqn] = fragment.shape
-            stored = index.tensors[fragment.fqn].parts["weight"].dtype if fragment.fqn in index.tensors else ""
+            stored = index.tensors[fragment.fqn].parts[WEIGHT].dtype if fragment.fqn in index.tensors else ""
             dtype = safetensors_dtype(local.buffer.dtype)
             if stored and stored != dtype and not {stored, dtype} <= FLOATS:
                 raise CheckpointError(f"{fragment.fqn!r} is {stored} in {where} and {dtype} here, which is no rounding")
@@ -84,19 +84,24 @@ def _check_names(index: Index, run: Run, where: str) -> None:
 
 
 def _check_recipe(name: str, saved: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
-    for key in ("second_moment", "detail_gain", "limiter"):
-        then, now = _resolved(saved, key), _resolved(mine, key)
-        if then != now:
+    recipe = saved.get("recipe")
+    if recipe not in list(RECIPES):
+        raise CheckpointError(
+            f"{name!r} was trained with the recipe {recipe!r} in {where}, which is none of {', '.join(RECIPES)}; "
+            f"import what registers it before loading"
+        )
+    now = meaning(mine)
+    for key, then in meaning(saved).items():
+        if then != now[key]:
             raise CheckpointError(
-                f"{name!r} was trained with {key}={then!r} (recipe {saved.get('recipe')!r}) in {where} and this "
-                f"optimizer has {key}={now!r} (recipe {mine['recipe']!r}); its moments would mean something else. "
-                f"Build the optimizer as it was"
+                f"{name!r} was trained with {key}={then!r} (recipe {recipe!r}) in {where} and this optimizer has "
+                f"{key}={now[key]!r} (recipe {mine['recipe']!r}); its moments would mean something else. Build the "
+                f"optimizer as it was"
             )
 
 
-def _resolved(group: Mapping[str, Any], key: str) -> Any:
-    recipe = RECIPES.get(str(group.get("recipe")))
-    return getattr(recipe, key, None) if group.get(key) is None else group[key]
+def _shown(fields: Iterable[Field]) -> str:
+    return ", ".join(f"{field.name} ({field.extent.value})" for field in fields) or "of no field"
 
 
 def _state(index: Index, run: Run, one: Stepped, where: str) -> dict[str, Tensor] | None:
@@ -115,7 +120,11 @@ def _state(index: Index, run: Run, one: Stepped, where: str) -> dict[str, Tensor
 
 
 def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
-    """The saved options of each group that is here, whatever groups the saved run had."""
+    """The saved options of each group that is here, whatever groups the saved run had.
+
+    Without those that say what the moments mean, which stay as the optimizer was built and must be what they were.
+    """
+    stay = {"level", "wavelet", "recipe", *(key for key, about in KEYS.items() if about.meaning)}
     for i, group in enumerate(run.optimizer.param_groups):
         names = [name for one in run.stepped if one.group == i for name in one.names]
         chosen: dict[str, Any] | None = None
@@ -124,7 +133,7 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
             number = index.tensors[name].group
             if number is None:
                 continue
-            options = {key: value for key, value in index.groups[number].items() if key not in _MEANING}
+            options = {key: value for key, value in index.groups[number].items() if key not in stay}
             if chosen is not None and options != chosen:
                 differ = sorted(k for k in options.keys() | chosen.keys() if options.get(k) != chosen.get(k))
                 raise CheckpointError(
@@ -139,7 +148,14 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
         if "params" in options:
             raise CheckpointError(f"the options of a parameter group in {where} hold params")
         try:
-            check_group({**group, **options}, f"a parameter group of {where}")
+            loaded = {**group, **options}
+            check_group(loaded, f"a parameter group of {where}")
+            then, now = (Form.of(one["level"], one["wavelet"], rule_of(one)) for one in (loaded, group))
+            if then != now:
+                raise CheckpointError(
+                    f"with the options of a parameter group in {where} this optimizer ({now}) would have other state "
+                    f"({then}). Build the optimizer as it was"
+                )
             for key, value in options.items():
                 if isinstance(group.get(key), Tensor):
                     group[key].detach().clone().fill_(value)

@@ -1,7 +1,7 @@
 """What an index says, as frozen data, and the JSON that is written of it; `parse.py` has the way back. Knows no torch.
 
-A tensor is stored as flat row-major intervals: the weight in its own shape, the moments in the ``[R, K]`` of all its
-units. Every interval is a piece: so many bytes at an offset of one file, with a SHA-256 of its own. The pieces of a
+A tensor is stored as flat row-major intervals: the weight in its own shape, a field of its state in that of the whole
+field. Every interval is a chunk: so many bytes at an offset of one file, with a SHA-256 of its own. The chunks of a
 tensor hold each element exactly once, whoever wrote them.
 """
 
@@ -13,15 +13,21 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from gwt_dist.declare import Extent, Field
 from gwt_dist.layout import Fragment
 
 FORMAT = "gwt_dist checkpoint"
-VERSION = 1
+VERSION = 2
 INDEX = "index.json"
-WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+WEIGHT = "weight"
 # The names of safetensors, and the bytes of an element.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def stored_of(fields: Iterable[Field]) -> list[str]:
+    """Names of the fields that are parts of their own; the others are numbers in the index."""
+    return [field.name for field in fields if field.extent is not Extent.TENSOR]
 
 
 class CheckpointError(ValueError):
@@ -29,7 +35,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """One interval of a stored tensor: where its bytes are, and their checksum."""
 
     file: str
@@ -40,19 +46,19 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of `shape` and safetensors `dtype`, cut into pieces."""
+    """A tensor of `shape` and safetensors `dtype`, cut into chunks."""
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
 
-    def bytes_of(self, piece: Piece) -> int:
-        """Length of a piece in its file."""
-        return piece.fragment.numel * ITEM_BYTES[self.dtype]
+    def bytes_of(self, chunk: Chunk) -> int:
+        """Length of a chunk in its file."""
+        return chunk.fragment.numel * ITEM_BYTES[self.dtype]
 
     @property
     def bytes(self) -> int:
-        """Length of all pieces."""
+        """Length of all chunks."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -63,13 +69,14 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     dtype: str  # of the model's weight; the stored one is wider where an engine keeps masters
-    parts: dict[str, Stored]  # "weight", and "exp_avg" and "exp_avg_sq" once a step was taken
-    group: int | None = None  # parameter group; None: no optimizer holds it
+    parts: dict[str, Stored]  # "weight", and once a step was taken each field that is no single number
+    group: int | None = None  # parameter group; None: no optimizer holds it, and what follows says nothing
     level: int = 0  # in effect: 0 for vectors whatever their group says
-    wavelet: str = "haar"
-    recipe: str = "paper"
+    wavelet: str = ""
+    recipe: str = ""
+    fields: tuple[Field, ...] = ()  # what its state is made of
     step: int | None = None  # None: never stepped
-    limited_norm: float | None = None
+    numbers: dict[str, float] = field(default_factory=dict)  # once a step was taken: the fields of one number a tensor
 
     @property
     def has_master(self) -> bool:
@@ -102,7 +109,7 @@ class Index:
     versions: dict[str, str] = field(default_factory=dict)  # who wrote it
 
     def stored(self) -> Iterable[tuple[str, Stored]]:
-        """Everything that has pieces, with a name to show."""
+        """Everything that has chunks, with a name to show."""
         for entry in self.tensors.values():
             for kind, part in entry.parts.items():
                 yield f"{kind} of {entry.name}", part
@@ -132,8 +139,9 @@ def dump(index: Index) -> bytes:
                 "level": entry.level,
                 "wavelet": entry.wavelet,
                 "recipe": entry.recipe,
+                "fields": {field.name: {"extent": field.extent.value} for field in entry.fields},
                 "step": entry.step,
-                "limited_norm": entry.limited_norm,
+                "numbers": entry.numbers,
                 "parts": {kind: _dump_stored(part) for kind, part in entry.parts.items()},
             }
             for entry in index.tensors.values()
@@ -159,15 +167,15 @@ def to_json(content: Any, what: str) -> bytes:
 
 
 def _dump_stored(stored: Stored) -> dict[str, Any]:
-    pieces = [
+    chunks = [
         {
-            "file": piece.file,
-            "offset": piece.offset,
-            "start": piece.fragment.start,
-            "stop": piece.fragment.stop,
-            "rows": piece.fragment.rows,
-            "sha256": piece.sha256,
+            "file": chunk.file,
+            "offset": chunk.offset,
+            "start": chunk.fragment.start,
+            "stop": chunk.fragment.stop,
+            "rows": chunk.fragment.rows,
+            "sha256": chunk.sha256,
         }
-        for piece in stored.pieces
+        for chunk in stored.chunks
     ]
-    return {"dtype": stored.dtype, "shape": list(stored.shape), "pieces": pieces}
+    return {"dtype": stored.dtype, "shape": list(stored.shape), "pieces": chunks}

@@ -1,4 +1,4 @@
-"""What this rank holds of a run: buffers with fragments of named tensors, of weights, masters and moments alike."""
+"""What this rank holds of a run: buffers with fragments of named tensors, of weights, masters and state alike."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
-from gwt_dist import dtensor
-from gwt_dist.checkpoint.format import EXP_AVG, EXP_AVG_SQ, WEIGHT, CheckpointError
-from gwt_dist.engines.attach import _unwrapped, find_optimizer
+from gwt_dist import dtensor, extents
+from gwt_dist.checkpoint.format import WEIGHT, CheckpointError
+from gwt_dist.declare import Extent, Field
+from gwt_dist.engines.attach import find_optimizer, unwrapped
 from gwt_dist.engines.weights import Local, Weights, clean, read_weights
 from gwt_dist.layout import Fragment
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.plan import Plan
 from gwt_dist.units import level_of
 
-MASTER = "master"  # a weight in the precision of the optimizer; stored as the weight
+MASTER = "master weight"  # a weight in the precision of the optimizer; stored as the weight
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
     """Elements of a stored tensor in a 1-D buffer of this rank."""
 
-    kind: str  # "weight", "master", "exp_avg", "exp_avg_sq"
+    kind: str  # WEIGHT, MASTER, or the name of a field of state
     fragment: Fragment  # in the index space of the stored tensor, at its offset in `buffer`
     owned: Fragment  # the part that this rank may write; the rest another rank writes
     buffer: Tensor
@@ -48,17 +49,27 @@ class Stepped:
             held = set(self.names) if any(piece.fragment.numel for piece in self.plan.pieces) else set()
         return [(i, name) for i, name in enumerate(self.names) if name in held]
 
+    def fields(self, place: int) -> tuple[Field, ...]:
+        """What the state of the tensor at `place` is made of."""
+        return self.plan.form.fields(self.plan.shard.tensors[place].shape)
+
+    def numbers(self, state: Mapping[str, Tensor]) -> list[dict[str, float]]:
+        """Of each tensor, the fields that are one number."""
+        names = [f.name for f in self.plan.fields if f.extent is Extent.TENSOR]
+        values = {name: state[name].reshape(-1).tolist() for name in names}
+        every = range(len(self.names))
+        return [{f.name: values[f.name][i] for f in self.fields(i) if f.name in values} for i in every]
+
 
 @dataclass(frozen=True, slots=True)
 class Traits:
     """What is said about a tensor that an optimizer steps, the same on all ranks."""
 
-    shape: tuple[int, ...]
     group: int
     level: int
     wavelet: str
     recipe: str
-    second_moment: bool
+    fields: tuple[Field, ...]
 
 
 class Run:
@@ -69,8 +80,8 @@ class Run:
     """
 
     def __init__(self, model: Any, optimizer: Any) -> None:
-        wrappers = list(_unwrapped(optimizer))
-        engine_optimizers = _unwrapped(model) if "basic_optimizer" in vars(model) else ()
+        wrappers = list(unwrapped(optimizer))
+        engine_optimizers = unwrapped(model) if "basic_optimizer" in vars(model) else ()
         self.model = model
         self.optimizer: GWTAdamW = find_optimizer(optimizer)
         self.weights: Weights = read_weights(model, [*wrappers, *engine_optimizers])
@@ -111,10 +122,9 @@ class Run:
         found = {}
         for one in self.stepped:
             group = self.optimizer.param_groups[one.group]
-            for name, tensor in zip(one.names, one.plan.shard.tensors, strict=True):
-                level = level_of(tensor.shape, one.plan.level)
-                second_moment = not level or one.plan.second_moment
-                found[name] = Traits(tensor.shape, one.group, level, one.plan.wavelet, group["recipe"], second_moment)
+            for i, (name, tensor) in enumerate(zip(one.names, one.plan.shard.tensors, strict=True)):
+                level = level_of(tensor.shape, group["level"])
+                found[name] = Traits(one.group, level, group["wavelet"], group["recipe"], one.fields(i))
         return found
 
     def weight_holdings(self, locals_: list[Local], kind: str) -> Iterator[Holding]:
@@ -129,28 +139,25 @@ class Run:
                     )
                 yield Holding(kind, fragment, fragment, buffer, local.common)
 
-    def moment_holdings(self, one: Stepped, state: Mapping[str, Tensor]) -> Iterator[Holding]:
-        """The moments of an optimizer parameter: both, or the first of what has no second."""
-        for kind in (EXP_AVG, EXP_AVG_SQ):
-            if kind not in state:
+    def state_holdings(self, one: Stepped, state: Mapping[str, Tensor]) -> Iterator[Holding]:
+        """The state of an optimizer parameter, without its step and the fields that are one number a tensor."""
+        for field in one.plan.fields:
+            if field.extent is Extent.TENSOR:
                 continue
-            buffer = flat(dtensor.local(state[kind]))
+            buffer = flat(dtensor.local(state[field.name]))
             for piece in one.plan.pieces:
-                if kind == EXP_AVG_SQ and piece.level and not one.plan.second_moment:
-                    continue
-                name = clean(piece.fragment.fqn) if one.plan.shard.local_shape is None else one.names[0]
-                moments = replace(piece.moments, fqn=name)
-                low, high = piece.owned
-                start = moments.start + low
-                owned = Fragment(name, moments.shape, start, moments.start + high, 0, moments.rows)
-                yield Holding(kind, moments, owned if high > low else replace(owned, stop=start), buffer)
+                if field.name in piece.places:
+                    name = clean(piece.fragment.fqn) if one.plan.shard.local_shape is None else one.names[0]
+                    kept = piece.places[field.name]
+                    owned = extents.owned(field.extent, piece.fragment, piece.units)
+                    yield Holding(field.name, replace(kept, fqn=name), replace(owned, fqn=name), buffer)
 
     def holdings(self) -> list[Holding]:
         """Everything that this rank could write."""
         found = [*self.weight_holdings(self.weights.model, WEIGHT), *self.weight_holdings(self.weights.masters, MASTER)]
         for one in self.stepped:
             if self.optimizer.state.get(one.parameter):
-                found += self.moment_holdings(one, self.optimizer.state[one.parameter])
+                found += self.state_holdings(one, self.optimizer.state[one.parameter])
         return found
 
 

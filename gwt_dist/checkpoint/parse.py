@@ -9,20 +9,20 @@ from math import isfinite, prod
 from typing import Any, NoReturn, TypeVar
 
 from gwt_dist.checkpoint.format import (
-    EXP_AVG,
-    EXP_AVG_SQ,
     FLOATS,
     FORMAT,
     ITEM_BYTES,
     VERSION,
     WEIGHT,
     CheckpointError,
+    Chunk,
     Entry,
     File,
     Index,
-    Piece,
     Stored,
+    stored_of,
 )
+from gwt_dist.declare import Extent, Field
 from gwt_dist.layout import Fragment, LayoutError, join
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -36,7 +36,7 @@ def parse(text: bytes, where: str, sizes: Callable[[str], int] | None) -> Index:
 
     Raises `CheckpointError`, naming `where` and the key, for anything that `dump` would not have written: unknown or
     missing keys, keys that are there twice, wrong types, numbers that are not finite, names that are no plain file
-    names, lengths that are not those of the files, pieces that do not make up their tensor.
+    names, lengths that are not those of the files, chunks that do not make up their tensor.
     """
     reader = _Reader(where)
     try:
@@ -53,12 +53,23 @@ def parse(text: bytes, where: str, sizes: Callable[[str], int] | None) -> Index:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{where} is not the index of a checkpoint of gwt_dist")
     version = content.get("version")
-    if version != VERSION or isinstance(version, bool):
+    if version not in (1, VERSION) or isinstance(version, bool):
         raise CheckpointError(
-            f"{where} has the format version {_shown(version)} and this gwt_dist reads {VERSION}; load it with the "
-            f"gwt_dist that wrote it ({_shown(content.get('versions'))}), or a newer one"
+            f"{where} has the format version {_shown(version)} and this gwt_dist reads 1 to {VERSION}; load it with "
+            f"the gwt_dist that wrote it ({_shown(content.get('versions'))}), or a newer one"
         )
     return reader.index(content, sizes)
+
+
+def _lifted(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of version 1, which knew two moments and the norm of a limiter, as one of version 2."""
+    norm = entry.pop("limited_norm")
+    fields = {}
+    if entry["step"] is not None:
+        # Only what has a level may be without a second moment.
+        kept = [name for name in ("exp_avg", "exp_avg_sq") if name in entry["parts"] or not entry["level"]]
+        fields = {name: {"extent": "unit"} for name in kept} | {"limited_norm": {"extent": "tensor"}}
+    return entry | {"fields": fields, "numbers": {"limited_norm": norm or 0.0} if fields else {}}
 
 
 def _shown(value: object) -> str:
@@ -73,7 +84,8 @@ class _Reader:
     def __init__(self, where: str) -> None:
         self.where = where
         self.files: dict[str, File] = {}
-        self.left: dict[str, int] = {}  # bytes of each file that no piece has taken yet
+        self.version = VERSION
+        self.left: dict[str, int] = {}  # bytes of each file that no chunk has taken yet
 
     def fail(self, path: str, what: str) -> NoReturn:
         raise CheckpointError(f"{self.where}{': ' if path else ''}{path[:300]} {what}")
@@ -138,6 +150,7 @@ class _Reader:
             scheduler=object,
             extra=object,
         )
+        self.version = content["version"]
         for name, value in files.items():
             self.files[name] = self.file(name, value, sizes)
             self.left[name] = self.files[name].bytes - self.files[name].header_bytes
@@ -194,53 +207,57 @@ class _Reader:
     def entry(self, name: str, value: Any, groups: int) -> Entry:
         path = f"tensors.{name}"
         number = (int, type(None))
-        shape, dtype, group, level, wavelet, recipe, step, norm, parts = self.fields(
-            value,
-            path,
-            shape=list,
-            dtype=str,
-            group=number,
-            level=int,
-            wavelet=str,
-            recipe=str,
-            step=number,
-            limited_norm=(float, type(None)),
-            parts=dict,
-        )
+        kinds: dict[str, Any] = dict(shape=list, dtype=str, group=number, level=int, wavelet=str, recipe=str)
+        kinds |= dict(step=number, parts=dict)
+        if self.version == 1:
+            self.fields(value, path, **kinds, limited_norm=(float, type(None)))
+            value = _lifted(value)
+        found = self.fields(value, path, **kinds, fields=dict, numbers=dict)
+        shape, dtype, group, level, wavelet, recipe, step, parts, fields, numbers = found
         whole = self.shape(shape, f"{path}.shape")
         if group is not None and not 0 <= group < groups:
             self.fail(f"{path}.group", f"is {group}, of {groups}")
         self.known(dtype, ITEM_BYTES, f"{path}.dtype")
-        # Only what has a level may be without a second moment; whether it is there, its recipe says (`fit`).
-        states = [{EXP_AVG, EXP_AVG_SQ}, *([{EXP_AVG}] if level else [])] if step is not None else [set()]
-        state = parts.keys() - {WEIGHT}
-        if WEIGHT not in parts or state not in states or (state and group is None):
-            self.fail(f"{path}.parts", f"are {_shown(sorted(parts))} at step {step} in group {group}")
+        kept = tuple(self.field(key, said, f"{path}.fields.{key}") for key, said in fields.items())
+        if group is None and (kept or step is not None):
+            self.fail(f"{path}.group", f"is none, of a tensor with the state {_shown(sorted(fields))} at step {step}")
+        state = stored_of(kept) if step is not None else []
+        if parts.keys() != {WEIGHT, *state}:
+            self.fail(f"{path}.parts", f"are {_shown(sorted(parts))} at step {step}, with {_shown(sorted(fields))}")
         stored = {kind: self.stored(part, f"{path}.{kind}", name) for kind, part in parts.items()}
         if stored[WEIGHT].shape != whole:
             self.fail(f"{path}.weight.shape", f"is {stored[WEIGHT].shape}, of a tensor of {whole}")
         for kind in state:
             self.known(stored[kind].dtype, FLOATS, f"{path}.{kind}.dtype")
+        single = {f.name: float for f in kept if f.extent is Extent.TENSOR and step is not None}
+        self.fields(numbers, f"{path}.numbers", **single)
         step = None if step is None else self.natural(step, f"{path}.step")
         level = self.natural(level, f"{path}.level")
-        return Entry(name, whole, dtype, stored, group, level, wavelet, recipe, step, norm)
+        return Entry(name, whole, dtype, stored, group, level, wavelet, recipe, kept, step, numbers)
+
+    def field(self, name: str, value: Any, path: str) -> Field:
+        (extent,) = self.fields(value, path, extent=str)
+        self.known(extent, [one.value for one in Extent], f"{path}.extent")
+        if name == WEIGHT:
+            self.fail(path, "is the name of what is no state")
+        return Field(name, Extent(extent))
 
     def stored(self, value: Any, path: str, name: str) -> Stored:
-        dtype, shape, pieces = self.fields(value, path, dtype=str, shape=list, pieces=list)
+        dtype, shape, chunks = self.fields(value, path, dtype=str, shape=list, pieces=list)
         self.known(dtype, ITEM_BYTES, f"{path}.dtype")
         whole = self.shape(shape, f"{path}.shape")
         elements = prod(whole)
-        if elements and not pieces:
+        if elements and not chunks:
             self.fail(f"{path}.pieces", f"are none, and the tensor has {elements} elements")
-        stored = Stored(dtype, whole, tuple(self.piece(p, f"{path}.pieces[{i}]", name, dtype, whole)
-                                            for i, p in enumerate(pieces)))  # fmt: skip
+        stored = Stored(dtype, whole, tuple(self.chunk(p, f"{path}.pieces[{i}]", name, dtype, whole)
+                                            for i, p in enumerate(chunks)))  # fmt: skip
         try:
-            join([[piece.fragment] for piece in stored.pieces])
+            join([[chunk.fragment] for chunk in stored.chunks])
         except LayoutError as error:
             self.fail(f"{path}.pieces", f"do not make up the tensor: {error}")
         return stored
 
-    def piece(self, value: Any, path: str, name: str, dtype: str, shape: tuple[int, ...]) -> Piece:
+    def chunk(self, value: Any, path: str, name: str, dtype: str, shape: tuple[int, ...]) -> Chunk:
         file, offset, start, stop, rows, sha256 = self.fields(
             value, path, file=str, offset=int, start=int, stop=int, rows=int, sha256=str
         )
@@ -257,4 +274,4 @@ class _Reader:
             fragment = Fragment(name, shape, numbers[1], numbers[2], 0, rows)
         except LayoutError as error:
             self.fail(path, f"does not lie in its tensor: {error}")
-        return Piece(file, offset, self.sha256(sha256, f"{path}.sha256"), fragment)
+        return Chunk(file, offset, self.sha256(sha256, f"{path}.sha256"), fragment)

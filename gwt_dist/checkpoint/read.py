@@ -15,8 +15,9 @@ from torch import Tensor
 from gwt_dist.checkpoint import folder, random_states, together
 from gwt_dist.checkpoint.files import Reader
 from gwt_dist.checkpoint.fit import Fit, check
-from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Index, Piece, Stored
+from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Chunk, Index, Stored
 from gwt_dist.checkpoint.holdings import Holding, Run
+from gwt_dist.declare import Extent
 from gwt_dist.engines.weights import counters, set_counters
 from gwt_dist.layout import Overlap
 
@@ -33,11 +34,11 @@ class Loaded:
 
 @dataclass(slots=True)
 class _Task:
-    """A piece that this rank needs, and where it goes."""
+    """A chunk that this rank needs, and where it goes."""
 
     what: str
     stored: Stored
-    piece: Piece
+    chunk: Chunk
     places: list[tuple[Tensor, Overlap]]
 
 
@@ -52,8 +53,8 @@ def load(
 ) -> Loaded:
     """Put a checkpoint into a model and its optimizer, under any engine and number of ranks. A collective.
 
-    Each rank reads what it needs and no more, in pieces of at most 16 MiB. First all ranks check that everything fits
-    and that the checksum of every piece is right; if that fails on any rank, all raise and nothing was changed.
+    Each rank reads what it needs and no more, in chunks of at most 16 MiB. First all ranks check that everything fits
+    and that the checksum of every chunk is right; if that fails on any rank, all raise and nothing was changed.
 
     Weights are stored in the precision of the engine that saved them: fp32 masters where it had some. They are cast to
     what is here: masters become bf16 weights by rounding, bf16 weights become masters as they are. Options of the
@@ -101,8 +102,8 @@ def _found(path: Path, which: str | int) -> tuple[str, str]:
 
 
 def _tasks(index: Index, run: Run, fit: Fit) -> list[_Task]:
-    """Every piece of which this rank needs anything, in the order of the files."""
-    tasks: dict[Piece, _Task] = {}
+    """Every chunk of which this rank needs anything, in the order of the files."""
+    tasks: dict[Chunk, _Task] = {}
     for holding in _holdings(run, fit):
         name = holding.fragment.fqn
         stored = index.tensors[name].parts[holding.kind]
@@ -111,21 +112,21 @@ def _tasks(index: Index, run: Run, fit: Fit) -> list[_Task]:
                 f"{holding.kind} of {name!r} has shape {stored.shape} in the checkpoint and "
                 f"{holding.fragment.shape} here"
             )
-        for piece in stored.pieces:
-            overlaps = piece.fragment.intersect(holding.fragment)
+        for chunk in stored.chunks:
+            overlaps = chunk.fragment.intersect(holding.fragment)
             if overlaps:
-                task = tasks.setdefault(piece, _Task(f"{holding.kind} of {name!r},", stored, piece, []))
+                task = tasks.setdefault(chunk, _Task(f"{holding.kind} of {name!r},", stored, chunk, []))
                 task.places += [(holding.buffer, overlap) for overlap in overlaps]
-    return sorted(tasks.values(), key=lambda task: (task.piece.file, task.piece.offset))
+    return sorted(tasks.values(), key=lambda task: (task.chunk.file, task.chunk.offset))
 
 
 def _holdings(run: Run, fit: Fit) -> Iterator[Holding]:
-    """All that is to be filled: weights, masters and other copies of weights, moments."""
+    """All that is to be filled: weights, masters and other copies of weights, state."""
     weights = run.weights
     yield from run.weight_holdings([*weights.model, *weights.copies, *weights.masters], WEIGHT)
     for one, state in fit.states:
         if state is not None:
-            yield from run.moment_holdings(one, state)
+            yield from run.state_holdings(one, state)
 
 
 def _random(where: Path, index: Index, states: Mapping[str, Stored]) -> dict[str, Tensor]:
@@ -140,13 +141,13 @@ def _random(where: Path, index: Index, states: Mapping[str, Stored]) -> dict[str
 def _verify(where: Path, index: Index, tasks: list[_Task]) -> None:
     with Reader(where, index.files) as reader:
         for task in tasks:
-            reader.verify(task.stored, task.piece, task.what)
+            reader.verify(task.stored, task.chunk, task.what)
 
 
 def _commit(where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task]) -> None:
     with Reader(where, index.files) as reader:
         for task in tasks:
-            reader.read(task.stored, task.piece, task.places)
+            reader.read(task.stored, task.chunk, task.places)
     for one, state in fit.states:
         if state is None:
             run.optimizer.state.pop(one.parameter, None)
@@ -154,8 +155,10 @@ def _commit(where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task]) -
         entries = [index.tensors[name] for name in one.names]
         assert entries[0].step is not None
         state["step"].fill_(float(entries[0].step))
-        norms = torch.tensor([entry.limited_norm or 0.0 for entry in entries], dtype=torch.float64)
-        state["limited_norm"].view(-1).copy_(norms)
+        for field in one.plan.fields:
+            if field.extent is Extent.TENSOR:  # 0 for the tensors that have none
+                values = [entry.numbers.get(field.name, 0.0) for entry in entries]
+                state[field.name].view(-1).copy_(torch.tensor(values, dtype=torch.float64))
         run.optimizer.state[one.parameter].update(state)
     for group, options in zip(run.optimizer.param_groups, fit.options, strict=True):
         for key, value in options.items():

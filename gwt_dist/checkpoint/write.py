@@ -16,8 +16,6 @@ from gwt_dist.checkpoint import folder, together
 from gwt_dist.checkpoint.dtypes import safetensors_dtype
 from gwt_dist.checkpoint.files import Part, split, write_file
 from gwt_dist.checkpoint.format import (
-    EXP_AVG,
-    EXP_AVG_SQ,
     ITEM_BYTES,
     WEIGHT,
     CheckpointError,
@@ -26,6 +24,7 @@ from gwt_dist.checkpoint.format import (
     Index,
     Stored,
     dump,
+    stored_of,
     to_json,
 )
 from gwt_dist.checkpoint.holdings import MASTER, Holding, Run, Traits
@@ -50,12 +49,12 @@ class _Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What a rank knows: what it could write, and the steps and norms of the tensors of which it has elements."""
+    """What a rank knows: what it could write, and the steps and numbers of the tensors of which it has elements."""
 
     step: int
     offers: list[_Offer]
     traits: dict[str, Traits]
-    steps: dict[str, tuple[int, float]]
+    steps: dict[str, tuple[int, dict[str, float]]]
     groups: list[dict[str, Any]]
 
 
@@ -142,13 +141,13 @@ def _versions() -> dict[str, str]:
 def _report(run: Run, holdings: Sequence[Holding], step: int, keep: int | None) -> _Report:
     if not 0 <= step < 10**12 or (keep is not None and keep < 1):
         raise CheckpointError(f"step={step} must be at least 0, and keep={keep} at least 1 or None")
-    steps: dict[str, tuple[int, float]] = {}
+    steps: dict[str, tuple[int, dict[str, float]]] = {}
     for one in run.stepped:
         state = run.optimizer.state.get(one.parameter)
         if state:
-            norms = state["limited_norm"].reshape(-1).tolist()
+            taken, numbers = int(state["step"]), one.numbers(state)
             # Only those with elements count: FSDP1 leaves ranks without any out of the steps.
-            steps |= {name: (int(state["step"]), norms[i]) for i, name in one.held}
+            steps |= {name: (taken, numbers[i]) for i, name in one.held}
     options = []
     for i, group in enumerate(run.optimizer.param_groups):
         options.append({key: plain(value) for key, value in group.items() if key != "params"})
@@ -228,12 +227,12 @@ def _write(
         fragment = Fragment(kind, (state.numel(),), 0, state.numel())
         parts.append(Part(f"random:{together.rank()}", kind, "U8", fragment, fragment, state))
     name = path.name
-    file, pieces = write_file(path, parts, {"format": "gwt_dist", "step": str(step), "file": name})
+    file, chunks = write_file(path, parts, {"format": "gwt_dist", "step": str(step), "file": name})
     stored: dict[tuple[str, str], Stored] = {}
-    for part, piece in zip(parts, pieces, strict=True):
+    for part, chunk in zip(parts, chunks, strict=True):
         before = stored.get((part.kind, part.name))
-        earlier = before.pieces if before else ()
-        stored[part.kind, part.name] = Stored(part.dtype, part.fragment.shape, (*earlier, piece))
+        earlier = before.chunks if before else ()
+        stored[part.kind, part.name] = Stored(part.dtype, part.fragment.shape, (*earlier, chunk))
     kept = {kind: stored.pop((kind, f"random:{together.rank()}")) for kind in states}
     return _Written((name, file), stored, kept)
 
@@ -251,24 +250,23 @@ def _entries(reports: Sequence[_Report], written: Sequence[_Written]) -> dict[st
         if kind != WEIGHT:
             continue
         parts = {}
-        for part in (WEIGHT, EXP_AVG, EXP_AVG_SQ) if name in steps else (WEIGHT,):
-            if part == EXP_AVG_SQ and not traits[name].second_moment:
-                continue
+        for part in (WEIGHT, *stored_of(traits[name].fields)) if name in steps else (WEIGHT,):
             offer = offers.get((MASTER, name), offers[WEIGHT, name]) if part == WEIGHT else offers[part, name]
-            pieces = [piece for one in written if (s := one.stored.get((part, name))) for piece in s.pieces]
-            parts[part] = Stored(offer.dtype, offer.shape, tuple(pieces))
+            chunks = [chunk for one in written if (s := one.stored.get((part, name))) for chunk in s.chunks]
+            parts[part] = Stored(offer.dtype, offer.shape, tuple(chunks))
         about = traits.get(name)
         entry = Entry(name, offers[WEIGHT, name].shape, offers[WEIGHT, name].dtype, parts)
         if about is not None:
-            taken, norm = steps.get(name, (None, None))
+            taken, numbers = steps.get(name, (None, {}))
             entry = replace(
                 entry,
                 group=about.group,
                 level=about.level,
                 wavelet=about.wavelet,
                 recipe=about.recipe,
+                fields=about.fields,
                 step=taken,
-                limited_norm=norm,
+                numbers=numbers,
             )
         entries[name] = entry
     return entries

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gwt_dist.checkpoint import CheckpointError, Index, NoCheckpoint, locate, read_index
-from gwt_dist.checkpoint.format import EXP_AVG, EXP_AVG_SQ, ITEM_BYTES, WEIGHT, Entry
+from gwt_dist.checkpoint.format import ITEM_BYTES, WEIGHT, Entry
 from gwt_dist.checkpoint.verify import Damage, damages
 
 GOOD, DAMAGED = 0, 1
@@ -86,6 +86,7 @@ def describe(folder: Path, index: Index) -> dict[str, Any]:
         "versions": index.versions,
         "tensors": tensors,
         "totals": {key: sum(tensor[key] for tensor in tensors) for key in keys},
+        "state_bytes": dict(sum((Counter(tensor["state_bytes"]) for tensor in tensors), Counter())),
         "files": _written(index),
         "scheduler": index.scheduler is not None,
         "random_states_of_ranks": sorted(index.random),
@@ -94,7 +95,8 @@ def describe(folder: Path, index: Index) -> dict[str, Any]:
 
 
 def _tensor(entry: Entry) -> dict[str, Any]:
-    moments = [entry.parts[kind] for kind in (EXP_AVG, EXP_AVG_SQ) if kind in entry.parts]
+    state = {kind: part for kind, part in entry.parts.items() if kind != WEIGHT}
+    item = max((ITEM_BYTES[part.dtype] for part in state.values()), default=0)
     weight = entry.parts[WEIGHT]
     numel = weight.bytes // ITEM_BYTES[weight.dtype]
     return {
@@ -108,27 +110,26 @@ def _tensor(entry: Entry) -> dict[str, Any]:
         "step": entry.step,
         "weight_bytes": 0 if entry.has_master else weight.bytes,
         "master_bytes": weight.bytes if entry.has_master else 0,
-        "moment_bytes": sum(part.bytes for part in moments),
-        # Two for each element, in the dtype that these are in.
-        "adamw_moment_bytes": 2 * numel * ITEM_BYTES[moments[0].dtype] if moments else 0,
+        "state_bytes": {kind: part.bytes for kind, part in state.items()},
+        "moment_bytes": sum(part.bytes for part in state.values()),
+        "adamw_moment_bytes": 2 * numel * item,  # two for each element, in the dtype that these are in
     }
 
 
 def _written(index: Index) -> list[dict[str, Any]]:
     held: dict[str, Counter[str]] = {name: Counter() for name in index.files}
-    stored = [(kind, part) for entry in index.tensors.values() for kind, part in entry.parts.items()]
+    parts = [one for entry in index.tensors.values() for one in entry.parts.items()]
+    stored = [("weight" if kind == WEIGHT else "moment", part) for kind, part in parts]
     stored += [("random", part) for states in index.random.values() for part in states.values()]
     for kind, part in stored:
-        for piece in part.pieces:
-            held[piece.file][kind] += part.bytes_of(piece)
+        for chunk in part.chunks:
+            held[chunk.file][kind] += part.bytes_of(chunk)
     return [
         {
             "name": name,
             "rank": int(match[1]) if (match := _RANK.fullmatch(name)) else None,
             "bytes": file.bytes,
-            "weight_bytes": held[name][WEIGHT],
-            "moment_bytes": held[name][EXP_AVG] + held[name][EXP_AVG_SQ],
-            "random_bytes": held[name]["random"],
+            **{f"{kind}_bytes": held[name][kind] for kind in ("weight", "moment", "random")},
         }
         for name, file in sorted(index.files.items())
     ]
@@ -163,7 +164,8 @@ def _show(console: Any, told: dict[str, Any]) -> None:
     totals = told["totals"]
     if totals["adamw_moment_bytes"]:
         share = totals["moment_bytes"] / totals["adamw_moment_bytes"]
-        console.print(f"moments: {share:.4f} of AdamW's")
+        fields = ", ".join(f"{printable(name)} {size:,} bytes" for name, size in told["state_bytes"].items())
+        console.print(f"moments: {share:.4f} of AdamW's ({fields})", soft_wrap=True)
 
 
 def _print_whole(console: Any, table: Any) -> None:

@@ -35,11 +35,11 @@ def attach(optimizer: Any, engine: Any) -> None:
         LayoutError: If a fragment does not hold the weights that it should, or an element is held by no rank or
             several.
     """
-    refusals.refuse_swapped(list(_unwrapped(optimizer)), list(_unwrapped(engine)))
+    refusals.refuse_swapped(list(unwrapped(optimizer)), list(unwrapped(engine)))
     inner = find_optimizer(optimizer)
     refusals.refuse(getattr(engine, "_config", None))
     fairscale.guard_gradients(inner, engine)
-    for wrapper in _unwrapped(engine):
+    for wrapper in unwrapped(engine):
         for adapter in (deepspeed, fsdp1, fairscale):
             buffers = adapter.read(wrapper)
             if buffers is not None:
@@ -49,7 +49,7 @@ def attach(optimizer: Any, engine: Any) -> None:
 
 def find_optimizer(optimizer: Any) -> GWTAdamW:
     """The `GWTAdamW` that `optimizer` is or holds; raises `ValueError` if there is none."""
-    inner = next((o for o in _unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
+    inner = next((o for o in unwrapped(optimizer) if isinstance(o, GWTAdamW)), None)
     if inner is None:
         raise ValueError(
             f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer and .optim of its "
@@ -134,7 +134,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _unwrapped(thing: Any) -> Iterator[Any]:
+def unwrapped(thing: Any) -> Iterator[Any]:
+    """`thing` and the optimizers that it wraps, outermost first."""
     seen: set[int] = set()
     while thing is not None and id(thing) not in seen:
         seen.add(id(thing))
