@@ -22,7 +22,7 @@ for folder in (ROOT / "tests", ROOT):  # tests/ranks.py starts the ranks; the pa
 import gwt_dist.comm  # noqa: E402
 from gwt_dist import Fragment, GWTAdamW  # noqa: E402
 from gwt_dist.comm import Peers, Shard  # noqa: E402
-from gwt_dist.layout import join  # noqa: E402
+from gwt_dist.exchange import join  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
 Shapes = Sequence[tuple[int, ...]]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gwt_dist import layout
+from gwt_dist import exchange
 from gwt_dist.layout import Fragment
 
 
@@ -40,7 +40,7 @@ class Shard:
 
     # As all ranks hold them. The same on each, but for a DTensor whose columns are cut: there the cuts are those of the
     # rows that this rank holds a part of.
-    tensors: tuple[layout.Tensor, ...]
+    tensors: tuple[exchange.Whole, ...]
     fragments: tuple[Fragment, ...]  # this rank's, in its local buffer
     groups: tuple[ProcessGroup, ...]  # summing over one after the other takes in all ranks; none: a world of 1
     row_groups: tuple[ProcessGroup, ...]  # the same for the ranks that hold the rest of this one's cut units
@@ -51,7 +51,7 @@ class Shard:
     def whole(cls, fqn: str, shape: tuple[int, ...]) -> Shard:
         """A tensor that this process holds whole, in its own shape."""
         fragments = (Fragment(fqn, shape, 0, prod(shape)),)
-        return cls((layout.Tensor(fqn, shape, ()),), fragments, (), (), alone(fragments), shape)
+        return cls((exchange.Whole(fqn, shape, ()),), fragments, (), (), alone(fragments), shape)
 
 
 def alone(fragments: Sequence[Fragment]) -> Peers:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-from gwt_dist import layout
+from gwt_dist import exchange, layout
 from gwt_dist.comm import Peers, Shard
 from gwt_dist.layout import Fragment, Units
 
@@ -47,7 +47,7 @@ def shard_of(parameter: DTensor, fqn: str) -> Shard:
     cuts = {start for fragment in fragments.values() for start, _ in fragment.intervals if start % max(1, columns)}
     mine = fragments[tuple(_coordinate(parameter))]
     return Shard(
-        tensors=(layout.Tensor(fqn, shape, tuple(sorted(cuts)) if len(shape) > 1 else ()),),
+        tensors=(exchange.Whole(fqn, shape, tuple(sorted(cuts)) if len(shape) > 1 else ()),),
         fragments=(mine,),
         groups=tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate()),
         row_groups=tuple(mesh.get_group(i) for i in _column_axes(parameter)),

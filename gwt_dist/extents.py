@@ -9,7 +9,8 @@ from __future__ import annotations
 from math import prod
 
 from gwt_dist.declare import Extent
-from gwt_dist.layout import Fragment, Tensor, Units, columns_of
+from gwt_dist.exchange import Whole
+from gwt_dist.layout import Fragment, Units, columns_of
 
 
 def units_along(extent: Extent, shape: tuple[int, ...], units: Units) -> Units:
@@ -51,12 +52,12 @@ def whole(extent: Extent, shape: tuple[int, ...], units: Units) -> tuple[int, ..
     return kept(extent, Fragment("", shape, 0, prod(shape)), units).shape
 
 
-def summed(extent: Extent, tensor: Tensor, units: Units) -> int:
+def summed(extent: Extent, tensor: Whole, units: Units) -> int:
     """Places of a sum of `extent` that ranks share: one a tensor, one a place in a row, or one a row that is cut."""
     return len(shared_rows(tensor)) if extent is Extent.ROW else prod(whole(extent, tensor.shape, units))
 
 
-def shared_rows(tensor: Tensor) -> list[int]:
+def shared_rows(tensor: Whole) -> list[int]:
     """Rows of which more than one rank holds a part."""
     columns = max(1, columns_of(tensor.shape))
     return sorted({cut // columns for cut in tensor.cuts if cut % columns})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gwt_dist import dtensor, extents, layout
+from gwt_dist import dtensor, exchange, extents
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent, Field, Rule
 from gwt_dist.layout import Fragment, Units
@@ -53,7 +53,7 @@ class Plan:
     shard: Shard
     form: Form
     pieces: tuple[Piece, ...]
-    exchange: layout.Exchange
+    exchange: exchange.Exchange
     places: dict[str, int]  # fqn -> place in fields and sums that have one number a tensor
     fields: tuple[Field, ...]  # of any of its tensors, on whichever rank
     shapes: dict[str, tuple[int, ...]]  # of this rank's buffer of each field
@@ -76,7 +76,7 @@ class Plan:
             shard=shard,
             form=form,
             pieces=tuple(pieces),
-            exchange=layout.plan_exchange(shard.tensors, shard.fragments, form.units),
+            exchange=exchange.plan_exchange(shard.tensors, shard.fragments, form.units),
             places=places,
             fields=fields,
             shapes={field.name: _shape(shard, form, field, kept) for field in fields},

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Extent, Pass, Program, Rule, Travel
+from gwt_dist.exchange import Receive
 from gwt_dist.kernels import Cut, Kernel, Part, Tensors, Work, choose, eager
-from gwt_dist.layout import Receive
 from gwt_dist.piece import math_dtype
 from gwt_dist.rounds import Holder, Rounds
 from gwt_dist.sums import Entry, Sums, lay_out

@@ -22,13 +22,16 @@ STEP = "step"
 def check_writable(states: Mapping[Tensor, Group], steps: Steps) -> None:
     """Raise `ValueError` for state that is no DTensor and should be: one rank's would be kept as everyone's."""
     for parameter, state in states.items():
-        fields = steps.plans[parameter].fields if isinstance(parameter, DTensor) and parameter in steps.plans else ()
-        sharded = [state[f.name] for f in fields if f.extent in SHARDED and f.name in state]
-        if not all(isinstance(value, DTensor) for value in sharded):
+        if not isinstance(parameter, DTensor) or parameter not in steps.plans:
+            continue
+        fields = [f for f in steps.plans[parameter].fields if f.extent in SHARDED and f.name in state]
+        twice = [f for f in fields if not isinstance(state[f.name], DTensor)]
+        if twice:
             raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut "
-                f"within a unit, so ranks keep moments of the same unit and its state cannot be written as a "
-                f"DTensor. Shard its columns in multiples of 2**level, or lower its level"
+                f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut within a "
+                f"{twice[0].extent.value}, so ranks keep {twice[0].name} of the same {twice[0].extent.value} and it "
+                f"cannot be written as a DTensor. Shard columns in multiples of 2**level or lower the level (a row: "
+                f"shard rows alone), or use gwt_dist.save, which takes every layout"
             )
 
 

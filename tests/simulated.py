@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gwt_dist import GWTAdamW
 from gwt_dist.comm import Peers, Shard
-from gwt_dist.layout import Fragment, join
+from gwt_dist.exchange import join
+from gwt_dist.layout import Fragment
 
 
 @dataclass(eq=False)

@@ -21,28 +21,29 @@ LINES = 400  # aim at 300; at this length a module does two things
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
-LAYOUT = {"layout", "matrices", "comm", "dtensor", "groups"}
+LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "steps", "state", "optimizer"}
 STATE = {"checkpoint", "memory", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
+    "exchange": {"layout"},
     "units": {"layout"},
     "wavelet": {"units"},
     "declare": set(),
     "keys": set(),
     "recipes": {"units", "declare", "keys"},
-    "extents": {"layout", "declare"},
+    "extents": {"layout", "exchange", "declare"},
     "piece": {"layout", "units", "wavelet"},
     "formulas": {"declare", "piece", "layout"},
     "matrices": {"layout"},
     "kernels": {"wavelet", "declare", "piece", "formulas"},
-    "comm": {"layout"},
+    "comm": {"layout", "exchange"},
     "groups": set(),
-    "dtensor": {"layout", "comm"},
-    "plan": {"units", "declare", "extents", "piece", "layout", "comm", "dtensor"},
+    "dtensor": {"layout", "exchange", "comm"},
+    "plan": {"units", "exchange", "declare", "extents", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
     "rounds": {"units", "declare", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
-    "stages": {"declare", "piece", "kernels", "layout", "rounds", "sums"},
+    "stages": {"declare", "exchange", "piece", "kernels", "rounds", "sums"},
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
     "steps": {"comm", "declare", "dtensor", "plan", "recipes", "schedule", "shards"},
@@ -50,7 +51,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer": {"comm", "keys", "plan", "recipes", "steps", "state"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
-    "memory": {"layout", "units", "groups", *DECLARED},  # what needs no torch: a plan is there before torch would be
+    "memory": {
+        "layout",
+        "exchange",
+        "units",
+        "groups",
+        *DECLARED,
+    },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
@@ -65,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
     "layout": set(),
+    "exchange": set(),
     "matrices": set(),
     **{part: set() for part in DECLARED},
     "units": {"pywt"},

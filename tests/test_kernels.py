@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gwt_dist import Fragment, GWTAdamW
 from gwt_dist.comm import Shard, alone
+from gwt_dist.exchange import Whole
 from gwt_dist.kernels import Part, Piece, Work, build, choice, cpu, eager
-from gwt_dist.layout import Tensor as Whole
 from simulated import Sharded
 
 # Divided and not by the unit, rows shorter than a unit, longer than a chunk, empty, of no and of three dimensions.

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gwt_dist import Fragment, GWTAdamW, LayoutError
-from gwt_dist.layout import Tensor, Units, join, plan_exchange
+from gwt_dist.exchange import Whole, join, plan_exchange
+from gwt_dist.layout import Units
 from gwt_dist.units import units_of
 from simulated import Sharded
 
@@ -174,7 +175,7 @@ def test_join_finds_every_cut_and_nothing_else(world) -> None:
     for tensor in join(ranks):
         held = [f for fragments in ranks for f in fragments if f.fqn == tensor.fqn]
         starts = {start for f in held for start, _ in f.intervals}
-        assert tensor == Tensor(tensor.fqn, shapes[tensor.fqn], tuple(sorted(starts - {0})))
+        assert tensor == Whole(tensor.fqn, shapes[tensor.fqn], tuple(sorted(starts - {0})))
 
 
 def test_join_names_what_is_held_by_nobody_or_twice() -> None:

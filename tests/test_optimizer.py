@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gwt_dist import Fragment, GWTAdamW, LayoutError, param_groups
 from gwt_dist.comm import Shard
-from gwt_dist.layout import Tensor
+from gwt_dist.exchange import Whole
 
 
 class Model(nn.Module):
@@ -293,7 +293,7 @@ def test_under_ddp_the_update_is_that_of_one_process(ranks, recipe: str) -> None
 def test_layout_errors_are_value_errors_and_fragments_are_public() -> None:
     assert issubclass(LayoutError, ValueError)
     assert Fragment("w", (2, 3), 0, 6).numel == 6
-    assert Tensor("w", (2, 3), ()).cuts == ()
+    assert Whole("w", (2, 3), ()).cuts == ()
     # DeepSpeed finds the type by name in torch.optim.
     assert torch.optim.GWTAdamW is GWTAdamW  # type: ignore[attr-defined]
 

@@ -23,7 +23,8 @@ from gwt_dist.checkpoint.format import (
     stored_of,
 )
 from gwt_dist.declare import Extent, Field
-from gwt_dist.layout import Fragment, LayoutError, join
+from gwt_dist.exchange import join
+from gwt_dist.layout import Fragment, LayoutError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

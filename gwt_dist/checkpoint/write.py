@@ -30,7 +30,8 @@ from gwt_dist.checkpoint.format import (
 from gwt_dist.checkpoint.holdings import MASTER, Holding, Run, Traits
 from gwt_dist.checkpoint.random_states import capture
 from gwt_dist.engines.weights import counters
-from gwt_dist.layout import Fragment, join
+from gwt_dist.exchange import join
+from gwt_dist.layout import Fragment
 
 _Interval = tuple[int, int, int]  # start, stop, rows
 

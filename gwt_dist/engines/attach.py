@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from gwt_dist.comm import Peers, Shard, alone
 from gwt_dist.engines import deepspeed, fairscale, fsdp1, refusals
 from gwt_dist.engines.flat import FlatBuffer
-from gwt_dist.layout import Fragment, LayoutError, join
+from gwt_dist.exchange import join
+from gwt_dist.layout import Fragment, LayoutError
 from gwt_dist.optimizer import GWTAdamW
 
 

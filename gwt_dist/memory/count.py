@@ -8,8 +8,9 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from gwt_dist import extents, layout
+from gwt_dist import extents
 from gwt_dist.declare import Extent, Field, Program, Travel
+from gwt_dist.exchange import Whole, plan_exchange
 from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.units import units_of
@@ -80,15 +81,15 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> C
                     owned[shard] += n.owned
         common += sum(prod(extents.whole(f.extent, shape, units)) for f in fields if f.extent is Extent.COLUMN)
         tensor = tensor_of(laid, number)
-        exchange += layout.plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
+        exchange += plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
     return Counts(elements, kept, owned, cut, tensors, common, exchange)
 
 
 @lru_cache(maxsize=4096)
-def tensor_of(laid: Concatenation, number: int) -> layout.Tensor:
+def tensor_of(laid: Concatenation, number: int) -> Whole:
     """A tensor and where it is cut."""
     cuts = tuple(start for _, start, _ in laid.intervals(number) if start)
-    return layout.Tensor("", laid.shapes[number], cuts)
+    return Whole("", laid.shapes[number], cuts)
 
 
 def travelling(program: Program, shape: tuple[int, ...]) -> int:
