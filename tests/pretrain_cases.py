@@ -221,7 +221,7 @@ def run_session(argv: list[str], probe: str = "") -> dict[str, Any]:
         result["calls"] = calls
     else:
         result["validation_loss"] = outcome.validation_loss
-        result["bytes"] = dataclasses.asdict(measure(engine, watch))
+        result["bytes"] = dataclasses.asdict(measure(list(engine.module.parameters()), watch))
         result["planned"] = session.planned and dataclasses.asdict(session.planned)
     engine.destroy()
     return result

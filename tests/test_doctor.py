@@ -18,8 +18,10 @@ import gwt_dist
 from gwt_dist.cli import diagnosis
 from gwt_dist.cli.app import main
 from gwt_dist.engines import refusals
-from gwt_dist.kernels import Piece, build, choice
+from gwt_dist.kernels import build, choice
 from gwt_dist.layout import Fragment
+from gwt_dist.piece import Piece
+from gwt_dist.recipes import program_of
 from gwt_dist.units import units_of
 
 ROOT = Path(__file__).parents[1]
@@ -168,13 +170,14 @@ def test_versions_and_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "kernels, for fp32 weights" in shown and "…" not in shown, "a path is cut"
 
 
-def kernel(level: int, wavelet: str = "haar") -> dict[str, str]:
+def kernel(level: int, wavelet: str = "haar", **keys: Any) -> dict[str, str]:
     """What is told of a CPU; what would run must be it."""
     fragment = Fragment("", (8, 64), 0, 512)
     piece = Piece.of(fragment, units_of(fragment.shape, level, wavelet).moments(fragment), level, wavelet)
-    told = diagnosis.kernels(level, wavelet, torch.float32)["cpu"]
+    group = {"level": level, "wavelet": wavelet, **keys}
+    told = diagnosis.kernels(group, torch.float32)["cpu"]
     try:
-        chosen = choice.choose(torch.device("cpu"), torch.float32, [piece])
+        chosen = choice.choose(torch.device("cpu"), torch.float32, program_of(group, level), [piece])
     except ValueError:
         assert told["kernel"] == "none"
     else:
@@ -186,6 +189,7 @@ def test_the_kernel_that_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel(2) == {"kernel": "cpu", "why": "the fastest that takes it; compiled already"}
     assert "levels above 8" in kernel(9)["why"]
     assert "other than Haar" in kernel(2, "db2")["why"]
+    kernel(2, cautious=True)
     monkeypatch.setenv(choice.VARIABLE, "eager")
     assert kernel(2) == {"kernel": "eager", "why": "GWT_DIST_KERNEL forces it"}
     monkeypatch.setenv(choice.VARIABLE, "cpu")
@@ -194,15 +198,41 @@ def test_the_kernel_that_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "must be one of" in kernel(2)["why"]
 
 
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"recipe": "orthogonal"}, {"any": "torch"}),
+        ({"second_moment": "none"}, {"any": "torch"}),
+        ({"recipe": "orthogonal", "second_moment": "energy"}, {"cpu": "eager", "cuda": "eager"}),
+        ({"recipe": "pepper"}, {"any": "none"}),
+        ({"recipe": "foam", "wavelet": "db2"}, {"any": "none"}),
+    ],
+)
+def test_kernels_are_those_of_the_program(
+    params: dict[str, Any],
+    told: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All keys of the JSON count, and what is refused has none."""
+    monkeypatch.setenv(choice.VARIABLE, "eager")
+    settings = good() | {"optimizer": {"type": "GWTAdamW", "params": params}}
+    content = examined(capsys, ["--deepspeed-config", write(tmp_path, settings)], int(told == {"any": "none"}))
+    assert {device: found["kernel"] for device, found in content["kernels"].items()} == told
+    if told == {"any": "none"}:
+        assert content["kernels"]["any"]["why"].split(" in ")[0] in content["findings"][0]["text"]
+
+
 def test_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "gwt_dist").mkdir()
     other = tmp_path / "gwt_dist" / f"gwt_dist_cpu_{build.capability().lower()}-0123456789abcdef.so"
     other.write_bytes(b"")  # of another version
-    found = diagnosis.kernels(2, "haar", torch.float32)["cpu"]
+    found = diagnosis.kernels({}, torch.float32)["cpu"]
     assert found == {"kernel": "cpu", "why": "the fastest that takes it; compiled at the first step"}
     monkeypatch.setenv("CXX", "no-such-compiler")
-    found = diagnosis.kernels(2, "haar", torch.float32)["cpu"]
+    found = diagnosis.kernels({}, torch.float32)["cpu"]
     assert found["kernel"] == "eager" and "'no-such-compiler' is not on the PATH" in found["why"]
     assert diagnosis.machine()["C++ compiler"] is None
     assert list(other.parent.iterdir()) == [other]  # it looks, and compiles nothing

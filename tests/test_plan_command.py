@@ -135,7 +135,7 @@ def test_a_deepspeed_json_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixt
         (["tiny", "--target", "mpl"], "target 'mpl' matches no Linear weight"),
         (["tiny", "--level", "17"], "level=17"),
         (["tiny", "--wavelet", "haarr"], "wavelet='haarr'"),
-        (["tiny", "--recipe", "pepper"], "recipe 'pepper'"),
+        (["tiny", "--recipe", "pepper"], "recipe='pepper'"),
         (["tiny", "--engine", "hsdp"], "hsdp needs --mesh"),
         (["tiny", "--engine", "fsdp2", "--mesh", "8"], "must be REPLICASxSHARDS"),
         (["tiny", "--engine", "fsdp2", "--mesh", "2x2", "--world", "3"], "leave one out"),

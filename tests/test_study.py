@@ -212,10 +212,29 @@ def test_the_key_of_a_run_follows_what_a_recipe_means(monkeypatch: pytest.Monkey
         "detail_gain": 0.5,
         "limiter": 0.0,
     }
-    monkeypatch.setitem(recipes.RECIPES, "energy", recipes.Recipe("approximation", 0.2, 1.5))
+    meant = {"second_moment": "approximation", "detail_gain": 0.2, "limiter": 1.5}
+    monkeypatch.setitem(recipes.RECIPES, "energy", dataclasses.replace(recipes.RECIPES["energy"], defaults=meant))
     assert options_of("gwt", given, "a row") == options | {"second_moment": "approximation", "limiter": 1.5}
     with pytest.raises(ValueError, match="did you mean 'energy'"):
         options_of("gwt", {"recipe": "enery"}, "a row")
+
+
+def test_the_options_of_recorded_runs() -> None:
+    """Results are found by all options of their run: these are those of runs that were recorded."""
+    meant = {
+        "paper": ("approximation", 1.0, 1.01),
+        "energy": ("energy", "coherence", 0.0),
+        "orthogonal": ("none", "coherence", 0.0),
+    }
+    common = {"level": 2, "scale": 0.25, "weight_decay": 0.0}
+    for recipe, values in meant.items():
+        implied = dict(zip(("second_moment", "detail_gain", "limiter"), values, strict=True))
+        options = options_of("gwt", {"recipe": recipe}, "a row")
+        assert json.dumps(options, sort_keys=True) == json.dumps(
+            {**common, "recipe": recipe, **implied}, sort_keys=True
+        )
+    options = options_of("gwt", {"recipe": "orthogonal", "nor": 0.95, "nesterov": True}, "a row")
+    assert (options["nor"], options["nesterov"], "cautious" in options) == (0.95, True, False)
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import gwt_dist
-from gwt_dist import GWTAdamW
+from gwt_dist import GWTAdamW, param_groups
 from gwt_dist.train import checkpoints, ds_config
 from gwt_dist.train.config import (
     TrainConfig,
@@ -23,7 +24,8 @@ from gwt_dist.train.config import (
     read_mapping,
 )
 from gwt_dist.train.model import model_config
-from gwt_dist.train.ranks import MAX_RESTARTS, RENDEZVOUS, ranks_from_environment
+from gwt_dist.train.ranks import MAX_RESTARTS, RENDEZVOUS, Ranks, ranks_from_environment
+from gwt_dist.train.session import planned_state
 
 OPTIMIZER = {"type": "GWTAdamW", "params": {"lr": 0.01, "level": 2}}
 
@@ -145,6 +147,45 @@ def load(tmp_path: Path, world_size: int = 2, **content: Any) -> ds_config.Batch
 def test_mistakes_in_the_deepspeed_json(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(tmp_path, **content)
+
+
+@pytest.mark.parametrize(
+    ("params", "matrix"),  # bytes of its state beside step and norm: 96 rows of 24 coefficients
+    [
+        ({}, 18_432),
+        ({"recipe": "paper"}, 18_432),
+        ({"recipe": "foam", "nesterov": True, "cautious": True}, 18_432),
+        ({"recipe": "orthogonal"}, 9_216),
+        ({"second_moment": "none", "correct_bias": False}, 9_216),
+        ({"recipe": "orthogonal", "nor": 0.95}, 9_216 + 96 * 4),
+    ],
+)
+def test_a_run_is_told_the_state_that_its_optimizer_allocates(
+    tmp_path: Path, params: dict[str, Any], matrix: int
+) -> None:
+    """Every key of `optimizer.params` is one of the plan."""
+    params = {"lr": 0.01, "level": 2, "targets": ["attn"], "betas": [0.9, 0.95]} | params
+    optimizer = {"type": "GWTAdamW", "params": params}
+    load(tmp_path, optimizer=optimizer)
+    model = nn.ModuleDict({"attn": nn.Linear(96, 96, bias=False), "head": nn.Linear(96, 7)})
+    planned = planned_state(model, {"optimizer": optimizer, "zero_optimization": {"stage": 1}}, Ranks(0, 1, 0))
+    assert planned is not None
+    assert (planned.wavelet, planned.rest) == (matrix, 8 * (96 * 7 + 7))
+    stepped = GWTAdamW(param_groups(model, **params))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    stepped.step()
+    states = [item for state in stepped.state.values() for item in state.items()]
+    assert planned.wavelet + planned.rest == sum(s.nbytes for name, s in states if name.startswith("exp_avg"))
+    # ZeRO has a buffer a group, and so a step.
+    assert planned.scalars == sum(s.nbytes for name, s in states if not name.startswith("exp_avg")) - 4
+
+
+def test_a_run_is_told_of_a_recipe_that_there_is_not() -> None:
+    optimizer = {"type": "GWTAdamW", "params": {"lr": 0.01, "targets": ["attn"], "recipe": "pepper"}}
+    model = nn.ModuleDict({"attn": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="recipe='pepper' in parameter group 0 must be one of"):
+        planned_state(model, {"optimizer": optimizer, "zero_optimization": {"stage": 1}}, Ranks(0, 1, 0))
 
 
 @pytest.mark.parametrize(
@@ -294,6 +335,10 @@ def test_resume_of_another_run_names_the_field(tmp_path: Path) -> None:
     checkpoints.check_identity(begun, {"optimizer.level": 2, "seed": 2})
     with pytest.raises(ValueError, match=r"optimizer.level is 3 in this run and 2 in .*back to 2"):
         checkpoints.check_identity(begun, {"optimizer.level": 3, "seed": 2})
+    # A run that was begun before there was a key left it as the recipe says.
+    checkpoints.check_identity(begun, {"optimizer.level": 2, "seed": 2, "optimizer.limiter": None})
+    with pytest.raises(ValueError, match=r"optimizer.nor is 0.95 in this run and None in"):
+        checkpoints.check_identity(begun, {"optimizer.level": 2, "seed": 2, "optimizer.nor": 0.95})
 
 
 def test_a_launcher_that_restarts_gives_the_same_command_line_each_time(

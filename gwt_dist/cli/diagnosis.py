@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from gwt_dist.declare import Program
 from gwt_dist.engines import refusals
 from gwt_dist.engines.initialize import TYPE, _checked
 from gwt_dist.groups import param_groups
-from gwt_dist.kernels import Piece, build, choice, cpu, triton
+from gwt_dist.kernels import build, choice, cpu, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.layout import Fragment
-from gwt_dist.memory.state import DEFAULT_RECIPE
 from gwt_dist.optimizer import GWTAdamW
-from gwt_dist.recipes import RECIPES, keeps_second_moment
+from gwt_dist.piece import Piece
+from gwt_dist.recipes import DEFAULT, check_group, program_of
 from gwt_dist.units import units_of
 
 REFUSED, WARNING = "refused", "warning"
@@ -91,14 +92,21 @@ def machine() -> dict[str, str | None]:
     }
 
 
-def kernels(level: int, wavelet: str, dtype: torch.dtype, recipe: str = DEFAULT_RECIPE) -> dict[str, dict[str, str]]:
-    """By kind of device: the kernel that a matrix of `level` would get, and why."""
-    if level and recipe in RECIPES and not keeps_second_moment({"recipe": recipe}):
-        return {"any": {"kernel": "torch", "why": "matrices are orthogonalized by torch's matrix products"}}
-    return {kind: _kernel(torch.device(kind), level, wavelet, dtype) for kind in ("cpu", "cuda")}
+def kernels(keys: Mapping[str, Any], dtype: torch.dtype) -> dict[str, dict[str, str]]:
+    """By kind of device: the kernel that a matrix would get in a group of these `keys`, and why.
+
+    Raises `ValueError` for a key that is wrong.
+    """
+    group = {"recipe": DEFAULT, "level": 2, "wavelet": "haar", **keys}
+    check_group(group, "the group")
+    level, wavelet = group["level"], group["wavelet"]
+    program = program_of(group, level)
+    if program.travels:
+        return {"any": {"kernel": "torch", "why": "matrices go to one rank each, in torch's operations"}}
+    return {kind: _kernel(torch.device(kind), level, wavelet, dtype, program) for kind in ("cpu", "cuda")}
 
 
-def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype) -> dict[str, str]:
+def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype, program: Program) -> dict[str, str]:
     fragment = Fragment("the matrix", (64, 4096), 0, 64 * 4096)
     piece = Piece.of(fragment, units_of(fragment.shape, level, wavelet).moments(fragment), level, wavelet)
     forced = os.environ.get(choice.VARIABLE, "")
@@ -108,7 +116,7 @@ def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype) 
     because = f"{choice.VARIABLE} forces it" if forced else "the fastest that takes it"
     if device.type == "cuda" and not torch.cuda.is_available():
         because += "; torch finds no GPU here"
-    missing = "" if name == "eager" else choice._missing(name, device, dtype, [piece])
+    missing = "" if name == "eager" else choice._missing(name, device, dtype, program, [piece])
     if missing and forced:
         return {"kernel": "none", "why": f"{choice.VARIABLE}={forced} cannot take {missing}: a step raises"}
     if missing:

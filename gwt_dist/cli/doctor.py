@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gwt_dist.memory.state import DEFAULT_RECIPE
+from gwt_dist.recipes import DEFAULT, RECIPES
 
 
 def doctor(
@@ -23,7 +23,7 @@ def doctor(
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
-    recipe: Annotated[str, typer.Option(help="energy, paper or orthogonal.")] = DEFAULT_RECIPE,
+    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
@@ -45,11 +45,7 @@ def doctor(
     content: dict[str, Any] = {
         "versions": diagnosis.versions(),
         "machine": diagnosis.machine(),
-        "kernels": _kernels(
-            options.get("level", params.get("level", 2)),
-            options.get("wavelet", params.get("wavelet")),
-            options.get("recipe", params.get("recipe")),
-        ),
+        "kernels": _kernels({**params, **options}),
         "examined": [str(x) for x in (deepspeed_config, model) if x],
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in findings],
     }
@@ -61,14 +57,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _kernels(level: Any, wavelet: Any, recipe: Any) -> dict[str, dict[str, str]]:
+def _kernels(params: dict[str, Any]) -> dict[str, dict[str, str]]:
     import torch
 
     from gwt_dist.cli import diagnosis
 
     try:
-        return diagnosis.kernels(level, wavelet or "haar", torch.float32, recipe or DEFAULT_RECIPE)
-    except ValueError as error:  # of a level or wavelet that is refused
+        return diagnosis.kernels(params, torch.float32)
+    except ValueError as error:  # of a key that is refused
         return {"any": {"kernel": "none", "why": str(error)}}
 
 

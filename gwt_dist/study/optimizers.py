@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from gwt_dist.groups import first_match
-from gwt_dist.recipes import RECIPES
+from gwt_dist.keys import of_recipes
+from gwt_dist.recipes import DEFAULT, RECIPES, meaning
 from gwt_dist.train.config import refuse_unknown_keys
 
 Parameters = Mapping[str, nn.Parameter]
@@ -95,7 +96,7 @@ def _gwt(matrices: Parameters, rest: Parameters, lr: float, rest_lr: float, opti
 def _of_the_recipe(options: Options) -> Options:
     """What the recipe says of keys that are not given: a run that was made with another recipe is another run."""
     refuse_unknown_keys([options["recipe"]], RECIPES, "recipes")
-    implied = asdict(RECIPES[options["recipe"]])
+    implied = meaning({"recipe": options["recipe"]})
     return {key: value for key, value in implied.items() if options.get(key) is None}
 
 
@@ -133,9 +134,9 @@ _APOLLO_GROUP = ("rank", "update_proj_gap", "scale", "proj", "proj_type", "scale
 ENTRIES: dict[str, Entry] = {
     "gwt": Entry(
         _gwt,
-        {"level": 2, "recipe": "energy", "scale": 0.25, "weight_decay": 0.0},
+        {"level": 2, "recipe": DEFAULT, "scale": 0.25, "weight_decay": 0.0},
         "gwt_dist",
-        ("betas", "eps", "wavelet", "second_moment", "detail_gain", "limiter"),
+        ("betas", "eps", "wavelet", *of_recipes()),
         _of_the_recipe,
     ),
     "adamw": Entry(_plain("torch.optim", "AdamW"), _ADAM, more=("amsgrad",)),

@@ -22,7 +22,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,6 @@ import torch.distributed as dist
 from gwt_dist.checkpoint import CheckpointError, find, load, read_index, save
 from gwt_dist.train.config import TrainConfig
 from gwt_dist.train.ranks import may_restart
-
-if TYPE_CHECKING:
-    from gwt_dist.train.session import Session
 
 RECORD = "run.json"
 FOLDER = "checkpoints"
@@ -142,7 +139,8 @@ def check_identity(begun: Begun, identity: Mapping[str, Any]) -> None:
         ValueError: names the first field that differs, both values, and the ways out.
     """
     for key in {**identity, **begun.identity}:
-        then, now = begun.identity.get(key, "(not set)"), identity.get(key, "(not set)")
+        # A key of the optimizer that is None is as the recipe says, as one is that nobody knew of then.
+        then, now = begun.identity.get(key), identity.get(key)
         if then != now:
             raise ValueError(
                 f"resume: {key} is {now!r} in this run and {then!r} in {begun.where}; going "
@@ -171,30 +169,26 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(fresh, path)
 
 
-def keep_state(session: Session, step: int) -> Path:
-    """Save a checkpoint after `step` steps, then prune to the newest as the settings say. A collective.
+def keep_state(output: Path, engine: Any, step: int, place: Any, beside: Mapping[str, Any], keep: int) -> Path:
+    """Save a checkpoint after `step` steps, then prune to the newest `keep`, if not 0. A collective.
+
+    Args:
+        output: The run folder.
+        engine: DeepSpeed engine.
+        step: Steps that are done.
+        place: The place of this rank in a streamed corpus, else None.
+        beside: What goes into the index with it.
+        keep: Number of checkpoints.
 
     Raises:
         ValueError: on all ranks, if any cannot write its part; the checkpoints before it are as they were.
     """
-    place = session.batches.state_dict()
     streams: list[Any] | None = None
     if place is not None:
         streams = [None] * dist.get_world_size()
         dist.all_gather_object(streams, place)
-    return save(
-        Path(session.config.output, FOLDER),
-        session.engine,
-        session.engine.optimizer,
-        step=step,
-        extra={
-            "model_config": session.model_config,
-            "identity": session.record["identity"],
-            "batch": session.record["batch"],
-            "streams": streams,
-        },
-        keep=session.config.keep or None,
-    )
+    extra = {**beside, "streams": streams}
+    return save(output / FOLDER, engine, engine.optimizer, step=step, extra=extra, keep=keep or None)
 
 
 def restore_state(engine: Any, begun: Begun, seed: int) -> None:

@@ -81,7 +81,8 @@ def _run(config: TrainConfig, ranks: Ranks) -> int:
             told = f"stopped and saved {at}; go on with --output {config.output} --resume latest"
             print(told if session.saves else f"stopped {at}; nothing was saved, see above", flush=True)
         return INTERRUPTED
-    summary = summarise(session, watch, outcome)
+    kind = session.record["deepspeed"]["optimizer"]["type"]
+    summary = summarise(session.engine.module.parameters(), kind, session.planned, watch, outcome)
     if ranks.rank == 0:
         write_json(Path(config.output) / "summary.json", summary.as_dict())
         print(summary.table(), flush=True)

@@ -230,9 +230,10 @@ def _optimizer_parameters(kind: str, path: Path) -> set[str] | None:
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     from gwt_dist import GWTAdamW, param_groups
+    from gwt_dist.keys import of_recipes
 
     if kind == "GWTAdamW":
-        return _keywords(GWTAdamW) | _keywords(param_groups)
+        return _keywords(GWTAdamW) | _keywords(param_groups) | set(of_recipes())
     if str(kind).lower() in ("adam", "adamw"):
         return _keywords(torch.optim.AdamW) | {"torch_adam", "adam_w_mode"}
     if str(kind).lower() in DEEPSPEED_OPTIMIZERS:

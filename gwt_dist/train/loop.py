@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def train(session: Session, watch: OptimizerWatch) -> Outcome:
             due = last or stopping or (config.save_every and done % config.save_every == 0)
             if due and session.saves:
                 watch.clock.lap("other")
-                keep_state(session, done)
+                place = session.batches.state_dict()
+                keep_state(Path(config.output), session.engine, done, place, session.kept_beside, config.keep)
                 watch.clock.lap("checkpoint")
                 outcome.saved = done
             if stopping and not last:

@@ -35,7 +35,7 @@ class Session:
     """A run that is ready for its next step. `start_step` steps are done already.
 
     `planned` is this rank's optimizer state by arithmetic; None where the optimizer is another one
-    or ZeRO is off. `saves`: whether checkpoints are written; `model_config` goes into them.
+    or ZeRO is off. `saves`: whether checkpoints are written; `kept_beside` goes into them.
     """
 
     config: TrainConfig
@@ -49,7 +49,7 @@ class Session:
     start_step: int
     planned: StateBytes | None
     saves: bool
-    model_config: dict[str, Any]
+    kept_beside: dict[str, Any]
 
 
 def open_session(config: TrainConfig, ranks: Ranks) -> Session:
@@ -142,7 +142,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         start_step,
         planned,
         saves,
-        llama.to_dict(),
+        {"model_config": llama.to_dict(), "identity": identity, "batch": record["batch"]},
     )
 
 
@@ -170,14 +170,13 @@ def planned_state(module: torch.nn.Module, engine_config: dict[str, Any], ranks:
     """Bytes of optimizer state of this rank, from shapes alone, before any is allocated.
 
     Raises:
-        ValueError: the targets match nothing.
+        ValueError: the targets match nothing, or a parameter of the optimizer is wrong.
     """
     optimizer, stage = engine_config["optimizer"], ds_config.zero_stage(engine_config)
     if optimizer["type"] != "GWTAdamW" or stage == 0:
         return None
-    chosen = {k: v for k, v in optimizer["params"].items() if k in ("level", "targets", "wavelet")}
     return memory.plan_zero(
-        memory.specs(module.named_parameters(), param_groups(module, **chosen)),
+        memory.specs(module.named_parameters(), param_groups(module, **optimizer["params"])),
         stage=stage,
         world_size=ranks.world_size,
         rank=ranks.rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,17 @@ from gwt_dist.train.watch import OptimizerWatch
 
 if TYPE_CHECKING:
     from gwt_dist.train.loop import Outcome
-    from gwt_dist.train.session import Session
 
 ADAMW_MOMENTS = 2
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
 class RankBytes:
     """Bytes that one rank holds. `wavelet_*` are the tensors of level 1 and more, `plain_*` the
-    rest; `*_adamw` is what AdamW would hold for the same elements, two fp32 moments.
-    `scalars` are step counters and limiter norms; `masters` the fp32 copies of weights that ZeRO
-    keeps; `gradients` those handed to the optimizer, by the buffer.
+    rest, their state but for `scalars`; `*_adamw` is what AdamW would hold for the same elements, two
+    fp32 moments. `scalars` are step counters and what else there is one of a tensor, such as limiter
+    norms; `masters` the fp32 copies of weights that ZeRO keeps; `gradients` those handed to the
+    optimizer, by the buffer.
     """
 
     rank: int
@@ -42,8 +42,8 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def measure(engine: Any, watch: OptimizerWatch) -> RankBytes:
-    """Bytes of this rank, counted on the live tensors."""
+def measure(parameters: Sequence[Any], watch: OptimizerWatch) -> RankBytes:
+    """Bytes of this rank, counted on the live tensors; `parameters` are the model's."""
     sums = dict.fromkeys(("wavelet_moments", "wavelet_adamw", "plain_moments", "plain_adamw"), 0)
     scalars = 0
     for parameter, state in watch.optimizer.state.items():
@@ -51,13 +51,13 @@ def measure(engine: Any, watch: OptimizerWatch) -> RankBytes:
         sums[f"{kind}_adamw"] += ADAMW_MOMENTS * parameter.numel() * torch.float32.itemsize
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                if name in MOMENTS:
-                    sums[f"{kind}_moments"] += _bytes(value)
-                else:
+                if name in watch.scalars:
                     scalars += _bytes(value)
+                else:
+                    sums[f"{kind}_moments"] += _bytes(value)
     # Under ZeRO-3 a parameter is empty between steps and its part of this rank is ds_tensor.
-    parts = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
-    held = {id(parameter) for parameter in engine.module.parameters()}
+    parts = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
+    held = {id(parameter) for parameter in parameters}
     return RankBytes(
         rank=dist.get_rank(),
         scalars=scalars,
@@ -132,10 +132,12 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarise(session: Session, watch: OptimizerWatch, outcome: Outcome) -> Summary:
-    """Gather the figures of all ranks. A collective."""
+def summarise(
+    parameters: Iterable[Any], optimizer: str, planned: StateBytes | None, watch: OptimizerWatch, outcome: Outcome
+) -> Summary:
+    """Gather the figures of all ranks; `parameters` are the model's, `optimizer` is a name. A collective."""
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (measure(session.engine, watch), session.planned))
+    dist.all_gather_object(gathered, (measure(list(parameters), watch), planned))
     seconds = outcome.timed_seconds
     return Summary(
         steps=outcome.steps_done,
@@ -144,7 +146,7 @@ def summarise(session: Session, watch: OptimizerWatch, outcome: Outcome) -> Summ
         tokens_per_second=outcome.timed_tokens / seconds if seconds else 0.0,
         optimizer_time_share=watch.clock.total("optimizer") / seconds if seconds else 0.0,
         seconds_after_last_line=watch.clock.take(),
-        optimizer=session.record["deepspeed"]["optimizer"]["type"],
+        optimizer=optimizer,
         world_size=len(gathered),
         ranks=tuple(bytes_ for bytes_, _ in gathered),
         planned=tuple(plan for _, plan in gathered),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gwt_dist import GWTAdamW
-from gwt_dist.recipes import rule_of
+from gwt_dist.declare import Extent, Pass, Rule
+from gwt_dist.recipes import LIMITED_NORM, rule_of
 from gwt_dist.train.metrics import PHASES
 
 # A limiter that acts leaves exactly its factor of growth, which fp32 rounds: closer to it than this is the same.
@@ -72,6 +73,10 @@ class OptimizerWatch:
         self.optimizer: torch.optim.Optimizer = engine.basic_optimizer or engine.optimizer
         self.levels: dict[Tensor, int] = {}
         self.gradient_bytes: dict[Tensor, int] = {}
+        rules = [rule_of(g) for g in self.optimizer.param_groups] if isinstance(self.optimizer, GWTAdamW) else []
+        programs = [program for rule in rules for program in (rule.program, rule.plain)]
+        # Names of state that there is one number of a tensor.
+        self.scalars = {"step", *(name for program in programs for name in program.names(Extent.TENSOR))}
         self.clock = Clock(synchronize=engine.device.type != "cpu")
         self._limiters: dict[Tensor, float] = {}
         self._norms_before: dict[Tensor, Tensor] = {}
@@ -83,7 +88,7 @@ class OptimizerWatch:
             for parameter in group["params"]:
                 if parameter not in self.levels:
                     self.levels[parameter] = int(group.get("level", 0))
-                    self._limiters[parameter] = rule_of(group).limiter if isinstance(optimizer, GWTAdamW) else 0.0
+                    self._limiters[parameter] = _limiter(rule_of(group)) if isinstance(optimizer, GWTAdamW) else 0.0
                     gradient = parameter.grad
                     held = 0 if gradient is None else gradient.numel() * gradient.element_size()
                     self.gradient_bytes[parameter] = held
@@ -126,4 +131,11 @@ class OptimizerWatch:
 
     def _norms(self) -> list[tuple[Tensor, Tensor]]:
         states = self.optimizer.state.items()
-        return [(parameter, state["limited_norm"]) for parameter, state in states if "limited_norm" in state]
+        name = LIMITED_NORM.name
+        return [(parameter, state[name]) for parameter, state in states if name in state]
+
+
+def _limiter(rule: Rule) -> float:
+    """The largest growth of an update's norm where the program of a rule settles it; 0 where none does."""
+    settles = any(isinstance(phase, Pass) and phase.then for phase in rule.program.phases)
+    return rule["limiter"] if settles and LIMITED_NORM in rule.program.fields else 0.0
