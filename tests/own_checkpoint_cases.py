@@ -80,11 +80,11 @@ def other_world_case(folder: str, stage: int, save: bool) -> str:
             trained.train(steps()[:BEFORE])
             trained.model.save_checkpoint(folder)
             return ""
-        before = [p.detach().clone() for p in trained.optimizer._shards]
+        before = [p.detach().clone() for p in trained.optimizer.shards]
         try:
             trained.model.load_checkpoint(folder)
         except Exception as error:
-            assert all(torch.equal(a, b) for a, b in zip(before, trained.optimizer._shards, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, trained.optimizer.shards, strict=True))
             return repr(error)
         return "no error"
     finally:

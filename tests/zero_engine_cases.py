@@ -125,7 +125,7 @@ def micro_batches(step: Step, number: int) -> Iterator[Step]:
 
 def masters(engine: Any, model: nn.Module) -> dict[str, Tensor]:
     """The whole fp32 weights, put together from the fragments of all ranks."""
-    attached = dict(engine.basic_optimizer._shards.items())
+    attached = dict(engine.basic_optimizer.shards.items())
     if not attached:
         return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     mine = [
@@ -145,7 +145,7 @@ def masters(engine: Any, model: nn.Module) -> dict[str, Tensor]:
 def poison_padding(optimizer: GWTAdamW) -> int:
     """NaN in every element of the flat buffers that belongs to no tensor; how many there are."""
     poisoned = 0
-    for parameter, shard in optimizer._shards.items():
+    for parameter, shard in optimizer.shards.items():
         padding = torch.ones(parameter.numel(), dtype=torch.bool)
         for fragment in shard.fragments:
             padding[fragment.offset : fragment.offset + fragment.numel] = False
@@ -241,7 +241,7 @@ def engine_case(
 def snapshot(engine: Any) -> list[Tensor]:
     """Weights of this rank and all state, as they are."""
     optimizer = engine.basic_optimizer
-    parameters = list(optimizer._shards) or [p for g in optimizer.param_groups for p in g["params"]]
+    parameters = list(optimizer.shards) or [p for g in optimizer.param_groups for p in g["params"]]
     kept = [p.detach().clone() for p in parameters]
     return kept + [t.clone() for p in parameters for t in optimizer.state.get(p, {}).values()]
 
