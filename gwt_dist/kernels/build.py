@@ -47,7 +47,7 @@ def folder() -> Path:
 
 
 def load(source: str, *defines: str) -> ModuleType:
-    """The module built from ``<source>.cpp`` with these flags for this machine's instructions, compiled if it never was.
+    """The module built from ``<source>.cpp`` with these flags for this machine, compiled if it never was.
 
     Raises `BuildError` if it cannot be compiled.
     """

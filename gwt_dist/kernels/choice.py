@@ -51,7 +51,7 @@ NAMES = tuple(_MODULES)
 
 
 def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]) -> Kernel:
-    """The kernel for the `pieces` of a parameter of `dtype` on `device` that `program` steps; for none, one that counts.
+    """The kernel for the `pieces` of a parameter of `dtype` on `device` that `program` steps; without any, to count.
 
     Raises `ValueError` if ``GWT_DIST_KERNEL`` names a kernel that cannot take them, `BuildError` if it names one that
     cannot be built.

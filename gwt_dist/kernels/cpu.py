@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Program, Rule
+from gwt_dist.declare import Pass, Program, Rule
 from gwt_dist.kernels.build import library_of, load
 from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
@@ -37,7 +37,7 @@ def count(steps: list[Tensor]) -> None:
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
     """As `eager.phase`."""
     its = work.program.phases[number]
-    assert not hasattr(its, "send"), "whole matrices go by `rounds`"
+    assert isinstance(its, Pass), "whole matrices go by `rounds`"
     moments, write = PASSES[its.function]
     limits = sums[number - 1] if write and not moments else _NONE
     _run((moments, write), work, tensors, _NONE if write else sums[number], limits)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from gwt_dist.declare import Pass, Program
+from gwt_dist.recipes import ADAM
 
 HERE = Path(__file__).parent
 # By the function of a phase: whether it updates the moments, whether it writes the weights.
@@ -27,6 +28,9 @@ def lacking(program: Program, suffix: str) -> str:
     for folder, name in parts(program).items():
         if not (HERE / folder / f"{name}{suffix}").is_file():
             return f"{folder} of the name {name!r}"
+    unsaid = sorted(set(ADAM) - set(program.numbers))
+    if unsaid:
+        return f"rules without {', '.join(unsaid)}"
     for phase in program.phases:
         if not isinstance(phase, Pass) or phase.function not in PASSES or phase.then not in BETWEEN:
             return f"phases such as {phase}"
