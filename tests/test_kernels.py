@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +21,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gwt_dist import Fragment, GWTAdamW
 from gwt_dist.comm import Shard, alone
+from gwt_dist.declare import Extent, Pass, Program, Sum
 from gwt_dist.exchange import Whole
-from gwt_dist.kernels import Part, Piece, Work, build, choice, cpu, eager
+from gwt_dist.kernels import Part, Place, Work, build, choice, cpu, eager, variant
+from gwt_dist.piece import Piece
+from gwt_dist.recipes import ADAM, program_of, rule_of
 from simulated import Sharded
 
 # Divided and not by the unit, rows shorter than a unit, longer than a chunk, empty, of no and of three dimensions.
 SHAPES = ((66, 97), (3, 5461), (1, 29), (9, 3), (64, 64), (128,), (5,), (), (3, 2, 5), (0, 4), (2, 70_000), (300, 256))
-RECIPES = ("paper", "energy")
+RECIPES = ("paper", "energy", "foam")
+# Each of these needs a library of its own, and no test needs another.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {"recipe": "paper"},
+    "energy": {"recipe": "energy"},
+    "foam": {"recipe": "foam"},
+    "cautious": {"recipe": "energy", "cautious": True},
+    "paper, energy of units": {"recipe": "paper", "second_moment": "energy"},
+}
+NUMBERS = st.fixed_dictionaries(
+    {
+        "nesterov": st.booleans(),
+        "correct_bias": st.booleans(),
+        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.99, 0.0)]),
+        "eps": st.sampled_from([1e-6, 1e-30, 0.1]),
+        "scale": st.sampled_from([0.25, 1.0]),
+        "weight_decay": st.sampled_from([0.1, 0.0]),
+    }
+)
+
+
+def program(**options: Any) -> Program:
+    """Of tensors with level > 0 in a group that says no more than `options`."""
+    return program_of({"wavelet": "haar"} | options, level=2)
+
+
+PIECES = [Piece.of(Fragment("a", (4, 8), 0, 32), Fragment("a", (4, 2), 0, 8), 2, "haar")]
 
 
 def train(
@@ -75,19 +106,48 @@ shapes = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=
 exponents = st.lists(st.floats(-30, 15), min_size=1, max_size=4)  # squares beyond both ends of fp32
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     shapes=shapes,
     exponents=exponents,
     level=st.integers(0, 8),
-    recipe=st.sampled_from(RECIPES),
+    name=st.sampled_from(sorted(VARIANTS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    second_moment=st.sampled_from([None, "approximation", "energy"]),
+    numbers=NUMBERS,
     detail_gain=st.sampled_from([None, 0.0, 0.3, 1.0, "coherence"]),
     limiter=st.sampled_from([None, 0, 1.0, 1.5]),
 )
-def test_any_shapes_sizes_and_options(shapes: list[tuple[int, ...]], **options: object) -> None:
-    same(train("cpu", shapes, **options), train("eager", shapes, **options))  # type: ignore[arg-type]
+def test_any_shapes_sizes_and_options(
+    shapes: list[tuple[int, ...]],
+    name: str,
+    numbers: Mapping[str, Any],
+    detail_gain: object,
+    limiter: object,
+    **options: object,
+) -> None:
+    given = VARIANTS[name] | dict(numbers) | options
+    if name != "foam":  # which has neither
+        given |= {"detail_gain": detail_gain, "limiter": limiter}
+    same(train("cpu", shapes, **given), train("eager", shapes, **given))
+
+
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_the_update(name: str, nesterov: bool, correct_bias: bool) -> None:
+    """And each option changes something: a kernel that left one out would be seen."""
+    options = {"nesterov": nesterov, "correct_bias": correct_bias}
+    shapes, found = [(66, 97), (3, 541), (33,)], []
+    for kernel in ("cpu", "eager"):
+        found.append(train(kernel, shapes, **VARIANTS[name], **options))
+    same(*found)
+    plain = train("eager", shapes, recipe=VARIANTS[name]["recipe"])
+    if len(VARIANTS[name]) > 1 or nesterov or not correct_bias:
+        assert not torch.equal(found[0][0], plain[0])
+    per_tensor = len(plain) // len(shapes)
+    vector = slice(2 * per_tensor, 2 * per_tensor + 1)  # at level 0 Nesterov does nothing
+    if name in RECIPES and correct_bias:
+        same(found[0][vector], plain[vector])
 
 
 @pytest.mark.parametrize("cache", [1, 5000, 1 << 20])
@@ -138,7 +198,9 @@ def test_norms_of_zero_and_of_infinity_are_not_remembered(monkeypatch: pytest.Mo
 
 def test_no_norm_is_in_two_batches() -> None:
     pieces = [Piece.of(Fragment(n, (40, 50), 0, 2000), Fragment(n, (40, 13), 0, 520), 2, "haar") for n in "abcde"]
-    work = Work(tuple(Part(i, p, (), norm) for i, (p, norm) in enumerate(zip(pieces, (2, 0, 2, 3, 1), strict=True))))
+    places = [((Place("update", Extent.TENSOR, 1, (norm,)),), ()) for norm in (2, 0, 2, 3, 1)]
+    parts = tuple(Part(i, p, (), sums) for i, (p, sums) in enumerate(zip(pieces, places, strict=True)))
+    work = Work(parts, program(recipe="paper"), ((1,) * 5, (0,) * 5))
     norms = work.table(500)[:, -1]
     assert norms.tolist() == sorted(norms.tolist())
     batches = work.batches(500, 2500)
@@ -236,8 +298,8 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_on_the_run() -> None:
 
 
 def compare_all() -> None:
-    for recipe, dtype, level in itertools.product(RECIPES, (torch.float32, torch.bfloat16), (0, 2, 5)):
-        options = {"level": level, "recipe": recipe, "dtype": dtype}
+    for name, dtype, level in itertools.product(VARIANTS, (torch.float32, torch.bfloat16), (0, 2, 5)):
+        options = VARIANTS[name] | {"level": level, "dtype": dtype, "nesterov": level == 5}
         same(train("cpu", SHAPES, **options), train("eager", SHAPES, **options))  # type: ignore[arg-type]
 
 
@@ -258,15 +320,75 @@ def test_every_instruction_set_has_the_bits_of_the_reference(capability: str) ->
     assert found.stdout.split() == [capability.upper()], found.stderr
 
 
-@pytest.mark.parametrize("file", ["cpu.cpp", "vectors.h"])
+@pytest.mark.parametrize("file", ["cpu.cpp", "vectors.h", "details/residual.h"])
 def test_another_source_is_another_library(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(build.SOURCES, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    here = build.library_of("cpu")
+    here = build.library_of("cpu", "-DX")
     monkeypatch.setattr(build, "SOURCES", tmp_path / "kernels")
-    assert build.library_of("cpu") == here
+    assert build.library_of("cpu", "-DX") == here != build.library_of("cpu", "-DY")
     with (tmp_path / "kernels" / file).open("a") as source:
         source.write("// more\n")
-    assert build.library_of("cpu")[2] != here[2]
+    assert build.library_of("cpu", "-DX")[2] != here[2]
+
+
+def test_programs_share_a_library_where_they_differ_in_phases_and_numbers_alone() -> None:
+    energy = program()
+    assert cpu.library(energy) == cpu.library() == cpu.library(program(limiter=1.01, nesterov=True))
+    assert len({cpu.library(program(**options)) for options in VARIANTS.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "lacks"),
+    [
+        ({"formula": "another"}, "formulas of the name 'another'"),
+        ({"detail": "another"}, "details of the name 'another'"),
+        ({"write": "another"}, "writes of the name 'another'"),
+        ({"numbers": ("beta1", "beta2")}, "rules without coherent, correct_bias"),
+        ({"phases": (Pass("another", writes=True),)}, "phases such as .*another"),
+        ({"phases": (Pass("moments", (Sum("update"),), then="another"), Pass("write", writes=True))}, "phases such as"),
+    ],
+)
+def test_a_program_for_which_there_is_no_file_gets_the_reference(
+    changed: dict[str, Any], lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    here, another = torch.device("cpu"), replace(program(), **changed)
+    assert choice.choose(here, torch.float32, another, PIECES) is eager
+    assert choice.choose(here, torch.float32, another, ()) is cpu  # which counts steps as any other
+    monkeypatch.setenv(choice.VARIABLE, "cpu")
+    with pytest.raises(ValueError, match=f"GWT_DIST_KERNEL=cpu cannot take {lacks}"):
+        choice.choose(here, torch.float32, another, PIECES)
+
+
+def test_a_file_is_all_that_a_kernel_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(variant.HERE, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(variant, "HERE", tmp_path / "kernels")
+    (tmp_path / "kernels" / "writes" / "another.h").touch()
+    (tmp_path / "kernels" / "details" / "residual.py").unlink()
+    another, foam = replace(program(), write="another"), program(recipe="foam")
+    variant.lacking.cache_clear()
+    try:
+        assert [variant.lacking(p, suffix) for p in (another, foam) for suffix in (".h", ".py")] == [
+            *("", "writes of the name 'another'"),
+            *("", "details of the name 'residual'"),
+        ]
+    finally:
+        variant.lacking.cache_clear()
+
+
+def test_numbers_are_in_the_order_of_the_program(tmp_path: Path) -> None:
+    """What C++ calls ``number::eps`` is where `eps` is in the rows that it is given, however the tuple is shuffled."""
+    rule = rule_of({"lr": 7.0, "wavelet": "haar", "eps": 3.0})
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    assert compiler, "the kernels could not have been compiled without one"
+    shuffled = replace(program(), numbers=(*ADAM[3:], *ADAM[:3]))
+    checks = [f"static_assert(number::{name} == {place});" for place, name in enumerate(("lr", *shuffled.numbers))]
+    source = tmp_path / "order.cpp"
+    source.write_text("\n".join([f'#include "{build.SOURCES / "rule.h"}"', *checks]))
+    command = [compiler, "-std=c++17", "-fsyntax-only", *cpu._defines(shuffled), str(source)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert cpu._row(rule, shuffled) == (7.0, *(rule[name] for name in shuffled.numbers))
 
 
 class Allocations(TorchDispatchMode):
@@ -306,18 +428,18 @@ def test_a_steady_step_allocates_nothing_for_each_parameter(recipe: str) -> None
 
 
 def test_a_kernel_is_forced_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, fp32 = torch.device("cpu"), torch.float32
+    here, fp32, energy = torch.device("cpu"), torch.float32, program()
     monkeypatch.delenv(choice.VARIABLE, raising=False)
-    assert choice.choose(here, fp32, ()) is cpu
-    assert choice.choose(here, torch.float64, ()) is eager
+    assert choice.choose(here, fp32, energy, PIECES) is cpu
+    assert choice.choose(here, torch.float64, energy, PIECES) is eager
     monkeypatch.setenv(choice.VARIABLE, "eager")
-    assert choice.choose(here, fp32, ()) is eager
+    assert choice.choose(here, fp32, energy, PIECES) is eager
     monkeypatch.setenv(choice.VARIABLE, "fast")
     with pytest.raises(ValueError, match="GWT_DIST_KERNEL='fast' must be one of"):
-        choice.choose(here, fp32, ())
+        choice.choose(here, fp32, energy, PIECES)
     monkeypatch.setenv(choice.VARIABLE, "cpu")
     with pytest.raises(ValueError, match=r"GWT_DIST_KERNEL=cpu cannot take parameters of torch\.float64"):
-        choice.choose(here, torch.float64, ())
+        choice.choose(here, torch.float64, energy, PIECES)
     for options, missing in (({"wavelet": "db2"}, "wavelets other than Haar"), ({"level": 9}, "levels above 8")):
         with pytest.raises(ValueError, match=missing):
             train("cpu", [(4, 1024)], **options)  # type: ignore[arg-type]

@@ -46,12 +46,12 @@ def folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "gwt_dist"
 
 
-def load(source: str) -> ModuleType:
-    """The module built from ``<source>.cpp`` for this machine's instruction set, compiled if it never was.
+def load(source: str, *defines: str) -> ModuleType:
+    """The module built from ``<source>.cpp`` with these flags for this machine, compiled if it never was.
 
     Raises `BuildError` if it cannot be compiled.
     """
-    name, flags, library = library_of(source)
+    name, flags, library = library_of(source, *defines)
     if not library.exists():
         with _lock(library.with_suffix(".lock")):
             if not library.exists():
@@ -59,14 +59,16 @@ def load(source: str) -> ModuleType:
     return _import(name, library)
 
 
-def library_of(source: str) -> tuple[str, tuple[str, ...], Path]:
+def library_of(source: str, *defines: str) -> tuple[str, tuple[str, ...], Path]:
     """Name and flags of the module that `load` would import, and its library, which may not be there yet."""
     flags = (*_BASE, *_BY_CAPABILITY[capability()], *(f"-DCPU_CAPABILITY{x}{capability()}" for x in ("=", "_")))
-    code = b"".join(path.read_bytes() for path in (SOURCES / f"{source}.cpp", *sorted(SOURCES.glob("*.h"))))
-    made_from = (torch.__version__, importlib.util.MAGIC_NUMBER.hex(), *flags)
-    digest = hashlib.sha256(code + "\n".join(made_from).encode()).hexdigest()[:16]
-    name = f"gwt_dist_{source}_{capability().lower()}"
-    return name, flags, folder() / f"{name}-{digest}.so"
+    digest = hashlib.sha256()
+    for path in (SOURCES / f"{source}.cpp", *sorted(SOURCES.rglob("*.h"))):
+        digest.update(path.read_bytes())
+    made_from = (torch.__version__, importlib.util.MAGIC_NUMBER.hex(), *flags, *defines)
+    digest.update("\n".join(made_from).encode())
+    name = f"gwt_dist_{source}_{capability().lower()}_{digest.hexdigest()[:16]}"
+    return name, (*flags, *defines), folder() / f"{name}.so"
 
 
 def _compile(name: str, source: str, flags: tuple[str, ...], library: Path) -> None:

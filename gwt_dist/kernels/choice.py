@@ -14,6 +14,7 @@ from torch import Tensor
 from gwt_dist.declare import Program
 from gwt_dist.kernels import cpu, eager, triton
 from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.variant import lacking
 from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.piece import Piece
 from gwt_dist.wavelet import HaarTransform
@@ -35,12 +36,22 @@ class Kernel(Protocol):
         """See `eager.step`."""
 
 
-_MODULES: dict[str, Kernel] = {"eager": eager, "cpu": cpu, "triton": triton}
+class Compiled(Kernel, Protocol):
+    """One that has to be built, of files that end in `SUFFIX`."""
+
+    SUFFIX: str
+
+    def prepare(self, program: Program) -> None:
+        """Be ready for `program`; raises `BuildError` if that cannot be."""
+
+
+_COMPILED: dict[str, Compiled] = {"cpu": cpu, "triton": triton}
+_MODULES: dict[str, Kernel] = {"eager": eager, **_COMPILED}
 NAMES = tuple(_MODULES)
 
 
 def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]) -> Kernel:
-    """The kernel for the `pieces` of a parameter of `dtype` on `device` that `program` steps.
+    """The kernel for the `pieces` of a parameter of `dtype` on `device` that `program` steps; without any, to count.
 
     Raises `ValueError` if ``GWT_DIST_KERNEL`` names a kernel that cannot take them, `BuildError` if it names one that
     cannot be built.
@@ -49,9 +60,13 @@ def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: S
     if forced not in ("", *NAMES):
         raise ValueError(f"{VARIABLE}={forced!r} must be one of {NAMES}, or unset for the fastest that fits")
     name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "eager")
-    missing = "" if name == "eager" else _missing(name, device, dtype, program, pieces)
+    if name == "eager":
+        return eager
+    missing = _missing(name, device, dtype, program, pieces)
     if not missing:
-        return _forced(name) if forced else _loaded(name)
+        if not pieces:
+            return _MODULES[name]  # counting needs nothing that would have to be built
+        return _forced(name, program) if forced else _loaded(name, program)
     if forced:
         raise ValueError(
             f"{VARIABLE}={forced} cannot take {missing}; unset it, and these parameters get the eager kernel"
@@ -67,8 +82,9 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, program: Progr
         return f"parameters on {device} (a GPU is needed, or, for tests on a CPU alone, TRITON_INTERPRET=1)"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"parameters of {dtype}"
-    if program.detail != "weighed" or program.write != "decay":
-        return f"details {program.detail!r} with weights {program.write!r}"
+    lacks = lacking(program, _COMPILED[name].SUFFIX) if pieces else ""
+    if lacks:
+        return lacks
     for piece in pieces:
         if not isinstance(piece.transform, HaarTransform):
             return f"wavelets other than Haar ({piece.fragment.fqn})"
@@ -77,19 +93,16 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, program: Progr
     return ""
 
 
-def _forced(name: str) -> Kernel:
-    if name == "cpu":
-        cpu.prepare()
-    elif name == "triton":
-        triton.prepare()
-    return _MODULES[name]
+def _forced(name: str, program: Program) -> Kernel:
+    _COMPILED[name].prepare(program)
+    return _COMPILED[name]
 
 
 @cache
-def _loaded(name: str) -> Kernel:
-    """The kernel called `name`; the reference, with one warning, where it cannot be built."""
+def _loaded(name: str, program: Program) -> Kernel:
+    """The kernel called `name`; the reference, with a warning, where it cannot be built for `program`."""
     try:
-        return _forced(name)
+        return _forced(name, program)
     except BuildError as error:
         warnings.warn(f"{error}\nGWTAdamW goes on with its eager kernel.", RuntimeWarning, stacklevel=2)
         return eager

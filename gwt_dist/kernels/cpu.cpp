@@ -1,11 +1,7 @@
-// Both phases of a step on a CPU, for Haar units of 2**L elements, L = 0..8: fp32 mathematics on fp32 or bf16 buffers.
+// A step on a CPU, for Haar units of 2**L elements, L = 0..8: fp32 mathematics on fp32 or bf16 buffers.
 //
-// Vec (`vectors.h`) holds V floats. A group is V neighbouring units, U * V elements; every unit is handled as a lane of a
-// group, the last ones of a row and cut units in a padded copy. Only single additions, multiplications, divisions and
-// square roots are used, in the order of `update.py` (built with -ffp-contract=off), so a unit has the bits of the
-// reference wherever it lies and however many threads there are.
-//
-// What an item of the table means is written down in `work.py`.
+// Many items, taken by threads; what is done with the units of one is in `units.h`. One library is built for each formula,
+// details and write of a program, and `cpu.py` says which. What an item of the table means is written down in `work.py`.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -15,28 +11,20 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <numeric>
 #include <vector>
 
-#include "vectors.h"
+#include "units.h"
 
 namespace {
 
 constexpr int MAX_LEVEL = 8;
 
-enum Phase : int64_t { MOMENTS = 1, WRITE = 2, STEP = 3 };
-
 struct Item {
-  int64_t parameter, level, element, moment, rows, units, last, element_stride, moment_stride, slot, lead, held, norm;
+  int64_t GWT_ITEM;  // the names of its fields, in order
 };
 constexpr int64_t FIELDS = sizeof(Item) / sizeof(int64_t);
-
-struct Rule {
-  float beta1, rest1, beta2, rest2, eps, gain, decay_factor;  // of weight decay: 1 - lr * weight_decay
-  float steady, most;                                         // factor and limit of the coherence
-  double size, scale, limiter;
-  bool energy, coherent;
-};
 
 // Items first..last of the table, and their norms; none (-1) without a limiter.
 struct Batch {
@@ -44,181 +32,50 @@ struct Batch {
 };
 constexpr int64_t BATCH_FIELDS = sizeof(Batch) / sizeof(int64_t);
 
+using Steps = std::array<Step, 2>;  // for units without details and with them
+
 struct Parameter {
   void *weight, *gradient;
   float *exp_avg, *exp_avg_sq;
   bool weight_bf16, gradient_bf16;
-  Rule rule;
+  const Steps* steps;
 };
 
-// Squares are added in double, lane by lane; the order depends on nothing but the item.
-using Lanes = std::array<double, V>;
-
-// Groups between reading gradients and writing weights: enough for the latencies of one unit's root and division to hide
-// behind other units, few enough for the gradients to stay in the L1 cache.
-template <int L>
-constexpr int BLOCK = std::clamp(256 / (V << L), 1, 32);
-
-// Fetches a group that lies `ahead` elements further on, past the end or not: the processor's own prefetching stops at
-// the end of a page, and does not know that weights follow gradients.
-template <int L, int ahead, typename T>
-INLINE void prefetch(const T* p) {
-  for (size_t i = 0; i < V << L; i += 64 / sizeof(T)) __builtin_prefetch(p + ahead + i);
-}
-
-// What the elements of V units have in common: weight = (weight - (gradient * details + others)) * decay_factor.
-struct Units {
-  std::array<float, V> details, others;
-};
-
-// Weights of V units: x, w [V * 2**L].
-template <int L, typename W, typename G>
-INLINE void write(const Units& units, const Vec& decay_factor, const G* x, W* w) {
-  const Vec details = Vec::loadu(units.details.data()), others = Vec::loadu(units.others.data());
-  if constexpr (L > 0 && std::is_same_v<W, BFloat16>) {
-#pragma GCC unroll 4
-    for (int j = 0; j < (1 << L) / 2; ++j, x += 2 * V, w += 2 * V) {  // both elements of a pair belong to one unit
-      const Vec factor = spread<L - 1>(details, j), term = spread<L - 1>(others, j);
-      const Pairs gradient = load_pairs(x), weight = load_pairs(w);
-      store_pairs(w, {(weight.even - (gradient.even * factor + term)) * decay_factor,
-                      (weight.odd - (gradient.odd * factor + term)) * decay_factor});
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int j = 0; j < (1 << L); ++j, x += V, w += V) {
-      const Vec factor = spread<L>(details, j), term = spread<L>(others, j);
-      store(w, (load(w) - (load(x) * factor + term)) * decay_factor);
-    }
-  }
-}
-
-// `groups` groups of V units each: x, w [groups * V * 2**L], m, v [groups * V]. `counts` holds the number of real elements
-// of each unit of a single group; without it all have 2**L.
-template <int L, int64_t PHASE, bool ENERGY, typename W, typename G>
-void run(const Rule& rule, const G* x, W* w, float* m, float* v, int64_t groups, const float* counts, float factor,
-         Lanes* norm) {
+template <int L, int64_t PHASE, typename W, typename G>
+void run_item(const Item& item, const Parameter& p, const float* exchange, float size, Lanes* norm) {
   constexpr int64_t U = 1 << L;
-  const Vec gain_of_mean(std::pow(2.0, -L / 2.0)), one_of_unit(std::pow(2.0, -L)), one(1.f);
-  const Vec size(factor), decay_factor(rule.decay_factor);
-  const Vec beta1(rule.beta1), rest1(rule.rest1), beta2(rule.beta2), rest2(rule.rest2), eps(rule.eps);
-  const Vec least(L ? rule.gain : 0.f), steady(rule.steady), most(rule.most);
-  const bool coherent = L && rule.coherent;
-  Lanes lanes{};
-  std::array<Units, PHASE & WRITE ? BLOCK<L> : 1> block;
-  for (int64_t first = 0; first < groups; first += BLOCK<L>) {
-    const int64_t n = std::min<int64_t>(BLOCK<L>, groups - first);
-    for (int64_t g = 0; g < n; ++g, m += V, v += V) {
-      // Gradients in bf16 come early enough by themselves, and a step in bf16 has no instruction to spare.
-      if constexpr (std::is_same_v<G, float>) prefetch<L, 1024>(x + g * U * V);
-      if constexpr (PHASE & WRITE) prefetch<L, 512>(w + g * U * V);
-      const Sums sums = unit_sums<L, ENERGY>(x + g * U * V);
-      const Vec a = sums.x * gain_of_mean;
-      Vec exp_avg = Vec::loadu(m), exp_avg_sq = Vec::loadu(v);
-      if constexpr (PHASE & MOMENTS) {
-        // A product with a power of two has the bits of the quotient.
-        const Vec e = !ENERGY ? a * a : counts ? sums.squares / Vec::loadu(counts) : sums.squares * one_of_unit;
-        exp_avg = exp_avg * beta1 + a * rest1;
-        exp_avg_sq = exp_avg_sq * beta2 + e * rest2;
-        exp_avg.store(m);
-        exp_avg_sq.store(v);
-      }
-      const Vec d = exp_avg_sq.sqrt() + eps;
-      if constexpr (PHASE == MOMENTS) {
-        if (norm) {
-          float values[V];
-          (exp_avg / d).store(values);
-          for (int i = 0; i < V; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
-        }
-      }
-      if constexpr (PHASE & WRITE) {
-        const Vec inverse = one / d, size_of_unit = inverse * size;
-        Vec gain = least;
-        if (coherent) {  // `update.coherence`
-          const Vec before = (exp_avg - a * rest1) * inverse;
-          gain = at::vec::clamp_min(at::vec::clamp_max(before * before * steady, most), least);
-        }
-        const Vec details = size_of_unit * gain;
-        details.store(block[g].details.data());
-        (exp_avg * gain_of_mean * size_of_unit - a * gain_of_mean * details).store(block[g].others.data());
-      }
-    }
-    if constexpr (PHASE & WRITE) {
-      for (int64_t g = 0; g < n; ++g) {
-        write<L>(block[g], decay_factor, x + g * U * V, w + g * U * V);
-      }
-    }
-    x += BLOCK<L> * U * V, w += BLOCK<L> * U * V;
-  }
-  if (norm) {
-    for (int i = 0; i < V; ++i) (*norm)[i] += lanes[i];
-  }
-}
-
-// Up to V units in a padded copy. Elements of the copy lie at `x`; those at lead..lead+held of it have a weight at `w`.
-template <int L, int64_t PHASE, bool ENERGY, typename W, typename G>
-void run_padded(const Rule& rule, const G* x, int64_t elements, W* w, int64_t lead, int64_t held, float* m, float* v,
-                int64_t units, int64_t last, float factor, Lanes* norm) {
-  constexpr int64_t U = 1 << L;
-  std::array<G, U * V> xs{};
-  std::array<W, U * V> ws{};
-  std::array<float, V> ms{}, vs{}, counts;
-  counts.fill(U);
-  counts[units - 1] = last;
-  std::copy_n(x, elements, xs.begin());
-  std::copy_n(m, units, ms.begin());
-  std::copy_n(v, units, vs.begin());
-  if constexpr (PHASE & WRITE) std::copy_n(w, held, ws.begin() + lead);
-  run<L, PHASE, ENERGY>(rule, xs.data(), ws.data(), ms.data(), vs.data(), 1, counts.data(), factor, norm);
-  if constexpr (PHASE & WRITE) std::copy_n(ws.begin() + lead, held, w);
-  if constexpr (PHASE & MOMENTS) {
-    std::copy_n(ms.begin(), units, m);
-    std::copy_n(vs.begin(), units, v);
-  }
-}
-
-template <int L, int64_t PHASE, bool ENERGY, typename W, typename G>
-void run_item(const Item& item, const Parameter& p, const float* exchange, float factor, Lanes* norm) {
-  constexpr int64_t U = 1 << L;
+  const Step& step = (*p.steps)[L > 0];
   W* w = static_cast<W*>(p.weight) + item.element;
   float *m = p.exp_avg + item.moment, *v = p.exp_avg_sq + item.moment;
   if (item.slot >= 0) {
     Lanes* owned = item.lead == 0 ? norm : nullptr;
-    run_padded<L, PHASE, ENERGY>(p.rule, exchange + item.slot, item.last, w, item.lead, item.held, m, v, 1, item.last,
-                                 factor, owned);
+    run_padded<L, PHASE>(step, exchange + item.slot, item.last, w, item.lead, item.held, m, v, 1, item.last,
+                                 size, owned);
     return;
   }
   const G* x = static_cast<const G*>(p.gradient) + item.element;
   const int64_t whole = item.last == U ? item.units : item.units - 1, groups = whole / V, units = item.units - groups * V;
   for (int64_t row = 0; row < item.rows; ++row) {
-    run<L, PHASE, ENERGY>(p.rule, x, w, m, v, groups, nullptr, factor, norm);
+    run<L, PHASE>(step, x, w, m, v, groups, nullptr, size, norm);
     if (units) {
       const int64_t done = groups * V * U, elements = (units - 1) * U + item.last;
-      run_padded<L, PHASE, ENERGY>(p.rule, x + done, elements, w + done, 0, elements, m + groups * V, v + groups * V,
-                                   units, item.last, factor, norm);
+      run_padded<L, PHASE>(step, x + done, elements, w + done, 0, elements, m + groups * V, v + groups * V,
+                                   units, item.last, size, norm);
     }
     x += item.element_stride, w += item.element_stride, m += item.moment_stride, v += item.moment_stride;
   }
 }
 
-template <int L, int64_t PHASE, typename W, typename G>
-void run_typed(const Item& item, const Parameter& p, const float* exchange, float factor, Lanes* norm) {
-  if ((PHASE & MOMENTS) && p.rule.energy) {
-    run_item<L, PHASE, true, W, G>(item, p, exchange, factor, norm);
-  } else {
-    run_item<L, PHASE, false, W, G>(item, p, exchange, factor, norm);
-  }
-}
-
 template <int L, int64_t PHASE>
-void run_level(const Item& item, const Parameter& p, const float* exchange, float factor, Lanes* norm) {
+void run_level(const Item& item, const Parameter& p, const float* exchange, float size, Lanes* norm) {
   if (item.level != L) {
-    if constexpr (L < MAX_LEVEL) run_level<L + 1, PHASE>(item, p, exchange, factor, norm);
+    if constexpr (L < MAX_LEVEL) run_level<L + 1, PHASE>(item, p, exchange, size, norm);
   } else if (PHASE == MOMENTS || !p.weight_bf16) {  // the moments do not depend on the dtype of the weight
-    p.gradient_bf16 ? run_typed<L, PHASE, float, BFloat16>(item, p, exchange, factor, norm)
-                    : run_typed<L, PHASE, float, float>(item, p, exchange, factor, norm);
+    p.gradient_bf16 ? run_item<L, PHASE, float, BFloat16>(item, p, exchange, size, norm)
+                    : run_item<L, PHASE, float, float>(item, p, exchange, size, norm);
   } else if constexpr (PHASE != MOMENTS) {
-    p.gradient_bf16 ? run_typed<L, PHASE, BFloat16, BFloat16>(item, p, exchange, factor, norm)
-                    : run_typed<L, PHASE, BFloat16, float>(item, p, exchange, factor, norm);
+    p.gradient_bf16 ? run_item<L, PHASE, BFloat16, BFloat16>(item, p, exchange, size, norm)
+                    : run_item<L, PHASE, BFloat16, float>(item, p, exchange, size, norm);
   }
 }
 
@@ -234,11 +91,11 @@ void run_phase(const Item* items, int64_t n, const std::vector<Parameter>& param
       const int64_t i = PHASE == WRITE ? n - 1 - taken : taken;
       const Item& item = items[i];
       const Parameter& p = parameters[item.parameter];
-      double factor = p.rule.size;
-      if (item.level > 0) factor *= p.rule.scale;
-      if (PHASE == WRITE && item.norm >= 0) factor /= rho[item.norm];
+      const Step& step = (*p.steps)[item.level > 0];
+      double size = step.detail.size * step.scale;
+      if (PHASE == WRITE && item.norm >= 0) size /= rho[item.norm];
       Lanes norm{};
-      run_level<0, PHASE>(item, p, exchange, static_cast<float>(factor), item.norm >= 0 ? &norm : nullptr);
+      run_level<0, PHASE>(item, p, exchange, static_cast<float>(size), item.norm >= 0 ? &norm : nullptr);
       if (PHASE == MOMENTS) sums[i] = std::accumulate(norm.begin(), norm.end(), 0.0);
     }
   });
@@ -249,7 +106,7 @@ void run_phase(const Item* items, int64_t n, const std::vector<Parameter>& param
   }
 }
 
-// As `update.limit_growth`: the divisor for a tensor whose squared norm is given, and the norm to remember.
+// As `limiter.limit_growth`: the divisor for a tensor whose squared norm is given, and the norm to remember.
 double limit_growth(double squared_norm, double limiter, float* limited_norm) {
   const double norm = std::sqrt(squared_norm), before = *limited_norm;
   if (!std::isfinite(norm) || norm <= 0) return 1;
@@ -290,29 +147,13 @@ void* data(const at::Tensor& t, bool bf16_too) {
   return t.data_ptr();
 }
 
-// lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy, limiter, coherent.
-using Numbers = std::array<double, 10>;
-
-Rule rule_of(const Numbers& r, double t) {
-  const double lr = r[0], beta1 = r[1], beta2 = r[2];
-  Rule rule;
-  rule.beta1 = beta1, rule.rest1 = 1 - beta1, rule.beta2 = beta2, rule.rest2 = 1 - beta2;
-  rule.eps = r[3], rule.decay_factor = 1 - lr * r[4], rule.gain = r[6], rule.energy = r[7] != 0;
-  const double whole1 = 1 - std::pow(beta1, t), whole2 = 1 - std::pow(beta2, t), before = whole1 - (1 - beta1);
-  rule.size = std::sqrt(whole2) / whole1 * lr;
-  rule.coherent = r[9] != 0, rule.most = whole1;
-  rule.steady = t > 1 && before > 0 ? whole1 * whole2 / (before * before) : 0;
-  rule.scale = r[5], rule.limiter = r[8];
-  return rule;
-}
-
 void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, const std::vector<at::Tensor>& weights,
           const std::vector<at::Tensor>& gradients, const std::vector<at::Tensor>& exp_avg,
           const std::vector<at::Tensor>& exp_avg_sq, const std::vector<at::Tensor>& steps,
           const std::vector<Numbers>& rules, const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange,
           const at::Tensor& squared_norms, const at::Tensor& rho, const std::vector<at::Tensor>& limited_norms) {
   std::vector<Parameter> parameters(weights.size());
-  Rule rule;
+  std::deque<Steps> known;  // parameters point to them
   double t = -1;
   int64_t number = -1;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -323,15 +164,16 @@ void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, con
     const double now = *steps[i].const_data_ptr<float>();
     if (now != t || rule_numbers[i] != number) {
       t = now, number = rule_numbers[i];
-      rule = rule_of(rules.at(number), t);
+      const Numbers& numbers = rules.at(number);
+      known.push_back({Step({numbers, t, false}), Step({numbers, t, true})});
     }
-    p.rule = rule;
+    p.steps = &known.back();
   }
   std::vector<Norm> norms;
   for (size_t i = 0; i < limited_norms.size(); ++i) {
     float* limited = static_cast<float*>(data(limited_norms[i], false));
     for (int64_t place = 0; place < limited_norms[i].numel(); ++place) {
-      norms.push_back({limited + place, parameters.at(i).rule.limiter});
+      norms.push_back({limited + place, (*parameters.at(i).steps)[1].limiter});
     }
   }
   TORCH_CHECK(items.size(1) == FIELDS && batches.size(1) == BATCH_FIELDS, "gwt_dist: items have ", items.size(1),

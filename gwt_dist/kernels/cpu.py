@@ -1,33 +1,46 @@
-"""Both phases on a CPU in C++: one pass over memory for each, many tensors in one call. See `cpu.cpp`."""
+"""All phases on a CPU in C++: one pass over memory for each, many tensors in one call. See `cpu.cpp`.
+
+A library is built for each formula, details and write that a program names, on first use.
+"""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Rule
-from gwt_dist.kernels.build import load
-from gwt_dist.kernels.work import Tensors, Work
+from gwt_dist.declare import Pass, Program, Rule
+from gwt_dist.kernels.build import library_of, load
+from gwt_dist.kernels.variant import PASSES, parts
+from gwt_dist.kernels.work import Item, Tensors, Work
+from gwt_dist.recipes import program_of
 
+SUFFIX = ".h"  # of the files of `variant`
 CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
 CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of fp32 gradients are still in a cache
-_MOMENTS, _WRITE, _STEP = 1, 2, 3
+_STEP = (True, True)
+_NONE = torch.empty(0, dtype=torch.float64)
+_NO_BATCHES = torch.empty((0, 4), dtype=torch.int64)
 
 
 def count(steps: list[Tensor]) -> None:
     """As `eager.count`, without a call of torch for each."""
-    _module().count(steps)
+    if _loaded:  # any library will do
+        next(iter(_loaded.values())).count(steps)
+    else:
+        torch._foreach_add_(steps, 1)
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
     """As `eager.phase`."""
-    if number:
-        _run(_WRITE, work, tensors, _NONE, sums[0])
-    else:
-        _run(_MOMENTS, work, tensors, sums[0], _NONE)
+    its = work.program.phases[number]
+    assert isinstance(its, Pass), "whole matrices go by `rounds`"
+    moments, write = PASSES[its.function]
+    limits = sums[number - 1] if write and not moments else _NONE
+    _run((moments, write), work, tensors, _NONE if write else sums[number], limits)
 
 
 def step(work: Work, tensors: Tensors) -> None:
@@ -35,16 +48,12 @@ def step(work: Work, tensors: Tensors) -> None:
     _run(_STEP, work, tensors, _NONE, _NONE)
 
 
-_NONE = torch.empty(0, dtype=torch.float64)
-_NO_BATCHES = torch.empty((0, 4), dtype=torch.int64)
-
-
-def _run(what: int, work: Work, tensors: Tensors, squared_norms: Tensor, rho: Tensor) -> None:
+def _run(what: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: Tensor, rho: Tensor) -> None:
+    moments, write = what
     distinct = {id(rule): rule for rule in tensors.rules}
     numbers = {key: i for i, key in enumerate(distinct)}
-    energy = float(work.program.formula == "adam_energy")
-    _module().step(
-        what,
+    _library(work.program).step(
+        moments + 2 * write,
         work.table(CHUNK),
         work.batches(CHUNK, CACHE) if what == _STEP else _NO_BATCHES,
         tensors.weights,
@@ -52,7 +61,7 @@ def _run(what: int, work: Work, tensors: Tensors, squared_norms: Tensor, rho: Te
         tensors.state["exp_avg"],
         tensors.state["exp_avg_sq"],
         tensors.steps,
-        [_row(rule, energy) for rule in distinct.values()],
+        [_row(rule, work.program) for rule in distinct.values()],
         [numbers[id(rule)] for rule in tensors.rules],
         tensors.exchange.float(),
         squared_norms,
@@ -61,16 +70,33 @@ def _run(what: int, work: Work, tensors: Tensors, squared_norms: Tensor, rho: Te
     )
 
 
-def _row(rule: Rule, energy: float) -> tuple[float, ...]:
-    names = "beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain"
-    return float(rule.lr), *(float(rule[name]) for name in names), energy, rule["limiter"], rule["coherent"]
+def _row(rule: Rule, program: Program) -> tuple[float, ...]:
+    return float(rule.lr), *(float(rule[name]) for name in program.numbers)
 
 
-def prepare() -> None:
-    """Build or load the module; raises `BuildError` if it cannot be built."""
-    _module()
+def prepare(program: Program | None = None) -> None:
+    """Build or load the library for `program`, the default one if None; raises `BuildError` if it cannot be built."""
+    _library(program or program_of({}, level=1))
+
+
+def library(program: Program | None = None) -> Path:
+    """Where the library for `program`, the default one if None, is or will be."""
+    return library_of("cpu", *_defines(program or program_of({}, level=1)))[2]
+
+
+_loaded: dict[tuple[str, ...], Any] = {}
 
 
 @cache
-def _module() -> Any:
-    return load("cpu")
+def _library(program: Program) -> Any:
+    defines = _defines(program)
+    if defines not in _loaded:  # programs that differ in their phases alone share one
+        _loaded[defines] = load("cpu", *defines)
+    return _loaded[defines]
+
+
+def _defines(program: Program) -> tuple[str, ...]:
+    """What `cpu.cpp` is built with: the files of the program, and the order of what tables hold, said nowhere else."""
+    folders = {"formulas": "FORMULA", "details": "DETAIL", "writes": "WRITE"}
+    files = [f"-DGWT_{folders[folder]}={name}" for folder, name in parts(program).items()]
+    return *files, f"-DGWT_NUMBERS={','.join(program.numbers)}", f"-DGWT_ITEM={','.join(Item._fields)}"

@@ -1,4 +1,4 @@
-"""Both phases on a GPU in Triton: one launch for all items of one level and dtype. See `triton_kernels.py`.
+"""All phases on a GPU in Triton: one launch for all items of one level and dtype. See `triton_kernels.py`.
 
 Nothing here waits for the GPU: tables go there from pinned memory when what they say has changed, and never into memory
 that was written before, which a captured CUDA graph may read again at each replay. Learning rates that are tensors, and
@@ -11,20 +11,22 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Rule
-from gwt_dist.formulas.limiter import limit
+from gwt_dist.declare import Pass, Program, Rule
+from gwt_dist.kernels import eager
 from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
 
+SUFFIX = ".py"  # of the files of `variant`
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-_MOMENTS, _WRITE, _STEP = (True, False), (False, True), (True, True)
 _TURNS = 4  # of a program whose places are not plain: all at once would take most registers for addresses
 _PARTIALS = 1024  # partial norms and ...
 _SIZES = 32  # ... step sizes that a program takes at once
@@ -38,25 +40,20 @@ def count(steps: list[Tensor]) -> None:
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
     """As `eager.phase`."""
-    if number:
-        _run(_WRITE, work, tensors, None, sums[0])
-    else:
-        _run(_MOMENTS, work, tensors, sums[0], None)
+    its = work.program.phases[number]
+    assert isinstance(its, Pass), "whole matrices go by `rounds`"
+    moments, write = PASSES[its.function]
+    rho = sums[number - 1] if write and not moments else None
+    _run((moments, write), work, tensors, None if write else sums[number], rho)
 
 
 def step(work: Work, tensors: Tensors) -> None:
     """As `eager.step`; without a limiter the gradient is read once."""
-    if not work.norms:
-        _run(_STEP, work, tensors, None, None)
-        return
-    sums = [torch.zeros(work.sizes[0], dtype=torch.float64, device=tensors.weights[0].device)]
-    phase(0, work, tensors, sums)
-    sums[0] = limit(sums[0], work.norms, tensors.state, tensors.rules)
-    phase(1, work, tensors, sums)
+    eager.in_turn(phase, work, tensors)
 
 
-def prepare() -> None:
-    """Raises `BuildError` if triton is not installed or finds no GPU."""
+def prepare(program: Program | None = None) -> None:
+    """Raises `BuildError` if triton is not installed or finds no GPU; `program` is compiled when launched."""
     try:
         import triton
     except ImportError as error:
@@ -91,6 +88,12 @@ def _kernels() -> Any:
     from gwt_dist.kernels import triton_kernels
 
     return triton_kernels
+
+
+@cache
+def _functions(program: Program) -> dict[str, Any]:
+    """The modules of the files that the kernels of `program` are put together from, by folder."""
+    return {folder: import_module(f"gwt_dist.kernels.{folder}.{name}") for folder, name in parts(program).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +181,21 @@ def _launch(
     import triton.language as tl
 
     kernels, count, (moments, write) = _kernels(), len(tensors.weights), phase
-    rules, which = _rules(tensors.rules, float(work.program.formula == "adam_energy"), kept)
+    functions = _functions(work.program)
+    rules, which = _rules(tensors.rules, kept)
     parameters, programs = _tables(work, tensors, which, kept)
-    sizes = kept.get("sizes", count, lambda: torch.empty((count, 3), dtype=torch.float64, device=kept.device))
+    shape = count, kernels.SIZES.value
+    sizes = kept.get("sizes", shape, lambda: torch.empty(shape, dtype=torch.float64, device=kept.device))
     if write:
         programs_of_sizes = (-(-count // _SIZES),)
         kernels.step_sizes[programs_of_sizes](
-            parameters, rules, sizes, count, BLOCK=_SIZES, **{**OPTIONS, "num_warps": 1}
+            parameters,
+            rules,
+            sizes,
+            count,
+            OF_DETAIL=functions["details"].sizes,
+            BLOCK=_SIZES,
+            **{**OPTIONS, "num_warps": 1},
         )
     for group in programs.groups:
         kernels.phase[(len(group.items),)](
@@ -195,6 +206,9 @@ def _launch(
             tensors.exchange,
             sizes if rho is None else rho,
             programs.partials,
+            SECOND=functions["formulas"].second,
+            CHANGE=functions["details"].change,
+            WRITTEN=functions["writes"].written,
             MOMENTS=moments,
             WRITE=write,
             LEVEL=group.level,
@@ -209,11 +223,11 @@ def _launch(
         kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
 
 
-def _rules(rules: Sequence[Rule], energy: float, kept: _Kept) -> tuple[Tensor, list[int]]:
-    """The numbers of the rules that differ, ``[rules, 9]`` fp64, and which of them each parameter has."""
+def _rules(rules: Sequence[Rule], kept: _Kept) -> tuple[Tensor, list[int]]:
+    """The numbers of the rules that differ, ``[rules, numbers]`` fp64, and which of them each parameter has."""
     distinct = {id(rule): rule for rule in rules}
     numbers = {key: i for i, key in enumerate(distinct)}
-    rows = tuple(_row(rule, energy, kept.device) for rule in distinct.values())
+    rows = tuple(_row(rule, kept.device) for rule in distinct.values())
     table: Tensor = kept.get("rules", rows, lambda: kept.upload(rows, torch.float64))
     for i, rule in enumerate(distinct.values()):
         if _on_device(rule.lr, kept.device):
@@ -221,10 +235,9 @@ def _rules(rules: Sequence[Rule], energy: float, kept: _Kept) -> tuple[Tensor, l
     return table, [numbers[id(rule)] for rule in rules]
 
 
-def _row(rule: Rule, energy: float, device: torch.device) -> tuple[float, ...]:
+def _row(rule: Rule, device: torch.device) -> tuple[float, ...]:
     lr = 0.0 if _on_device(rule.lr, device) else float(rule.lr)
-    names = "beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain"
-    return lr, *(float(rule[name]) for name in names), energy, rule["coherent"]
+    return lr, *(float(rule[name]) for name in _kernels().NUMBERS[1:])
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:

@@ -1,6 +1,6 @@
 """The Triton kernels themselves; imports triton, so import it inside functions alone. See `triton.py`.
 
-fp32 mathematics on fp32 or bf16 buffers in single operations, in the order of `update.py`; launched without fusion of
+fp32 mathematics on fp32 or bf16 buffers in single operations, in the order of `formulas`; launched without fusion of
 multiplications and additions, so that a unit has the bits of the reference.
 """
 
@@ -10,19 +10,43 @@ multiplications and additions, so that a unit has the bits of the reference.
 import triton
 import triton.language as tl
 
-ITEM: tl.constexpr = tl.constexpr(14)  # fields of an item: those of `work.Item`, and the place of its partial norm
-POINTERS: tl.constexpr = tl.constexpr(6)  # of a parameter: weight, gradient, both moments, step; number of its rule
-RULE: tl.constexpr = tl.constexpr(9)  # lr, beta1, beta2, eps, weight_decay, scale, detail_gain, energy, coherent
-SIZES: tl.constexpr = tl.constexpr(3)  # of a parameter: its step size; factor and limit of the coherence
+from gwt_dist.kernels.triton_math import power, unit_sum
+from gwt_dist.kernels.work import Item
+from gwt_dist.recipes import ADAM
 
+NUMBERS = "lr", *ADAM  # of a rule, in the order of their table
 
-@triton.jit
-def _unit_sum(x, BLOCK: tl.constexpr, LEVEL: tl.constexpr):
-    """Sum ``[BLOCK, 2**LEVEL]`` over units into ``[BLOCK]``, a tree of neighbours as `wavelet.unit_sum`."""
-    for level in tl.static_range(LEVEL):
-        even, odd = tl.split(tl.reshape(x, (BLOCK, 1 << (LEVEL - 1 - level), 2)))
-        x = even + odd
-    return tl.reshape(x, (BLOCK,))
+# Where a number is in a row of a table; the orders are those of `work.Item` and of `NUMBERS`.
+_FIELDS = *Item._fields, "place"  # the last: where the partial norm of an item goes
+ITEM = tl.constexpr(len(_FIELDS))
+PARAMETER = tl.constexpr(_FIELDS.index("parameter"))
+ELEMENT = tl.constexpr(_FIELDS.index("element"))
+MOMENT = tl.constexpr(_FIELDS.index("moment"))
+ROWS = tl.constexpr(_FIELDS.index("rows"))
+UNITS = tl.constexpr(_FIELDS.index("units"))
+LAST = tl.constexpr(_FIELDS.index("last"))
+ELEMENT_STRIDE = tl.constexpr(_FIELDS.index("element_stride"))
+MOMENT_STRIDE = tl.constexpr(_FIELDS.index("moment_stride"))
+SLOT = tl.constexpr(_FIELDS.index("slot"))
+LEAD = tl.constexpr(_FIELDS.index("lead"))
+HELD = tl.constexpr(_FIELDS.index("held"))
+NORM = tl.constexpr(_FIELDS.index("norm"))
+PLACE = tl.constexpr(_FIELDS.index("place"))
+
+RULE = tl.constexpr(len(NUMBERS))
+LR = tl.constexpr(NUMBERS.index("lr"))
+BETA1 = tl.constexpr(NUMBERS.index("beta1"))
+BETA2 = tl.constexpr(NUMBERS.index("beta2"))
+EPS = tl.constexpr(NUMBERS.index("eps"))
+WEIGHT_DECAY = tl.constexpr(NUMBERS.index("weight_decay"))
+SCALE = tl.constexpr(NUMBERS.index("scale"))
+DETAIL_GAIN = tl.constexpr(NUMBERS.index("detail_gain"))
+COHERENT = tl.constexpr(NUMBERS.index("coherent"))
+NESTEROV = tl.constexpr(NUMBERS.index("nesterov"))
+CORRECT_BIAS = tl.constexpr(NUMBERS.index("correct_bias"))
+
+POINTERS = tl.constexpr(6)  # of a parameter: weight, gradient, both moments, step; number of its rule
+SIZES = tl.constexpr(6)  # of a parameter: `sizes` of its details, three numbers at level 0 and three above
 
 
 @triton.jit
@@ -34,6 +58,9 @@ def phase(
     exchange,  # elements of cut units, fp32 or fp64
     rho,  # [T] fp64
     partials,  # [places] fp64, squared norms of items
+    SECOND: tl.constexpr,  # functions of the formula, of its details, and of its way to write
+    CHANGE: tl.constexpr,
+    WRITTEN: tl.constexpr,
     MOMENTS: tl.constexpr,
     WRITE: tl.constexpr,
     LEVEL: tl.constexpr,
@@ -46,11 +73,13 @@ def phase(
     """Moments, weights or both of one item."""
     UNIT: tl.constexpr = 1 << LEVEL
     item = items + tl.program_id(0).to(tl.int64) * ITEM
-    number, element, moment = tl.load(item), tl.load(item + 2), tl.load(item + 3)
-    rows, units, last = tl.load(item + 4).to(tl.int32), tl.load(item + 5).to(tl.int32), tl.load(item + 6).to(tl.int32)
-    element_stride, moment_stride = tl.load(item + 7).to(tl.int32), tl.load(item + 8).to(tl.int32)
-    slot, lead, held = tl.load(item + 9), tl.load(item + 10), tl.load(item + 11)
-    norm, place = tl.load(item + 12), tl.load(item + 13)
+    number, element, moment = tl.load(item + PARAMETER), tl.load(item + ELEMENT), tl.load(item + MOMENT)
+    rows, units = tl.load(item + ROWS).to(tl.int32), tl.load(item + UNITS).to(tl.int32)
+    last = tl.load(item + LAST).to(tl.int32)
+    element_stride = tl.load(item + ELEMENT_STRIDE).to(tl.int32)
+    moment_stride = tl.load(item + MOMENT_STRIDE).to(tl.int32)
+    slot, lead, held = tl.load(item + SLOT), tl.load(item + LEAD), tl.load(item + HELD)
+    norm, place = tl.load(item + NORM), tl.load(item + PLACE)
 
     parameter = parameters + number * POINTERS
     if PLAIN:
@@ -66,18 +95,18 @@ def phase(
         v = tl.load(parameter + 3).to(tl.pointer_type(tl.float32)) + moment
 
     rule = rules + tl.load(parameter + 5) * RULE
-    beta1, beta2, weight_decay = tl.load(rule + 1), tl.load(rule + 2), tl.load(rule + 4)
+    beta1, beta2, weight_decay = tl.load(rule + BETA1), tl.load(rule + BETA2), tl.load(rule + WEIGHT_DECAY)
     rest1, rest2 = (1 - beta1).to(tl.float32), (1 - beta2).to(tl.float32)
-    decay_factor = (1 - tl.load(rule) * weight_decay).to(tl.float32)
-    beta1, beta2, eps = beta1.to(tl.float32), beta2.to(tl.float32), tl.load(rule + 3).to(tl.float32)
-    detail_gain, energy = tl.load(rule + 6).to(tl.float32), tl.load(rule + 7) != 0
-    coherent = tl.load(rule + 8) != 0
+    decay_factor = (1 - tl.load(rule + LR) * weight_decay).to(tl.float32)
+    beta1, beta2, eps = beta1.to(tl.float32), beta2.to(tl.float32), tl.load(rule + EPS).to(tl.float32)
+    nesterov = tl.load(rule + NESTEROV) != 0
     if WRITE:
-        size = tl.load(sizes + number * SIZES)
-        steady = tl.load(sizes + number * SIZES + 1).to(tl.float32)
-        most = tl.load(sizes + number * SIZES + 2).to(tl.float32)
+        detail_gain, coherent = tl.load(rule + DETAIL_GAIN).to(tl.float32), tl.load(rule + COHERENT) != 0
+        its_sizes = sizes + number * SIZES + (3 if LEVEL > 0 else 0)
+        size = tl.load(its_sizes)
+        one, other = tl.load(its_sizes + 1).to(tl.float32), tl.load(its_sizes + 2).to(tl.float32)
         if LEVEL > 0:
-            size = size * tl.load(rule + 5)
+            size = size * tl.load(rule + SCALE)
         if not MOMENTS:
             size = size / tl.load(rho + norm, mask=norm >= 0, other=1.0)
         factor = size.to(tl.float32)
@@ -113,31 +142,25 @@ def phase(
             x = tl.where(cut, completed, x)
             at = at - lowest
 
-        a = _unit_sum(x, BLOCK, LEVEL) * GAIN
+        a = unit_sum(x, BLOCK, LEVEL) * GAIN
         exp_avg = tl.load(m + at_m, mask=live, other=0.0)
         exp_avg_sq = tl.load(v + at_m, mask=live, other=0.0)
         if MOMENTS:
-            e = tl.where(energy, tl.div_rn(_unit_sum(x * x, BLOCK, LEVEL), count), a * a)
             exp_avg = exp_avg * beta1 + a * rest1
-            exp_avg_sq = exp_avg_sq * beta2 + e * rest2
+            exp_avg_sq = exp_avg_sq * beta2 + SECOND(x, a, count, BLOCK, LEVEL) * rest2
             tl.store(m + at_m, exp_avg, mask=live)
             tl.store(v + at_m, exp_avg_sq, mask=live)
-        d = tl.sqrt_rn(exp_avg_sq) + eps
+        n = exp_avg  # `moments.read`
+        if LEVEL > 0:
+            n = tl.where(nesterov, exp_avg * beta1 + a * rest1, n)
         if WRITE:
-            inverse = tl.div_rn(1.0, d)
-            size_of_unit = inverse * factor
-            # `update.coherence`
-            before = (exp_avg - a * rest1) * inverse
-            most_steady = tl.minimum(before * before * steady, most, propagate_nan=tl.PropagateNan.ALL)
-            gain = tl.maximum(detail_gain, most_steady, propagate_nan=tl.PropagateNan.ALL)
-            gain = tl.where(coherent, gain, detail_gain)
-            detail_size = size_of_unit * (gain if LEVEL > 0 else 0.0)
-            rest = exp_avg * GAIN * size_of_unit - a * GAIN * detail_size
-            change = x * detail_size[:, None] + rest[:, None]
-            weight = (tl.load(w + at, mask=owned, other=0.0).to(tl.float32) - change) * decay_factor
+            change = CHANGE(
+                x, a, exp_avg, exp_avg_sq, n, factor, one, other, rest1, eps, detail_gain, coherent, GAIN, LEVEL
+            )
+            weight = WRITTEN(tl.load(w + at, mask=owned, other=0.0).to(tl.float32), change, decay_factor)
             tl.store(w + at, weight.to(WEIGHT), mask=owned)
         else:
-            normed = tl.div_rn(exp_avg, d).to(tl.float64)
+            normed = tl.div_rn(n, tl.sqrt_rn(exp_avg_sq) + eps).to(tl.float64)
             squares += tl.where(live & (lead == 0), normed * normed, 0.0)
     if not WRITE:
         tl.store(partials + place, tl.sum(squares), mask=place >= 0)
@@ -156,60 +179,26 @@ def add_partials(partials, norms, squared_norms, BLOCK: tl.constexpr):
     tl.store(place, tl.load(place) + tl.sum(total))
 
 
-@triton.jit
-def _halves(x):
-    """Two fp64 of 26 bits each whose sum is x."""
-    wide = x * 134217729.0  # 2**27 + 1
-    high = wide - (wide - x)
-    return high, x - high
-
-
-@triton.jit
-def _multiply(x, x_low, y, y_low):
-    """Product of two numbers, each the sum of two fp64 (T. J. Dekker, A floating-point technique, 1971).
-
-    Without a fused multiply-add, which Triton's interpreter rounds twice in some releases.
-    """
-    x_high, x_rest = _halves(x)
-    y_high, y_rest = _halves(y)
-    high = x * y
-    low = x_rest * y_rest - (((high - x_high * y_high) - x_rest * y_high) - x_high * y_rest)
-    low += x * y_low + x_low * y
-    total = high + low
-    return total, low - (total - high)
-
-
-@triton.jit
-def _power(base, n):
-    """``base**n`` for fp64 base and whole n >= 0, to the last bit or next to it, as `pow` would return it.
-
-    Plain squaring would lose a bit with each doubling of n, and 1 - base**n ten more where base is near 1.
-    """
-    power, power_low = tl.full(base.shape, 1.0, tl.float64), tl.full(base.shape, 0.0, tl.float64)
-    low = tl.full(base.shape, 0.0, tl.float64)
-    while tl.max(n) > 0:
-        product, product_low = _multiply(power, power_low, base, low)
-        odd = (n & 1) == 1
-        power, power_low = tl.where(odd, product, power), tl.where(odd, product_low, power_low)
-        base, low = _multiply(base, low, base, low)
-        n = n >> 1
-    return power + power_low
-
-
 @triton.jit(do_not_specialize=["count"])
-def step_sizes(parameters, rules, sizes, count, BLOCK: tl.constexpr):
-    """Numbers of each parameter that change from step to step, fp64, as `update.step_size` and `update.coherence`."""
+def step_sizes(parameters, rules, sizes, count, OF_DETAIL: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers of each parameter that change from step to step, fp64: `sizes` of its details (`OF_DETAIL`)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < count
     parameter = parameters + i * POINTERS
     step = tl.load(parameter + 4, mask=live, other=0).to(tl.pointer_type(tl.float32))
     t = tl.load(step, mask=live, other=1.0).to(tl.int32)
     rule = rules + tl.load(parameter + 5, mask=live, other=0) * RULE
-    lr, beta1, beta2 = tl.load(rule), tl.load(rule + 1), tl.load(rule + 2)
-    whole1, whole2 = 1 - _power(beta1, t), 1 - _power(beta2, t)
-    before = whole1 - (1 - beta1)
-    later = (t > 1) & (before > 0)
-    steady = tl.where(later, whole1 * whole2 / tl.where(later, before * before, 1.0), 0.0)
-    tl.store(sizes + i * SIZES, tl.sqrt(whole2) / whole1 * lr, mask=live)
-    tl.store(sizes + i * SIZES + 1, steady, mask=live)
-    tl.store(sizes + i * SIZES + 2, whole1, mask=live)
+    lr, beta1, beta2 = tl.load(rule + LR), tl.load(rule + BETA1), tl.load(rule + BETA2)
+    nesterov, correct = tl.load(rule + NESTEROV) != 0, tl.load(rule + CORRECT_BIAS) != 0
+    whole1, whole2 = 1 - power(beta1, t), 1 - power(beta2, t)
+    # `moments.first_weight`: one more decay is in it with Nesterov, above level 0 alone.
+    first, later = tl.where(correct, whole1, 1.0), tl.where(correct, 1 - power(beta1, t + nesterov), 1.0)
+    second = tl.where(correct, whole2, 1.0)
+    size, one, other = OF_DETAIL(t, lr, beta1, first, second, whole1, whole2)
+    tl.store(sizes + i * SIZES, size, mask=live)
+    tl.store(sizes + i * SIZES + 1, one, mask=live)
+    tl.store(sizes + i * SIZES + 2, other, mask=live)
+    size, one, other = OF_DETAIL(t, lr, beta1, later, second, whole1, whole2)
+    tl.store(sizes + i * SIZES + 3, size, mask=live)
+    tl.store(sizes + i * SIZES + 4, one, mask=live)
+    tl.store(sizes + i * SIZES + 5, other, mask=live)

@@ -1,0 +1,1 @@
+"""What details contribute, for compiled kernels: ``<detail>.h`` for C++, ``<detail>.py`` for Triton."""

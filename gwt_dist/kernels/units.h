@@ -1,0 +1,182 @@
+// A step on runs of Haar units of 2**L elements: moments, weights or both.
+//
+// A group is V neighbouring units, U * V elements; every unit is handled as a lane of a group, the last ones of a row and
+// cut units in a padded copy. Only single additions, multiplications, divisions and square roots are used, in the order of
+// gwt_dist/formulas (built with -ffp-contract=off), so a unit has the bits of the reference wherever it lies and however
+// many threads there are.
+//
+// The second moment is that of `Formula`, the change of an element that of `Detail`, and `written` says how a weight takes
+// it; the build chooses their headers.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "rule.h"
+#include "vectors.h"
+
+#define GWT_TEXT(x) #x
+#define GWT_HEADER(folder, name) GWT_TEXT(folder/name.h)
+#include GWT_HEADER(formulas, GWT_FORMULA)
+#include GWT_HEADER(details, GWT_DETAIL)
+#include GWT_HEADER(writes, GWT_WRITE)
+
+namespace {
+
+enum Phase : int64_t { MOMENTS = 1, WRITE = 2, STEP = 3 };
+
+// A rule at one step, in the precision of the units.
+struct Step {
+  float beta1, rest1, beta2, rest2, eps, decay_factor;  // of weight decay: 1 - lr * weight_decay
+  bool nesterov;
+  double scale, limiter;
+  Detail detail;
+
+  explicit Step(const Rule& rule)
+      : beta1(rule[number::beta1]),
+        rest1(1 - rule[number::beta1]),
+        beta2(rule[number::beta2]),
+        rest2(1 - rule[number::beta2]),
+        eps(rule[number::eps]),
+        decay_factor(1 - rule[number::lr] * rule[number::weight_decay]),
+        nesterov(rule.nesterov()),
+        scale(rule.leveled ? rule[number::scale] : 1),
+        limiter(rule[number::limiter]),
+        detail(rule) {}
+};
+
+// Squares are added in double, lane by lane; the order depends on nothing but the item.
+using Lanes = std::array<double, V>;
+
+// Groups between reading gradients and writing weights: enough for the latencies of one unit's root and division to hide
+// behind other units, few enough for the gradients to stay in the L1 cache.
+template <int L>
+constexpr int BLOCK = std::clamp(256 / (V << L), 1, 32);
+
+// Fetches a group that lies `ahead` elements further on, past the end or not: the processor's own prefetching stops at
+// the end of a page, and does not know that weights follow gradients.
+template <int L, int ahead, typename T>
+INLINE void prefetch(const T* p) {
+  for (size_t i = 0; i < V << L; i += 64 / sizeof(T)) __builtin_prefetch(p + ahead + i);
+}
+
+// What the elements of V units have in common.
+template <int FACTORS>
+struct Units {
+  std::array<std::array<float, V>, FACTORS> factors;
+
+  INLINE void keep(const std::array<Vec, FACTORS>& given) {
+    for (int i = 0; i < FACTORS; ++i) given[i].store(factors[i].data());
+  }
+
+  INLINE std::array<Vec, FACTORS> load() const {
+    std::array<Vec, FACTORS> found;
+    for (int i = 0; i < FACTORS; ++i) found[i] = Vec::loadu(factors[i].data());
+    return found;
+  }
+};
+
+// Those for the elements of vector j of a group.
+template <int L, size_t FACTORS>
+INLINE std::array<Vec, FACTORS> spread_all(const std::array<Vec, FACTORS>& units, int j) {
+  std::array<Vec, FACTORS> found;
+  for (size_t i = 0; i < FACTORS; ++i) found[i] = spread<L>(units[i], j);
+  return found;
+}
+
+// Weights of V units: x, w [V * 2**L].
+template <int L, typename D, typename W, typename G>
+INLINE void write(const D& detail, const Units<D::FACTORS>& units, const Vec& decay_factor, const G* x, W* w) {
+  const typename D::Factors all = units.load();
+  if constexpr (L > 0 && std::is_same_v<W, BFloat16>) {
+#pragma GCC unroll 4
+    for (int j = 0; j < (1 << L) / 2; ++j, x += 2 * V, w += 2 * V) {  // both elements of a pair belong to one unit
+      const typename D::Factors its = spread_all<L - 1>(all, j);
+      const Pairs gradient = load_pairs(x), weight = load_pairs(w);
+      store_pairs(w, {written(weight.even, detail.change(gradient.even, its), decay_factor),
+                      written(weight.odd, detail.change(gradient.odd, its), decay_factor)});
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < (1 << L); ++j, x += V, w += V) {
+      store(w, written(load(w), detail.change(load(x), spread_all<L>(all, j)), decay_factor));
+    }
+  }
+}
+
+// `groups` groups of V units each: x, w [groups * V * 2**L], m, v [groups * V]. `counts` holds the number of real elements
+// of each unit of a single group; without it all have 2**L.
+template <int L, int64_t PHASE, typename W, typename G>
+void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups, const float* counts, float size,
+         Lanes* norm) {
+  constexpr int64_t U = 1 << L;
+  constexpr bool SQUARES = Formula::SQUARES && (PHASE & MOMENTS);
+  using D = Detail::Vectors<L>;
+  const D detail(step.detail, size);
+  const Vec gain_of_mean(std::pow(2.0, -L / 2.0)), one_of_unit(std::pow(2.0, -L)), decay_factor(step.decay_factor);
+  const Vec beta1(step.beta1), rest1(step.rest1), beta2(step.beta2), rest2(step.rest2), eps(step.eps);
+  const bool nesterov = L && step.nesterov;
+  Lanes lanes{};
+  std::array<Units<D::FACTORS>, PHASE & WRITE ? BLOCK<L> : 1> block;
+  for (int64_t first = 0; first < groups; first += BLOCK<L>) {
+    const int64_t n = std::min<int64_t>(BLOCK<L>, groups - first);
+    for (int64_t g = 0; g < n; ++g, m += V, v += V) {
+      // Gradients in bf16 come early enough by themselves, and a step in bf16 has no instruction to spare.
+      if constexpr (std::is_same_v<G, float>) prefetch<L, 1024>(x + g * U * V);
+      if constexpr (PHASE & WRITE) prefetch<L, 512>(w + g * U * V);
+      const Sums sums = unit_sums<L, SQUARES>(x + g * U * V);
+      const Vec a = sums.x * gain_of_mean, fresh = a * rest1;
+      Vec exp_avg = Vec::loadu(m), exp_avg_sq = Vec::loadu(v);
+      if constexpr (PHASE & MOMENTS) {
+        // A product with a power of two has the bits of the quotient.
+        const Vec mean_square = counts ? sums.squares / Vec::loadu(counts) : sums.squares * one_of_unit;
+        exp_avg = exp_avg * beta1 + fresh;
+        exp_avg_sq = exp_avg_sq * beta2 + Formula::second(a, mean_square) * rest2;
+        exp_avg.store(m);
+        exp_avg_sq.store(v);
+      }
+      const Vec read = nesterov ? exp_avg * beta1 + fresh : exp_avg;  // `moments.read`
+      if constexpr (PHASE == MOMENTS) {
+        if (norm) {
+          float values[V];
+          (read / (exp_avg_sq.sqrt() + eps)).store(values);
+          for (int i = 0; i < V; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+        }
+      }
+      if constexpr (PHASE & WRITE) block[g].keep(detail.factors(exp_avg, exp_avg_sq, read, a));
+    }
+    if constexpr (PHASE & WRITE) {
+      for (int64_t g = 0; g < n; ++g) write<L>(detail, block[g], decay_factor, x + g * U * V, w + g * U * V);
+    }
+    x += BLOCK<L> * U * V, w += BLOCK<L> * U * V;
+  }
+  if (norm) {
+    for (int i = 0; i < V; ++i) (*norm)[i] += lanes[i];
+  }
+}
+
+// Up to V units in a padded copy. Elements of the copy lie at `x`; those at lead..lead+held of it have a weight at `w`.
+template <int L, int64_t PHASE, typename W, typename G>
+void run_padded(const Step& step, const G* x, int64_t elements, W* w, int64_t lead, int64_t held, float* m, float* v,
+                int64_t units, int64_t last, float size, Lanes* norm) {
+  constexpr int64_t U = 1 << L;
+  std::array<G, U * V> xs{};
+  std::array<W, U * V> ws{};
+  std::array<float, V> ms{}, vs{}, counts;
+  counts.fill(U);
+  counts[units - 1] = last;
+  std::copy_n(x, elements, xs.begin());
+  std::copy_n(m, units, ms.begin());
+  std::copy_n(v, units, vs.begin());
+  if constexpr (PHASE & WRITE) std::copy_n(w, held, ws.begin() + lead);
+  run<L, PHASE>(step, xs.data(), ws.data(), ms.data(), vs.data(), 1, counts.data(), size, norm);
+  if constexpr (PHASE & WRITE) std::copy_n(ws.begin() + lead, held, w);
+  if constexpr (PHASE & MOMENTS) {
+    std::copy_n(ms.begin(), units, m);
+    std::copy_n(vs.begin(), units, v);
+  }
+}
+
+}  // namespace
