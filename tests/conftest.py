@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import support
 from gwt_dist.kernels import cpu
@@ -21,6 +22,10 @@ from ranks import RankPool
 
 # Tests never reach out: a model or data set that is not here is an error, not a download.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+# Ranks and a compiler run beside this process, and two threads that share a core wait for each other: tensors of the
+# tests are small. That bits do not depend on threads has a test of its own in `test_kernels.py`.
+torch.set_num_threads(1)
 
 # DeepSpeed compiles with the `ninja` that it finds first; another one would compile everything again.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
