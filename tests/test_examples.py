@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,16 @@ def launched(launcher: list[str]) -> Run:
     return run
 
 
-@pytest.fixture
-def forked(forks: Forks) -> Run:
+@pytest.fixture(scope="module")
+def forked(nothing_left_over: None) -> Iterator[Run]:
     """Runs a case on fresh ranks, in a fraction of the time that a launcher takes."""
+    forks = Forks("deepspeed", "lightning.pytorch.strategies", "transformers.trainer")
 
     def run(case: str, folder: Path) -> list[dict[str, Any]]:
         return run_ranks(example_case, 2, case, str(folder), forks=forks)
 
-    return run
+    yield run
+    forks.close()
 
 
 def state_of_one_process() -> int:

@@ -161,22 +161,25 @@ def test_one_plain_process_with_zero3_and_bpe_saves_on_sigterm(inputs: Path, tor
 # ---- ranks of the pool
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(("value", "save_every"), [("nan", 2), ("inf", 0)])
 def test_loss_that_is_not_finite_stops_before_the_weights_change_and_the_run_goes_on_from_its_checkpoint(
-    inputs: Path, whole_run: tuple[Path, str], ranks: Ranks, tmp_path: Path, value: str
+    inputs: Path, whole_run: tuple[Path, str], ranks: Ranks, tmp_path: Path, value: str, save_every: int
 ) -> None:
-    """Also where a kill has left half a line behind."""
+    """Also where a kill has left half a line behind; without a checkpoint a launcher that restarts begins again."""
     run = tmp_path / "run"
-    results = ranks(2, run_session, arguments(inputs, run, save_every=2), value, timeout=120)
+    results = ranks(2, run_session, arguments(inputs, run, save_every=save_every), value, timeout=120)
+    kept = "the last checkpoint is of step 2" if save_every else "nothing was saved yet"
     for result in results:
         # inf of one rank stays inf in the mean.
-        assert re.search(rf"the loss is {value} at step 3;.* the last checkpoint is of step 2", result["raised"])
+        assert re.search(rf"the loss is {value} at step 3;.* {kept}", result["raised"])
         assert result["changed"] is False
         assert result["calls"] == 9  # all micro-batches, no step
     assert [row[0] for row in rows(run, "step")] == [1, 2]
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
-    ranks(2, run_session, arguments(inputs, run, resume="latest"), timeout=120)
+    (code, told), _ = ranks(2, fails, arguments(inputs, run, resume="latest"), 0 if save_every else 3, timeout=120)
+    assert code == 0, told
+    assert (f"no checkpoint in {run} yet: starting from the beginning" in told) == (not save_every)
     assert curve(run) == curve(whole_run[0])
 
 
