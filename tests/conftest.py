@@ -13,14 +13,20 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import support
+from forks import Forks
 from gwt_dist.kernels import cpu
 from pretrain_cases import inputs, whole_run  # noqa: F401
 from ranks import RankPool
 
 # Tests never reach out: a model or data set that is not here is an error, not a download.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+# Ranks and a compiler run beside this process, and two threads that share a core wait for each other: tensors of the
+# tests are small. That bits do not depend on threads has a test of its own in `test_kernels.py`.
+torch.set_num_threads(1)
 
 # DeepSpeed compiles with the `ninja` that it finds first; another one would compile everything again.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -58,7 +64,18 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def _rank_pools(nothing_left_over: None) -> Iterator[dict[int, RankPool]]:
+def forks(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[Forks]:
+    """Forks ranks off a process that has imported what they need."""
+    modules = ["gwt_dist", "torch.distributed.fsdp"]
+    if _need_extensions(request.session):
+        modules += ["deepspeed", "gwt_dist.train.session", "torch.utils.tensorboard", "transformers.models.llama"]
+    forks = Forks(*modules)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def _rank_pools(forks: Forks) -> Iterator[dict[int, RankPool]]:
     pools: dict[int, RankPool] = {}
     yield pools
     for pool in pools.values():
@@ -66,11 +83,11 @@ def _rank_pools(nothing_left_over: None) -> Iterator[dict[int, RankPool]]:
 
 
 @pytest.fixture
-def ranks(_rank_pools: dict[int, RankPool]) -> Callable[..., list[Any]]:
+def ranks(_rank_pools: dict[int, RankPool], forks: Forks) -> Callable[..., list[Any]]:
     """`ranks(world_size, function, *args, timeout=60)`: one result a rank; see `ranks.py`."""
 
     def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-        pool = _rank_pools.setdefault(world_size, RankPool(world_size))
+        pool = _rank_pools.setdefault(world_size, RankPool(world_size, forks))
         return pool.run(function, *args, timeout=timeout)
 
     return run
@@ -98,10 +115,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "torch_extensions_dir" in getattr(item, "fixturenames", ()))
 
 
+def _need_extensions(session: pytest.Session) -> bool:
+    return any("torch_extensions_dir" in getattr(item, "fixturenames", ()) for item in session.items)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str] | None]:
     """Starts to compile what `deepspeed.init_distributed` needs, if any test of this session does."""
-    if not any("torch_extensions_dir" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    if not _need_extensions(request.session):
         yield None
         return
     script = (

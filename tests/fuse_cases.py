@@ -24,7 +24,7 @@ from fsdp1_cases import unit_options
 from fsdp2_cases import TARGETS, Counter, local, shard
 from gwt_dist import GWTAdamW, param_groups
 
-LAYERS = 5
+LAYERS, STEPS = 5, 4
 
 
 class Block(nn.Module):
@@ -64,7 +64,7 @@ def micro_batches(steps: int, accumulation: int) -> Iterator[list[Tensor]]:
 
 
 def trained(fused: bool, recipe: str, accumulation: int) -> tuple[nn.Module, GWTAdamW, int, list[int]]:
-    """Ten steps; the most groups that had gradients at once, and the number of collectives of each step."""
+    """Some steps; the most groups that had gradients at once, and the number of collectives of each step."""
     torch.manual_seed(0)
     model = shard(Chain(), "rows") if dist.is_initialized() else Chain()
     optimizer = GWTAdamW(param_groups(model, level=2, targets=TARGETS, recipe=recipe, lr=0.01))
@@ -72,7 +72,7 @@ def trained(fused: bool, recipe: str, accumulation: int) -> tuple[nn.Module, GWT
     if fused:
         gwt_dist.fuse_backward(optimizer, model)
     collectives = []
-    for batches in micro_batches(10, accumulation):
+    for batches in micro_batches(STEPS, accumulation):
         with Counter() as counter:
             for i, x in enumerate(batches):
                 with nullcontext() if i == accumulation - 1 else optimizer.accumulating():
@@ -99,7 +99,7 @@ class GradientWatch:
 
 
 def fuse_case(recipe: str, accumulation: int) -> dict[str, Any]:
-    """The same ten steps by `step()` and by `fuse_backward`."""
+    """The same steps by `step()` and by `fuse_backward`."""
     plain, optimizer, most, collectives = trained(False, recipe, accumulation)
     fused, other, most_fused, collectives_fused = trained(True, recipe, accumulation)
     torch.manual_seed(0)
@@ -201,7 +201,7 @@ class ShardWatch:
 def trained_fsdp1(
     fused: bool, strategy: str, use_orig_params: bool, recipe: str, accumulation: int, what: str
 ) -> dict[str, Any]:
-    """Ten steps under FSDP1."""
+    """Some steps under FSDP1."""
     torch.manual_seed(0)
     policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16) if what == "bf16" else None
     model: Any = wrapped(strategy, use_orig_params, mixed_precision=policy)
@@ -212,7 +212,7 @@ def trained_fsdp1(
         gwt_dist.fuse_backward(optimizer, model)
     collectives = []
     with ShardWatch() as watch:
-        for batches in micro_batches(10, accumulation):
+        for batches in micro_batches(STEPS, accumulation):
             with Counter() as counter:
                 for i, x in enumerate(batches):
                     early = model.no_sync if what == "no_sync" else optimizer.accumulating
@@ -234,7 +234,7 @@ def trained_fsdp1(
 
 
 def fsdp1_case(strategy: str, use_orig_params: bool, recipe: str, accumulation: int, what: str = "") -> dict[str, Any]:
-    """The same ten steps by `step()` and by `fuse_backward`."""
+    """The same steps by `step()` and by `fuse_backward`."""
     plain = trained_fsdp1(False, strategy, use_orig_params, recipe, accumulation, what)
     fused = trained_fsdp1(True, strategy, use_orig_params, recipe, accumulation, what)
     torch.manual_seed(0)

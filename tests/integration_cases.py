@@ -1,4 +1,6 @@
-"""What torchrun starts for `test_examples.py`: an example, watched, and beside it one process on the same batches.
+"""What the ranks of `test_examples.py` run: an example, watched, and beside it one process on the same batches.
+
+A launcher starts it as a script:
 
 integration_cases.py CASE FOLDER
 """
@@ -84,7 +86,6 @@ def lightning(strategy: str, _: str) -> tuple[nn.Module, Any, Losses, str]:
 def torchtitan(_: str, __: str) -> tuple[nn.Module, Any, Losses, str]:
     from torchtitan_container import train
 
-    dist.init_process_group("gloo")
     model, optimizers, losses = train()
     (optimizer,) = optimizers  # type: ignore[misc]
     return model, optimizer, losses, type(optimizers).__name__
@@ -155,10 +156,13 @@ def state_bytes(optimizer: Any) -> int:
     return total
 
 
-def main(case: str, folder: str) -> None:
+def example_case(case: str, folder: str) -> dict[str, Any]:
+    """An example on this rank, which is of no use for another one afterwards: frameworks remember what they were."""
     framework, _, engine = case.partition("-")
     sys.path.insert(0, str(EXAMPLES))
     torch.set_num_threads(1)
+    if engine == "deepspeed":
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` does
     with watched() as seen:
         model, optimizer, losses, engaged = CASES[framework](engine, folder)
     from tiny import tiny_llama
@@ -176,7 +180,7 @@ def main(case: str, folder: str) -> None:
     from gwt_dist.engines.attach import find_optimizer
 
     groups = find_optimizer(optimizer).param_groups
-    result = {
+    return {
         "engaged": engaged,
         "sharded_layers": sum(type(m).__name__ == "FSDPLlamaDecoderLayer" for m in model.modules()),
         "dtensors": all(isinstance(p, DTensor) for p in model.parameters()),
@@ -187,6 +191,10 @@ def main(case: str, folder: str) -> None:
         "different": all(different),
         "levels": sorted({group["level"] for group in groups}),
     }
+
+
+def main(case: str, folder: str) -> None:
+    result = example_case(case, folder)
     Path(folder, f"result-{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     sys.stdout.flush()

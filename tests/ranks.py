@@ -16,11 +16,13 @@ is these files alone, not exit codes: gloo can abort a process that has done all
 find each other through a file as well, and gloo is kept on the loopback interface, so no port is
 chosen that could be taken. A case that raises, hangs or dies ends the whole pool with SIGKILL (its
 ranks are out of step by then); the next case starts a fresh one. A worker whose parent dies sees
-the end of its stdin and leaves.
+the end of its stdin and leaves. Workers are started, or forked by a process that has imported torch
+already (`forks.py`), which is how the fixture has them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import os
@@ -40,6 +42,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from forks import Forked, Forks
+
 START_TIMEOUT = 120.0  # seconds until all workers have imported torch and met each other
 GRACE = 1.0  # seconds for the other ranks to report too, once one has failed
 LOG_TAIL = 6000  # characters of a worker's output that a failure shows
@@ -51,12 +55,14 @@ class RanksFailed(AssertionError):
     """A case failed on at least one rank; the message has every rank's traceback or output."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, forks: Forks | None = None
+) -> list[Any]:
     """`[function(*args) on rank 0, on rank 1, ...]`, on fresh processes that end with the call.
 
     For cases that change a process for good; the others use a pool.
     """
-    pool = RankPool(world_size)
+    pool = RankPool(world_size, forks)
     try:
         return pool.run(function, *args, timeout=timeout)
     finally:
@@ -64,13 +70,14 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 class RankPool:
-    """`world_size` processes, started by the first `run` and again after a failed one."""
+    """`world_size` processes, started by the first `run` and again after a failed one; forked if `forks` are given."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, forks: Forks | None = None) -> None:
         if world_size < 1:
             raise ValueError(f"world_size={world_size}: at least 1 is needed")
         self.world_size = world_size
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._forks = forks
+        self._processes: list[subprocess.Popen[bytes] | Forked] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._case = READY
 
@@ -114,7 +121,8 @@ class RankPool:
         for process in self._processes:
             process.wait()
             assert process.stdin is not None
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # what a worker that died between two cases has not read
+                process.stdin.close()
         self._processes = []
         if self._folder is not None:
             self._folder.cleanup()
@@ -137,6 +145,9 @@ class RankPool:
         for rank in range(self.world_size):
             environment = _environment(rank, self.world_size)
             with self._log(rank).open("wb") as log:
+                if self._forks:
+                    self._processes.append(self._forks.start(environment, self._folder.name, log))
+                    continue
                 process = subprocess.Popen(
                     [sys.executable, "-c", "import ranks; ranks.worker()", self._folder.name],
                     env=environment,

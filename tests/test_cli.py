@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import configparser
 import importlib.metadata
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +42,7 @@ def test_train_is_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 WITHOUT = """
-import sys
+import contextlib, io, json, sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -49,38 +51,50 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 from gwt_dist.cli import start
-sys.argv[1:] = {arguments!r}
-start()
+found = []
+for arguments in {lines!r}:
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            start()
+        except SystemExit as left:
+            code = left.code
+    found.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(found))
 """
 OF_HF = ("yaml", "tqdm", "transformers", "tokenizers", "datasets", "safetensors", "tensorboard")
 
 
-def without(missing: tuple[str, ...], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of gwt-dist where packages are not installed."""
-    code = WITHOUT.format(missing=missing, arguments=list(arguments))
+def without(missing: tuple[str, ...], *lines: list[str]) -> list[list[Any]]:
+    """Exit code, output and errors of gwt-dist with each of these arguments, in a process without some packages."""
+    code = WITHOUT.format(missing=missing, lines=lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    found: list[list[Any]] = json.loads(done.stdout)
+    return found
 
 
 def test_help_and_plan_work_without_the_recipes_packages() -> None:
     """As the README installs it: an extra that is left out takes its own commands away, not the help."""
-    code, out, err = without(OF_HF, "--help")
+    plan = ["plan", str(ROOT / "configs/models/7b.json"), "--world", "24"]
+    (code, out, err), *others = without(OF_HF, ["--help"], *([command, "--help"] for command in COMMANDS), plan)
     assert (code, err) == (0, "")
     assert all(f" {command} " in out for command in (*COMMANDS, "train"))
-    for command in COMMANDS:
-        assert without(OF_HF, command, "--help")[::2] == (0, ""), command
-    assert without(OF_HF, "plan", str(ROOT / "configs/models/7b.json"), "--world", "24")[::2] == (0, "")
+    for (code, _, err), command in zip(others, (*COMMANDS, plan), strict=True):
+        assert (code, err) == (0, ""), command
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
-def test_a_command_whose_packages_are_not_there_says_what_to_install(command: str) -> None:
-    code, out, err = without(OF_HF, command, "smoke")
-    assert (code, out) == (2, "")
-    assert err == (
-        f"error: gwt-dist {command} needs the package yaml, which is not installed: "
-        f'pip install -c constraints.txt -e ".[cli,hf]"\n'
-    )
-    assert without(("typer",), "plan")[2] == (
+def test_a_command_whose_packages_are_not_there_says_what_to_install() -> None:
+    for command, found in zip(
+        ("train", "compare"), without(OF_HF, ["train", "smoke"], ["compare", "smoke"]), strict=True
+    ):
+        assert found == [
+            2,
+            "",
+            f"error: gwt-dist {command} needs the package yaml, which is not installed: "
+            f'pip install -c constraints.txt -e ".[cli,hf]"\n',
+        ]
+    assert without(("typer",), ["plan"])[0][2] == (
         "error: gwt-dist plan needs the package typer, which is not installed: "
         'pip install -c constraints.txt -e ".[cli]"\n'
     )

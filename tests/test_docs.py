@@ -42,7 +42,7 @@ ELSEWHERE = {
         ),
         "NPROC_PER_NODE=2 launch/deepspeed.sh": LAUNCHERS,
         "NPROC=2 launch/mpirun.sh": LAUNCHERS,
-        "python launch/pretrain.py": "test_pretrain.py::test_one_plain_process_with_zero3_and_bpe",
+        "python launch/pretrain.py": "test_pretrain.py::test_one_plain_process_with_zero3_and_bpe_saves_on_sigterm",
         "NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh": HOSTS[0],
         "HOSTFILE=hosts launch/deepspeed.sh": HOSTS[2],
         "HOSTFILE=hosts INTERFACE=eth0 launch/mpirun.sh": HOSTS[1],
@@ -66,7 +66,7 @@ ELSEWHERE = {
     "docs/report.md": {"gwt-dist report": "test_report.py::test_the_commands_of_the_documentation_work"},
     "docs/resume.md": {
         "python launch/pretrain.py ... --resume latest": (
-            "test_resume.py::test_killed_and_resumed_run_has_the_same_curve"
+            "test_resume.py::test_torchrun_starts_a_killed_run_again_and_it_goes_on"
         ),
         "python launch/pretrain.py ... --resume runs/a --output runs/b": (
             "test_resume.py::test_streamed_run_goes_on_in_another_folder_with_the_same_curve"

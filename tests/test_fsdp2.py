@@ -96,9 +96,9 @@ def test_a_parameter_that_the_forward_does_not_use_stays_as_it_is(ranks, recipe)
         assert result["unused"] == ["mlp_row.weight", "frozen.weight"]
 
 
-def test_a_rank_that_raises_alone_does_not_leave_the_others_waiting_for_ever() -> None:
+def test_a_rank_that_raises_alone_does_not_leave_the_others_waiting_for_ever(forks) -> None:
     """A steady step has no collective to agree on errors; the timeout of the process group ends the wait."""
-    (waiting, seconds), (raised, at_once) = run_ranks(alone_case, 2, 3.0)
+    (waiting, seconds), (raised, at_once) = run_ranks(alone_case, 2, 3.0, forks=forks)
     assert raised.startswith("ValueError: level=3") and at_once < 1
     assert waiting.startswith("RuntimeError") and "imed out" in waiting
     assert 2 < seconds < 20

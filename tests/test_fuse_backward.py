@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from fuse_cases import LAYERS, fsdp1_case, fuse_case, refused_case, trained
+from fuse_cases import LAYERS, STEPS, fsdp1_case, fuse_case, refused_case, trained
 
 RECIPES = ["paper", "energy", "orthogonal"]
 
@@ -22,8 +22,8 @@ def test_it_is_step_with_one_group_of_gradients_at_a_time(ranks, accumulation, r
         if accumulation == 1:
             assert result["groups"] == (LAYERS, 1)
         plain, fused = result["collectives"]
-        assert plain == [int(recipe != "energy")] * 10
-        assert fused == [LAYERS * int(recipe != "energy")] * 10
+        assert plain == [int(recipe != "energy")] * STEPS
+        assert fused == [LAYERS * int(recipe != "energy")] * STEPS
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -17,12 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from forks import Forks
 from ranks import RankPool, RanksFailed, run_ranks
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(3)
+def pool(forks: Forks) -> Iterator[RankPool]:
+    pool = RankPool(3, forks)
     yield pool
     pool.close()
 
@@ -35,6 +36,10 @@ def total(value: int) -> torch.Tensor:
 
 def who() -> tuple[int, int, str, int]:
     return dist.get_rank(), dist.get_world_size(), os.environ["LOCAL_RANK"], os.getpid()
+
+
+def session_and_group() -> tuple[int, int]:
+    return os.getsid(0), os.getpgid(0)
 
 
 def raise_on(rank: int) -> None:
@@ -70,6 +75,7 @@ def test_results_come_in_rank_order_from_processes_that_stay(pool: RankPool) -> 
         (1, 3, "1"),
         (2, 3, "2"),
     ]
+    assert pool.run(session_and_group) == [(pid, pid) for pid in pool.pids()]
     assert [tensor.tolist() for tensor in pool.run(total, 10)] == [[33], [33], [33]]
     assert [pid for *_, pid in pool.run(who)] == [pid for *_, pid in first] == pool.pids()
 
@@ -140,18 +146,20 @@ def test_run_ranks_leaves_no_process_and_no_file(tmp_path: Path, monkeypatch: py
 def test_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
+        "from forks import Forks\n"
         "from ranks import RankPool\n"
         "from test_ranks import who\n"
-        "pool = RankPool(2)\n"
-        "pool.run(who)\n"
-        "print(*pool.pids(), flush=True)\n"
+        "forks = Forks()\n"
+        "started, forked = RankPool(1), RankPool(2, forks)\n"
+        "started.run(who), forked.run(who)\n"
+        "print(*started.pids(), *forked.pids(), forks.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2
+    assert len(pids) == 4
     deadline = time.monotonic() + 10
     while any(_runs(pid) for pid in pids):
         assert time.monotonic() < deadline, "workers outlive their parent"
