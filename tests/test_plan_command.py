@@ -129,7 +129,8 @@ def test_a_deepspeed_json_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_every_key_of_a_deepspeed_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def rows(**params: Any) -> dict[str, int]:
         file = tmp_path / "zero.json"
-        file.write_text(json.dumps({"optimizer": {"type": "GWTAdamW", "params": params}}))
+        zero = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+        file.write_text(json.dumps({**zero, "optimizer": {"type": "GWTAdamW", "params": params}}))
         content = told([f"{__name__}:build", "--target", "attn", "--deepspeed-config", str(file)], capsys)
         return {row["name"]: row["max"] for row in content["rows"] if row["name"].startswith("exp_avg")}
 
@@ -142,6 +143,12 @@ def test_every_key_of_a_deepspeed_json_counts(tmp_path: Path, capsys: pytest.Cap
         "exp_avg_sq": 4 * 20,
         "exp_avg_sq_row": 4 * 20,
     }
+    assert (
+        main(["plan", "tiny", "--deepspeed-config", str(tmp_path / "zero.json"), "--html", str(tmp_path / "p.html")])
+        == 0
+    )
+    page = Page((tmp_path / "p.html").read_text())  # a bar of more parts than there are colours
+    assert "exp_avg_sq_row, fp32" in page.cells and "exp_avg_sq_row, fp32" in capsys.readouterr().out
     for params, message in (({"levle": 2}, "did you mean 'level'"), ({"recipe": "foam", "nor": 0.5}, "nor=0.5")):
         with pytest.raises(AssertionError):
             rows(**params)
