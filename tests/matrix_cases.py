@@ -34,8 +34,9 @@ COMBINATIONS = [
     *((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")),
     *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "toy")),
 ]
-BLOCKS = {recipe for _, recipe in COMBINATIONS}
-SPELLED = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}  # what is a key of another recipe
+# Blocks of each kind of model, and what a block's name says beside a recipe.
+BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")], "more": [(2, "foam"), (2, "normuon")]}
+NAMED = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
 
 
 class Shapes(nn.Module):
@@ -80,8 +81,8 @@ class Model(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        for level, recipe in COMBINATIONS if kind == "shapes" else [(2, "paper")]:
-            self.add_module(f"{recipe}{level}", Shapes() if kind == "shapes" else Vectors())
+        for level, recipe in BLOCKS[kind]:
+            self.add_module(f"{recipe}{level}", Vectors() if kind == "vectors" else Shapes())
 
     def forward(self, gradients: dict[str, dict[str, Weights]]) -> Tensor:
         return sum((getattr(self, name)(g) for name, g in gradients.items()), torch.zeros(()))
@@ -97,13 +98,12 @@ def fresh(kind: str, dtype: torch.dtype = torch.float64) -> Model:
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     """A group for each block, whatever wrappers its parameters are in."""
     groups: dict[str, dict[str, Any]] = {}
+    names = {f"{recipe}{level}" for blocks in BLOCKS.values() for level, recipe in blocks}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            block = next(part for part in name.split(".") if part[:-1] in BLOCKS)
-            recipe = block[:-1]
-            group = groups.setdefault(
-                block, {"params": [], **options(int(block[-1]), recipe), **SPELLED.get(recipe, {})}
-            )
+            block = next(part for part in name.split(".") if part in names)
+            keys = {**options(int(block[-1]), block[:-1]), **NAMED.get(block[:-1], {})}
+            group = groups.setdefault(block, {"params": [], **keys})
             group["params"].append(parameter)
     return list(groups.values())
 
@@ -245,7 +245,7 @@ def fairscale(kind: str, flattening: str) -> Iterator[Built]:
         options = {"compute_device": torch.device("cpu"), "flatten_parameters": flattening != "tensors"}
         model: Any = fresh(kind, torch.float32)  # fairscale takes no other to begin with
         for name, block in model.named_children():
-            if kind == "shapes":
+            if kind != "vectors":
                 del block.frozen  # summon_full_params fails beside a frozen one
             if flattening == "modules":
                 for inner, child in list(block.named_children()):
@@ -268,7 +268,7 @@ def fairscale(kind: str, flattening: str) -> Iterator[Built]:
 def whole(kind: str, engine_kind: str) -> Iterator[Built]:
     """An engine of `whole_tensor_cases`."""
     model = fresh(kind)
-    ddp = {"find_unused_parameters": True} if kind == "shapes" else {}
+    ddp = {"find_unused_parameters": True} if kind != "vectors" else {}
     engine = whole_tensor_cases.Engine(engine_kind, model, groups_of(model), **ddp)
 
     def take(step: Weights) -> None:

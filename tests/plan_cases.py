@@ -19,10 +19,13 @@ from fsdp2_cases import Counter, local
 from gwt_dist import param_groups, save
 from gwt_dist.cli.models import meta_model
 from gwt_dist.optimizer import GWTAdamW
+from gwt_dist.recipes import rule_of
+from gwt_dist.schedule import Member
+from gwt_dist.sums import lay_out
 from matrix_cases import FAMILIES, Model
 from zero_cases import gradients, shapes_of
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ONCE = ("step", "limited_norm")  # state that there is one number of a tensor or a parameter
 
 
 def size(tensor: Tensor) -> int:
@@ -30,12 +33,13 @@ def size(tensor: Tensor) -> int:
 
 
 def state_of(optimizer: GWTAdamW) -> dict[str, int]:
-    """Bytes of moments, and of steps and norms."""
-    tensors = [item for state in optimizer.state.values() for item in state.items()]
-    return {
-        "moments": sum(size(t) for name, t in tensors if name in MOMENTS),
-        "scalars": sum(size(t) for name, t in tensors if name not in MOMENTS),
-    }
+    """Bytes of state by name, and of what there is one of a tensor."""
+    found: dict[str, int] = {}
+    for state in optimizer.state.values():
+        for name, tensor in state.items():
+            place = "scalars" if name in ONCE else name
+            found[place] = found.get(place, 0) + size(tensor)
+    return found
 
 
 def storages(tensors: list[Tensor]) -> int:
@@ -128,7 +132,10 @@ def _on_meta(model: Any, mesh: DeviceMesh, level: int) -> dict[str, int]:
             plan = optimizer.plan_of(parameter, number)
             assert plan is not None
             for name, tensor in plan.fresh_state(parameter).items():
-                found["moments" if name in MOMENTS else "scalars"] += size(tensor)
+                found["scalars" if name in ONCE else "moments"] += size(tensor)
             found["weights"] += parameter._local_tensor.untyped_storage().nbytes()
-            found["norms"] += len(plan.places) if plan.has_levels else 0
+            rule = rule_of(group)
+            member = Member(plan, number, parameter.dtype, True, rule.program, rule.plain)
+            for phase in range(len(rule.program.phases)):
+                found["norms"] += sum(lay_out(list(member.entries(0)), phase).over[0])
     return found

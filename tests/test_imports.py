@@ -61,10 +61,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": MATH | RUNTIME | {"engines"},
     "": MATH | RUNTIME | STATE | {"engines"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
-    "train": MATH | RUNTIME | STATE | {"engines", "integrations", ""},
+    "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
     "report": {"train"},
-    "study": MATH | RUNTIME | STATE | {"engines", "integrations", "train", ""},
-    "cli": MATH | RUNTIME | STATE | {"engines", "integrations", "train", "report", "study", ""},
+    "study": MATH | RUNTIME | STATE | {"keys", "engines", "integrations", "train", ""},
+    "cli": MATH
+    | RUNTIME
+    | STATE
+    | {"declare", "keys", "piece", "engines", "integrations", "train", "report", "study", ""},
     "__main__": {"cli"},
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
@@ -16,17 +15,23 @@ import pytest
 import torch
 from torch import nn
 
-from gwt_dist import GWTAdamW, kernels, memory, param_groups, units
+from gwt_dist import memory, param_groups, units
 from gwt_dist.cli.models import read_model
-from gwt_dist.memory import compare, fill
+from gwt_dist.comm import Shard, alone
+from gwt_dist.declare import Extent, Field, Pass, Program, Sum
+from gwt_dist.layout import join
+from gwt_dist.memory import compare, fill, splits
 from gwt_dist.memory.deepspeed import setup_of
-from gwt_dist.memory.model import ModelSpec, of_config, of_module
+from gwt_dist.memory.model import ModelSpec, TensorSpec, of_config, of_module
 from gwt_dist.memory.model import groups_of as groups_by_name
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.setup import Setup
-from gwt_dist.memory.state import DEFAULT_RECIPE, LIMITED, SECOND_MOMENT
 from gwt_dist.memory.traffic import traffic
-from gwt_dist.recipes import RECIPES
+from gwt_dist.piece import moments_shape
+from gwt_dist.plan import Form
+from gwt_dist.plan import Plan as ParameterPlan
+from gwt_dist.schedule import Member
+from gwt_dist.sums import lay_out
 from matrix_cases import Model, groups_of
 from plan_cases import allocated_case, checkpoint_case
 from test_matrix import ENGINES
@@ -68,7 +73,7 @@ def model_for(name: str, kind: str) -> tuple[ModelSpec, list[memory.GroupSpec]]:
     """The model of the matrix in the units that `matrix_cases` wraps."""
     family, arguments = ENGINES[name].family, ENGINES[name].arguments
     module = Model(kind)
-    if family == "fairscale" and kind == "shapes":
+    if family == "fairscale" and kind != "vectors":
         for block in module.children():
             del block.frozen
     inner = {"fsdp1": {"mlp_down", "frozen"}}.get(family, set())
@@ -86,6 +91,12 @@ def planned(name: str, world_size: int, kind: str) -> Plan:
     return fill.plan(*model_for(name, kind), setup_for(name, world_size))
 
 
+def state_of(plan: Plan, shard: int) -> dict[str, int]:
+    """Bytes of state by name, and of what there is one of a tensor."""
+    fields = {f.name: values[shard] for f, values in plan.fields.items() if f.extent is not Extent.TENSOR}
+    return {**fields, "scalars": plan.scalars[shard]}
+
+
 def cases() -> list[Any]:
     found = []
     for name, engine in ENGINES.items():
@@ -99,20 +110,21 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_planned_is_allocated(ranks, name, world_size) -> None:
     engine = ENGINES[name]
-    for kind in ("shapes", "vectors"):
+    for kind in ("shapes", "vectors", "more"):
         results = ranks(world_size, allocated_case, engine.family, engine.arguments, kind)
         expected = planned(name, world_size, kind)
         for rank, result in enumerate(results):
             shard = expected.of_rank(rank)
             told = {
-                "moments": expected.wavelet[shard] + expected.rest[shard],
-                "scalars": expected.scalars[shard],
+                **state_of(expected, shard),
                 "weights": expected.weights[shard],
                 "masters": expected.masters[shard],
             }
             if expected.setup.shards > 1:  # FSDP2 sums norms over one rank too
                 told["collectives"] = expected.exchange + expected.norms
-            assert {key: result[key] for key in told} == told, f"rank {rank}, {kind}"
+            # A rank that steps no such tensor has no state of that name.
+            assert {key: result.get(key, 0) for key in told} == told, f"rank {rank}, {kind}"
+            assert {name for name in result if name.startswith("exp_avg")} <= told.keys()
             if expected.setup.bf16_optimizer:
                 assert result["given"] * world_size == expected.gradients[shard]
             elif expected.setup.masters:
@@ -172,12 +184,12 @@ def test_llamas_on_64_ranks_that_are_faked(rank_ids: tuple[int, ...]) -> None:
     spread = set()
     for i, (name, mesh) in enumerate((name, mesh) for name in ("7b", "1b") for mesh in MESHES):
         model, replicas = read_model(name), mesh[0] if len(mesh) > 1 else 1
-        groups = groups_by_name(model, 2, ("attn", "mlp"), limited=True)
+        groups = groups_by_name(model, 2, ("attn", "mlp"), recipe="paper")
         expected = fill.plan(model, groups, Setup("fsdp2", 64, replicas, "fp32"))
         for rank, results in zip(rank_ids, found, strict=True):
             shard = expected.of_rank(rank)
             assert results[i] == {
-                "moments": expected.wavelet[shard] + expected.rest[shard],
+                "moments": expected.state[shard] - expected.scalars[shard],
                 "scalars": expected.scalars[shard],
                 "weights": expected.weights[shard],
                 "norms": expected.norms,
@@ -185,7 +197,7 @@ def test_llamas_on_64_ranks_that_are_faked(rank_ids: tuple[int, ...]) -> None:
             spread.add((name, replicas, results[i]["moments"]))
         if name == "7b":  # 4 bytes, 2 moments; what is no Linear weight of attention or MLP is AdamW
             rest = 2 * 32000 * 4096 + 65 * 4096
-            assert expected.wavelet[0] + expected.rest[0] == 8 * ((model.numel - rest) // 4 + rest) * replicas // 64
+            assert expected.state[0] - expected.scalars[0] == 8 * ((model.numel - rest) // 4 + rest) * replicas // 64
     assert len(spread) == (5 if 7 in rank_ids else 4)  # the last of 8 shards of 5461 rows has fewer
 
 
@@ -232,15 +244,12 @@ def test_another_type_is_built_by_transformers(tmp_path: Path) -> None:
     assert {t.unit for t in found.tensors} == {"", "gpt_neox.layers.0", "gpt_neox.layers.1"}
 
 
-def test_what_is_known_without_torch_is_what_the_optimizer_knows() -> None:
+def test_moments_are_those_of_the_optimizer() -> None:
     for shape in [(), (7,), (1, 1), (5, 3), (66, 97), (4, 3, 5), (2, 300), (0, 4)]:
         for level in (0, 1, 3, 9):
             for wavelet in ("haar", "db1", "bior1.1", "db2", "sym4"):
-                whole = prod(kernels.moments_shape(shape, level, wavelet))
+                whole = prod(moments_shape(shape, level, wavelet))
                 assert units.coefficients(shape, level, wavelet) == whole
-    assert {name: recipe.limiter > 0 for name, recipe in RECIPES.items()} == LIMITED
-    assert {name: recipe.second_moment != "none" for name, recipe in RECIPES.items()} == SECOND_MOMENT
-    assert inspect.signature(GWTAdamW).parameters["recipe"].default == DEFAULT_RECIPE
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -253,12 +262,41 @@ def test_a_plan_of_all_ranks_is_that_of_each(stage: int) -> None:
         for rank in range(world_size):
             one = memory.plan_zero(groups, stage=stage, world_size=world_size, rank=rank, sub_group_size=700)
             shard = found.of_rank(rank)
-            assert (one.wavelet, one.wavelet_cut, one.rest, one.scalars) == (
-                found.wavelet[shard],
+            assert (one.wavelet + one.rest, one.wavelet_cut, one.scalars) == (
+                found.state[shard] - found.scalars[shard],
                 found.cut[shard],
-                found.rest[shard],
                 found.scalars[shard],
             )
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp1"])
+def test_fields_and_sums_of_every_extent(engine: str) -> None:
+    """Of a recipe that nobody has: what is planned is what the optimizer lays out, a flat parameter on each rank."""
+    sums = Sum("rows", Extent.ROW, 2), Sum("columns", Extent.COLUMN), Sum("tensors", Extent.TENSOR, 3)
+    fields = tuple(Field(extent.value, extent) for extent in Extent)
+    program = Program("", fields, (Pass("", sums), Pass("", (Sum("rows", Extent.ROW),)), Pass("", writes=True)))
+    plain = Program("", (Field("unit", Extent.UNIT), Field("second", Extent.UNIT)), (Pass("", writes=True),))
+    tensors = ("a", (5, 7)), ("b", (11,)), ("c", (2, 3, 4)), ("d", (1, 1))
+    names, shapes = [name for name, _ in tensors], [shape for _, shape in tensors]
+    group = memory.GroupSpec(2, "haar", tensors, program, plain)
+    model = ModelSpec("", tuple(TensorSpec(*tensor) for tensor in tensors))
+    found = fill.plan(model, [group], Setup(engine, 3, weights="fp32", use_orig_params=False))
+    laid = splits.flat(shapes, 3, multiple=2) if engine == "zero2" else splits.flat(shapes, 3)
+    held = [laid.fragments(names, rank) for rank in range(3)]
+    together: Any = ("all ranks",)
+    for rank, fragments in enumerate(held):
+        shard = Shard(join(held), tuple(fragments), together, together, alone(fragments))
+        plan = ParameterPlan.of(shard, Form(2, "haar", program.fields, plain.fields))
+        state = plan.fresh_state(torch.zeros(laid.part))
+        assert {f.name: values[rank] for f, values in found.fields.items()} | {"step": found.steps[rank]} == {
+            name: tensor.nbytes for name, tensor in state.items()
+        }
+        entries = list(Member(plan, 0, torch.float32, True, program, plain).entries(0))
+        parts = [part for phase in range(3) for part in lay_out(entries, phase).parts]
+        assert found.norms == sum(length for length, groups in parts if groups)
+    cut = [c for tensor in join(held) if len(tensor.shape) > 1 for c in tensor.cuts if c % prod(tensor.shape[1:])]
+    # Rows that are cut, coefficients of a row of each tensor, and numbers of each tensor.
+    assert found.norms == 3 * len(cut) + (2 + 11 + 3 + 1) + 3 * 4 and cut
 
 
 def test_other_optimizers_by_formula() -> None:
@@ -280,7 +318,7 @@ def test_other_optimizers_by_formula() -> None:
 def test_what_is_sent_in_a_step() -> None:
     model = of_config({**SHAPES, "tie_word_embeddings": True}, "")
     assert model is not None
-    groups, numel = groups_by_name(model, 2, ("attn", "mlp"), limited=True), model.numel
+    groups, numel = groups_by_name(model, 2, ("attn", "mlp"), recipe="paper"), model.numel
 
     def sent(setup: Setup, accumulation: int = 1) -> list[tuple[str, int]]:
         found = fill.plan(model, groups, setup)
@@ -296,8 +334,11 @@ def test_what_is_sent_in_a_step() -> None:
     ours = {t.name: t.bytes for t in traffic(found) if t.ours}
     assert ours == {"norms": 2 * (found.norms * 8 * 6 // 7), "cut units": 2 * (found.exchange * 4 * 6 // 7)}
     assert found.norms == 14 and 0 < found.exchange <= 6 * 4
-    whole = groups_by_name(model, 2, ("attn", "mlp"), second_moment=False, limited=False)
+    whole = groups_by_name(model, 2, ("attn", "mlp"), recipe="orthogonal")
     found = fill.plan(model, whole, Setup("zero1", 7))
     ours = {t.name: t.bytes for t in traffic(found) if t.ours}
     matrices = sum(prod(shape) for group in whole if group.level for _, shape in group.tensors)
     assert ours["matrices"] == 2 * (matrices // 7 * 4 * 6 // 7) and found.norms == 28
+    found = fill.plan(model, groups_by_name(model, 2, ("attn", "mlp"), recipe="orthogonal", nor=0.9), Setup("zero1", 7))
+    rows = sum(shape[0] for group in whole if group.level for _, shape in group.tensors)
+    assert found.travelling == matrices + rows and found.norms == 28  # a number a row goes along

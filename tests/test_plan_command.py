@@ -126,6 +126,35 @@ def test_a_deepspeed_json_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixt
     assert told(["tiny", "--deepspeed-config", str(file), "--level", "1"], capsys)["levels"][0]["level"] == 1
 
 
+def test_every_key_of_a_deepspeed_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rows(**params: Any) -> dict[str, int]:
+        file = tmp_path / "zero.json"
+        zero = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+        file.write_text(json.dumps({**zero, "optimizer": {"type": "GWTAdamW", "params": params}}))
+        content = told([f"{__name__}:build", "--target", "attn", "--deepspeed-config", str(file)], capsys)
+        return {row["name"]: row["max"] for row in content["rows"] if row["name"].startswith("exp_avg")}
+
+    # Rows of 30 elements at level 2, 8 coefficients each; a bias of 20.
+    assert rows() == {"exp_avg": 4 * (20 * 8 + 20), "exp_avg_sq": 4 * (20 * 8 + 20)}
+    assert rows(lr="auto", recipe="foam", betas=[0.9, 0.95]) == rows()
+    assert rows(second_moment="none") == {"exp_avg": 4 * (20 * 8 + 20), "exp_avg_sq": 4 * 20}
+    assert rows(recipe="orthogonal", nor=0.95) == {
+        "exp_avg": 4 * (20 * 8 + 20),
+        "exp_avg_sq": 4 * 20,
+        "exp_avg_sq_row": 4 * 20,
+    }
+    assert (
+        main(["plan", "tiny", "--deepspeed-config", str(tmp_path / "zero.json"), "--html", str(tmp_path / "p.html")])
+        == 0
+    )
+    page = Page((tmp_path / "p.html").read_text())  # a bar of more parts than there are colours
+    assert "exp_avg_sq_row, fp32" in page.cells and "exp_avg_sq_row, fp32" in capsys.readouterr().out
+    for params, message in (({"levle": 2}, "did you mean 'level'"), ({"recipe": "foam", "nor": 0.5}, "nor=0.5")):
+        with pytest.raises(AssertionError):
+            rows(**params)
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 from gwt_dist.report.pages import COLOURS, human, render
@@ -158,7 +159,7 @@ def page(content: dict[str, Any]) -> str:
     adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
     its_state = {"exp_avg": adamw // 2, "exp_avg_sq": adamw // 2}
     beside = [(n, value if n in NOT_STATE else its_state.get(n, 0)) for n, value in parts]
-    legend = {name: colour for (name, _), colour in zip(parts, COLOURS, strict=False)}
+    legend = {name: colour for (name, _), colour in zip(parts, cycle(COLOURS), strict=False)}
     largest = max(sum(v for _, v in parts), sum(v for _, v in beside), 1)
     most = max(other["rank"] for other in content["beside"]) or 1
     return render(

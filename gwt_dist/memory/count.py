@@ -15,7 +15,8 @@ from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.units import units_of
 
-Kind = tuple[int, str, tuple[Field, ...]]  # level and wavelet of a tensor's group, and the tensor's fields
+SHARDED = Extent.UNIT, Extent.ROW
+Kind = tuple[int, str, tuple[Field, ...]]  # level and wavelet of a tensor's group, and fields of the tensor
 
 
 class Numbers(NamedTuple):
@@ -64,32 +65,40 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> C
             continue
         level, wavelet, fields = kind
         units = units_of(shape, level, wavelet)
-        found: dict[tuple[int, int], list[tuple[list[int], Extent, Numbers]]] = {}
+        found: dict[tuple[int, int], tuple[list[tuple[list[int], int]], int, int]] = {}
+        cuts = []
         for shard, start, stop in laid.intervals(number):
             # Which rows they are changes no number, so most parts of a tensor are like one before.
             begin = start % units.columns
             like = begin, begin + stop - start
             if like not in found:
                 its = numbers(fields, Fragment("", shape, *like), units)
-                found[like] = [(kept.setdefault(f, [0] * shards), f.extent, n) for f, n in its]
+                found[like] = (
+                    [(kept.setdefault(f, [0] * shards), n.kept) for f, n in its],
+                    sum(n.owned for f, n in its if f.extent in SHARDED),
+                    sum(n.kept - n.owned for _, n in its),
+                )
+            by_field, its_owned, its_cut = found[like]
             elements[shard] += stop - start
             tensors[shard] += 1
-            for by_shard, extent, n in found[like]:
-                by_shard[shard] += n.kept
-                cut[shard] += n.kept - n.owned
-                if extent in (Extent.UNIT, Extent.ROW):
-                    owned[shard] += n.owned
+            owned[shard] += its_owned
+            cut[shard] += its_cut
+            for by_shard, more in by_field:
+                by_shard[shard] += more
+            if start:
+                cuts.append(start)
         common += sum(prod(extents.whole(f.extent, shape, units)) for f in fields if f.extent is Extent.COLUMN)
-        tensor = tensor_of(laid, number)
+        tensor = Whole("", shape, tuple(cuts))
         exchange += plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
     return Counts(elements, kept, owned, cut, tensors, common, exchange)
 
 
 @lru_cache(maxsize=4096)
-def tensor_of(laid: Concatenation, number: int) -> Whole:
-    """A tensor and where it is cut."""
-    cuts = tuple(start for _, start, _ in laid.intervals(number) if start)
-    return Whole("", laid.shapes[number], cuts)
+def summed(extent: Extent, laid: Concatenation, number: int, units: Units) -> int:
+    """Places of a sum of `extent` for a tensor by its number, of these units."""
+    # Where a tensor is cut matters to its rows alone.
+    cuts = [start for _, start, _ in laid.intervals(number) if start] if extent is Extent.ROW else ()
+    return extents.summed(extent, Whole("", laid.shapes[number], tuple(cuts)), units)
 
 
 def travelling(program: Program, shape: tuple[int, ...]) -> int:

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
-from gwt_dist import extents
-from gwt_dist.declare import Extent, Program
+from gwt_dist.declare import Program
 from gwt_dist.memory import splits
-from gwt_dist.memory.count import count, per_tensor, tensor_of, travelling
+from gwt_dist.memory.count import count, per_tensor, summed, travelling
 from gwt_dist.memory.model import ModelSpec, TensorSpec
 from gwt_dist.memory.plan import Plan
 from gwt_dist.memory.setup import STEP, Setup
@@ -29,7 +28,7 @@ def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> Plan:
     return found
 
 
-class _Sums:
+class _Filler:
     """Adds tensors and parameters to a plan."""
 
     def __init__(self, found: Plan) -> None:
@@ -53,7 +52,7 @@ class _Sums:
         """
         setup, found, size, first = self.setup, self.plan, self.setup.state_bytes, owner or 0
         groups = [self.groups.get(name) for name in names]
-        kinds = tuple(g and g.kind(shape) for g, shape in zip(groups, laid.shapes, strict=True))
+        kinds = tuple(g and g.kind(shape, alone) for g, shape in zip(groups, laid.shapes, strict=True))
         counts = count(laid, kinds, self.shards if owner is None else 1)
         stored = 0 if owner is not None else 4 if setup.masters else setup.bytes_of("weights")
         _add(found.elements, counts.elements, times, first)
@@ -64,8 +63,7 @@ class _Sums:
         if alone:
             _add(found.steps, counts.tensors, STEP, first)
         for field, kept in counts.kept.items():
-            if alone or field.extent is not Extent.TENSOR:
-                _add(found.fields[field], kept, times * size, first)
+            _add(found.fields[field], kept, times * size, first)
         if owner is None and self.shards > 1:
             found.exchange += times * counts.exchange
             for group, shape in zip(groups, laid.shapes, strict=True):
@@ -79,13 +77,13 @@ class _Sums:
         for field in per_tensor(programs):
             _add(self.plan.fields[field], once, self.setup.state_bytes * len(parts), first)
         if owner is None:
-            self.summed(group, programs, parts)
+            self.sums(group, programs, parts)
 
-    def summed(self, group: GroupSpec, programs: Iterable[Program], parts: Sequence[Part]) -> None:
+    def sums(self, group: GroupSpec, programs: Iterable[Program], parts: Sequence[Part]) -> None:
         """A parameter's places in sums over ranks: those of each program for all of its tensors."""
         for one in (one for program in programs for one in program.sums if self.shards > 1):
-            for tensor in (tensor_of(*part) for part in parts):
-                places = extents.summed(one.extent, tensor, group.units_for(tensor.shape))
+            for laid, i in parts:
+                places = summed(one.extent, laid, i, group.units_for(laid.shapes[i]))
                 self.plan.norms += one.numbers * places
 
     def everywhere(self, values: list[int], number: int) -> None:
@@ -101,13 +99,13 @@ class _Sums:
 
 def _whole(found: Plan) -> None:
     """One process, DDP, ZeRO-0: everything everywhere."""
-    sums, setup = _Sums(found), found.setup
-    sums.frozen_weights()
+    filler, setup = _Filler(found), found.setup
+    filler.frozen_weights()
     for group in found.groups:
         for name, shape in group.tensors:
             laid = splits.flat([shape], 1)
-            sums.tensors(laid, [name])
-            sums.parameter(group, [(laid, 0)])
+            filler.tensors(laid, [name])
+            filler.parameter(group, [(laid, 0)])
             found.weights[0] += prod(shape) * setup.bytes_of("weights")
             found.gradients[0] += prod(shape) * setup.bytes_of("gradients")
             if setup.masters:
@@ -117,82 +115,82 @@ def _whole(found: Plan) -> None:
 
 def _owners(found: Plan) -> None:
     """ZeroRedundancyOptimizer, OSS: whole weights and gradients everywhere, each tensor's state on one rank."""
-    sums, setup = _Sums(found), found.setup
-    sums.frozen_weights()
+    filler, setup = _Filler(found), found.setup
+    filler.frozen_weights()
     split = splits.largest_first if setup.engine == "zro" else splits.in_order
     owners = split([[shape for _, shape in group.tensors] for group in found.groups], setup.world_size)
     for group, of_group in zip(found.groups, owners, strict=True):
         for (name, shape), rank in zip(group.tensors, of_group, strict=True):
             laid = splits.flat([shape], 1)
-            sums.tensors(laid, [name], owner=rank)
-            sums.parameter(group, [(laid, 0)], rank)
+            filler.tensors(laid, [name], owner=rank)
+            filler.parameter(group, [(laid, 0)], rank)
     trained = sum(prod(shape) for group in found.groups for _, shape in group.tensors)
     found.checkpoint_common += trained * setup.bytes_of("weights")
-    sums.everywhere(found.weights, trained * setup.bytes_of("weights"))
-    sums.everywhere(found.gradients, trained * setup.bytes_of("gradients"))
+    filler.everywhere(found.weights, trained * setup.bytes_of("weights"))
+    filler.everywhere(found.gradients, trained * setup.bytes_of("gradients"))
 
 
 def _zero_1_and_2(found: Plan) -> None:
     """Weights whole, in flat buffers of a group with padding; masters, state and (stage 2) gradients in equal parts."""
-    sums, setup = _Sums(found), found.setup
-    sums.frozen_weights()
+    filler, setup = _Filler(found), found.setup
+    filler.frozen_weights()
     alignment = 16 // setup.bytes_of("weights") if setup.parameter_alignment else 1
     for group in found.groups:
         shapes = [shape for _, shape in group.tensors]
-        laid, order = splits.zero_1_and_2(shapes, sums.shards, round_robin=setup.round_robin, alignment=alignment)
+        laid, order = splits.zero_1_and_2(shapes, filler.shards, round_robin=setup.round_robin, alignment=alignment)
         names = [group.tensors[i][0] for i in order]
-        sums.tensors(laid, names)
-        sums.parameter(group, [(laid, i) for i in range(len(shapes))])
+        filler.tensors(laid, names)
+        filler.parameter(group, [(laid, i) for i in range(len(shapes))])
         whole = sum(prod(shape) for shape in shapes)
-        sums.everywhere(found.weights, laid.part * sums.shards * setup.bytes_of("weights"))
-        sums.everywhere(found.masters, laid.part * 4)
-        padded = laid.part * sums.shards
+        filler.everywhere(found.weights, laid.part * filler.shards * setup.bytes_of("weights"))
+        filler.everywhere(found.masters, laid.part * 4)
+        padded = laid.part * filler.shards
         held = padded if setup.bf16_optimizer else whole if setup.engine == "zero1" else laid.part
-        sums.everywhere(found.gradients, held * setup.bytes_of("gradients"))
+        filler.everywhere(found.gradients, held * setup.bytes_of("gradients"))
         if not setup.bf16_optimizer:  # which steps with a part of its fp32 gradients
             _largest(found.step_gradients, laid.part * 4)
 
 
 def _zero_3(found: Plan) -> None:
     """Everything in equal slots of each tensor; small tensors whole as well."""
-    sums, setup = _Sums(found), found.setup
+    filler, setup = _Filler(found), found.setup
     for group in found.groups:
         shapes = [shape for _, shape in group.tensors]
-        _each(sums, group, lambda shape: splits.zero_3(shape, sums.shards))
-        for buffer in splits.sub_groups(shapes, sums.shards, setup.sub_group_size):
-            parts = [(splits.zero_3(shapes[i], sums.shards), 0) for i in buffer]
+        _each(filler, group, lambda shape: splits.zero_3(shape, filler.shards))
+        for buffer in splits.sub_groups(shapes, filler.shards, setup.sub_group_size):
+            parts = [(splits.zero_3(shapes[i], filler.shards), 0) for i in buffer]
             slots = sum(laid.part for laid, _ in parts)
-            sums.parameter(group, parts)
-            sums.everywhere(found.masters, slots * 4)
-            sums.everywhere(found.gradients, slots * setup.bytes_of("gradients"))
+            filler.parameter(group, parts)
+            filler.everywhere(found.masters, slots * 4)
+            filler.everywhere(found.gradients, slots * setup.bytes_of("gradients"))
             _largest(found.step_gradients, slots * 4)
     whole = 0
     bound = setup.persistence_total
     for tensor in found.model.tensors:
-        sums.everywhere(found.weights, splits.zero_3(tensor.shape, sums.shards).part * setup.bytes_of("weights"))
+        filler.everywhere(found.weights, splits.zero_3(tensor.shape, filler.shards).part * setup.bytes_of("weights"))
         if tensor.numel <= setup.persistence_threshold and (bound is None or whole + tensor.numel <= bound):
             whole += tensor.numel
-    sums.everywhere(found.weights, whole * setup.bytes_of("weights"))
-    _frozen_parts(sums, lambda tensor: splits.zero_3(tensor.shape, sums.shards))
+    filler.everywhere(found.weights, whole * setup.bytes_of("weights"))
+    _frozen_parts(filler, lambda tensor: splits.zero_3(tensor.shape, filler.shards))
 
 
 def _fsdp2(found: Plan) -> None:
     """Each tensor in whole rows; what is short of rows is padded for the weight alone."""
-    sums, setup = _Sums(found), found.setup
+    filler, setup = _Filler(found), found.setup
     weight, gradient = setup.bytes_of("weights"), setup.bytes_of("gradients")
     for tensor in found.model.tensors:
-        sums.everywhere(found.weights, splits.rows(tensor.shape, sums.shards).part * weight if tensor.numel else 0)
+        filler.everywhere(found.weights, splits.rows(tensor.shape, filler.shards).part * weight if tensor.numel else 0)
     for group in found.groups:
         before = list(found.elements)
-        _each(sums, group, lambda shape: splits.rows(shape, sums.shards))
+        _each(filler, group, lambda shape: splits.rows(shape, filler.shards))
         for s, (now, then) in enumerate(zip(found.elements, before, strict=True)):
             found.gradients[s] += (now - then) * gradient
         for _, shape in group.tensors:
-            sums.parameter(group, [(splits.rows(shape, sums.shards), 0)])
-    _frozen_parts(sums, lambda tensor: splits.rows(tensor.shape, sums.shards))
+            filler.parameter(group, [(splits.rows(shape, filler.shards), 0)])
+    _frozen_parts(filler, lambda tensor: splits.rows(tensor.shape, filler.shards))
 
 
-def _each(sums: _Sums, group: GroupSpec, split: Callable[[tuple[int, ...]], Concatenation]) -> None:
+def _each(filler: _Filler, group: GroupSpec, split: Callable[[tuple[int, ...]], Concatenation]) -> None:
     """Tensors that are split one by one: those of one shape at once."""
     first: dict[tuple[int, ...], str] = {}
     times: Counter[tuple[int, ...]] = Counter()
@@ -200,18 +198,18 @@ def _each(sums: _Sums, group: GroupSpec, split: Callable[[tuple[int, ...]], Conc
         first.setdefault(shape, name)
         times[shape] += 1
     for shape, name in first.items():
-        sums.tensors(split(shape), [name], times[shape])
+        filler.tensors(split(shape), [name], times[shape])
 
 
-def _frozen_parts(sums: _Sums, split: Callable[[TensorSpec], Concatenation]) -> None:
-    for tensor in sums.frozen:
+def _frozen_parts(filler: _Filler, split: Callable[[TensorSpec], Concatenation]) -> None:
+    for tensor in filler.frozen:
         for shard, start, stop in split(tensor).intervals(0):
-            sums.plan.checkpoint[shard] += (stop - start) * sums.setup.bytes_of("weights")
+            filler.plan.checkpoint[shard] += (stop - start) * filler.setup.bytes_of("weights")
 
 
 def _flat_units(found: Plan) -> None:
     """FSDP1 and fairscale: the tensors of a unit one after the other, in equal padded parts."""
-    sums, setup = _Sums(found), found.setup
+    filler, setup = _Filler(found), found.setup
     weight, gradient = setup.bytes_of("weights"), setup.bytes_of("gradients")
     units: dict[str, list[TensorSpec]] = {}
     for tensor in found.model.tensors:
@@ -221,11 +219,11 @@ def _flat_units(found: Plan) -> None:
     for unit, tensors in units.items():
         names, shapes = [t.name for t in tensors], [t.shape for t in tensors]
         if setup.engine == "fsdp1":
-            ranks = sums.shards if sums.shards > 1 else setup.world_size
-            laid = splits.fsdp1(shapes, sums.shards, ranks, weight, setup.use_orig_params)
+            ranks = filler.shards if filler.shards > 1 else setup.world_size
+            laid = splits.fsdp1(shapes, filler.shards, ranks, weight, setup.use_orig_params)
         else:
-            laid = splits.flat(shapes, sums.shards)
-        groups = [sums.groups.get(name) for name in names]
+            laid = splits.flat(shapes, filler.shards)
+        groups = [filler.groups.get(name) for name in names]
         kinds = {g and (g.level, g.wavelet, g.program, g.plain) for g in groups}
         if not parts and len(kinds) > 1:
             raise ValueError(
@@ -233,17 +231,17 @@ def _flat_units(found: Plan) -> None:
                 f"{sorted({g.level for g in groups if g})}{' and some are frozen' if None in kinds else ''}, and one "
                 f"flat parameter has one: use_orig_params, or one level for all"
             )
-        sums.everywhere(found.weights, laid.part * weight)
+        filler.everywhere(found.weights, laid.part * weight)
         if kinds == {None}:
             continue
-        sums.everywhere(found.gradients, laid.part * gradient)
-        sums.tensors(laid, names, alone=parts)
+        filler.everywhere(found.gradients, laid.part * gradient)
+        filler.tensors(laid, names, alone=parts)
         for i, group in enumerate(groups):
             if parts and group:
-                sums.summed(group, [group.program_for(shapes[i])], [(laid, i)])
+                filler.sums(group, [group.program_for(shapes[i])], [(laid, i)])
         if not parts and groups[0]:
-            sums.parameter(groups[0], [(laid, i) for i in range(len(tensors))])
-    for tensor in sums.frozen:
+            filler.parameter(groups[0], [(laid, i) for i in range(len(tensors))])
+    for tensor in filler.frozen:
         found.checkpoint_common += tensor.numel * weight
 
 

@@ -42,9 +42,10 @@ class GroupSpec:
         """What steps a tensor of `shape`."""
         return self.program if level_of(shape, self.level) else self.plain
 
-    def kind(self, shape: tuple[int, ...]) -> Kind:
-        """What decides what is kept of a tensor of `shape`."""
-        return self.level, self.wavelet, self.program_for(shape).fields
+    def kind(self, shape: tuple[int, ...], per_tensor: bool) -> Kind:
+        """What decides what is kept of a tensor of `shape`; with or without what there is one of a tensor."""
+        fields = self.program_for(shape).fields
+        return self.level, self.wavelet, tuple(f for f in fields if per_tensor or f.extent is not Extent.TENSOR)
 
     def units_for(self, shape: tuple[int, ...]) -> Units:
         """The units of a tensor of `shape`."""
@@ -116,8 +117,7 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateByt
         programs = {group.program_for(fragment.shape) for fragment in fragments}
         scalars += FP32 * (1 + len(per_tensor(programs)) * len(fragments))
         for fragment in fragments:
-            fields = [f for f in group.program_for(fragment.shape).fields if f.extent is not Extent.TENSOR]
-            its = numbers(fields, fragment, group.units_for(fragment.shape))
+            its = numbers(group.kind(fragment.shape, False)[2], fragment, group.units_for(fragment.shape))
             kept = FP32 * sum(n.kept for _, n in its)
             if level_of(fragment.shape, group.level):
                 wavelet += kept
