@@ -67,6 +67,7 @@ def test_numbers(saved, capsys) -> None:
     assert file["weight_bytes"] + file["moment_bytes"] + file["random_bytes"] + header == file["bytes"]
 
 
+@pytest.mark.usefixtures("torch_extensions_dir")
 def test_who_wrote_what(ranks, tmp_path, capsys) -> None:
     ranks(2, save_case, str(tmp_path), ("zero2",), torch.bfloat16, timeout=120)
     code, found = told(capsys, next(tmp_path.iterdir()) / "latest")
