@@ -283,7 +283,7 @@ def uploads() -> dict[str, Any]:
     weights = [torch.nn.Parameter(torch.randn(4, 16)) for _ in range(20)]
     rate = torch.tensor(0.01)
     seen: dict[str, Any] = {}
-    with interpreter(), kernel("triton"), patch.object(triton._Kept, "upload", autospec=True) as upload:
+    with interpreter(), kernel("triton"), patch.object(triton.Kept, "upload", autospec=True) as upload:
         upload.side_effect = lambda kept, values, dtype: torch.as_tensor(values, dtype=dtype).clone()
         optimizer = GWTAdamW(weights, lr=rate, level=2, recipe="energy")
         for weight in weights:
