@@ -35,7 +35,7 @@ COMBINATIONS = [
     *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "toy")),
 ]
 # Blocks of each kind of model, and what a block's name says beside a recipe.
-BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")], "more": [(2, "foam"), (2, "normuon")]}
+BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")]}
 NAMED = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
 
 

@@ -26,6 +26,10 @@ class Oracle:
     energy: bool = False
     detail_gain: float | str = 1.0  # or "coherence"
     limiter: float = 1.01
+    residual: bool = False  # FOAM: u = (mean of n + r) / (sqrt(v + r**2) + eps), r = x - mean of the unit
+    nesterov: bool = False
+    correct_bias: bool = True
+    cautious: bool = False  # weights decay only where they lose what has their sign
     step_count: int = 0
     exp_avg: np.ndarray | float = 0.0
     exp_avg_sq: np.ndarray | float = 0.0
@@ -49,7 +53,12 @@ class Oracle:
             second = second / real
         self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * second
         d = np.sqrt(self.exp_avg_sq) + self.eps
-        normed = self.exp_avg / d
+        nesterov = self.nesterov and self.level > 0
+        read = beta1 * self.exp_avg + (1 - beta1) * approximation if nesterov else self.exp_avg
+        normed = read / d
+        # How much of all gradients the two moments hold, by which they are corrected.
+        first = 1 - beta1 ** (t + 1 if nesterov else t) if self.correct_bias else 1.0
+        second_weight = 1 - beta2**t if self.correct_bias else 1.0
         norm, rho = float(np.sqrt((normed**2).sum())), 1.0
         if self.level > 0 and self.limiter > 0:
             if self.limited_norm > 0:
@@ -59,7 +68,7 @@ class Oracle:
         gain = self.detail_gain
         if gain == "coherence":
             steady = (before / (1 - beta1 ** (t - 1)) / d) ** 2 * (1 - beta2**t) if t > 1 else 0.0 * d
-            gain = np.maximum(1 - beta1, np.minimum(1.0, steady) * (1 - beta1**t))
+            gain = np.maximum(1 - beta1, np.minimum(1.0, steady) * first)
         gain = np.broadcast_to(gain, d.shape)
         update = pywt.waverec(
             [normed]
@@ -71,7 +80,17 @@ class Oracle:
             mode="periodization",
             axis=-1,
         )[:, :columns]
-        size = self.lr * np.sqrt(1 - beta2**self.step_count) / (1 - beta1**self.step_count)
+        update = update * np.sqrt(second_weight) / first
+        if self.residual and self.level > 0:
+            nothing = [np.zeros_like(detail) for detail in details]
+            means, n, v = (
+                pywt.waverec([a, *nothing], self.wavelet, mode="periodization", axis=-1)[:, :columns]
+                for a in (approximation, read / first, self.exp_avg_sq / second_weight * unit**0.5)
+            )
+            r = gradient - means
+            update = (n + r) / (np.sqrt(v + r**2) + self.eps)
         scale = self.scale if self.level > 0 else 1.0
-        self.weight = self.weight - size * scale / rho * update
-        self.weight = self.weight - self.lr * self.weight_decay * self.weight
+        change = self.lr * scale / rho * update
+        decays = self.weight * change >= 0 if self.cautious else 1.0
+        self.weight = self.weight - change
+        self.weight = self.weight - self.lr * self.weight_decay * self.weight * decays

@@ -110,7 +110,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_planned_is_allocated(ranks, name, world_size) -> None:
     engine = ENGINES[name]
-    for kind in ("shapes", "vectors", "more"):
+    for kind in ("shapes", "vectors"):
         results = ranks(world_size, allocated_case, engine.family, engine.arguments, kind)
         expected = planned(name, world_size, kind)
         for rank, result in enumerate(results):

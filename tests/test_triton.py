@@ -17,11 +17,14 @@ import torch
 
 import triton_cases as cases
 from gwt_dist import GWTAdamW
-from gwt_dist.kernels import Piece, choice, choose, cpu, eager, triton
+from gwt_dist.declare import Program
+from gwt_dist.kernels import choice, choose, cpu, eager, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.layout import Fragment
+from gwt_dist.piece import Piece
+from gwt_dist.recipes import ADAM
 from ranks import RankPool
-from triton_cases import ENERGY, PAPER, rule
+from triton_cases import CAUTIOUS, ENERGY, FOAM, PAPER, rule
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
@@ -66,14 +69,28 @@ def test_norms_are_added_in_one_order(interpreted: Callable[..., Any]) -> None:
     assert found["eager"][0] > 1  # more than the 0.5 that was there
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.99, 0.99999), (0.5, 0.0)])
-def test_step_sizes(interpreted: Callable[..., Any], betas: tuple[float, float]) -> None:
+def test_step_sizes(interpreted: Callable[..., Any], betas: tuple[float, float], nesterov: bool) -> None:
     steps = [*range(1, 51), 1000, 123_457, 1 << 20, 1 << 24]
-    found, expected = interpreted(cases.step_sizes, betas, steps)
+    found, expected = interpreted(cases.step_sizes, betas, steps, nesterov)
     # 1 - beta**t magnifies the last bit of beta**t, which is all that the two may differ in.
     at_most = [4e-16 / min(1 - betas[0] ** t, 1 - betas[1] ** t) for t in steps]
     assert (abs(np.array(found) / expected - 1) <= at_most).all()
     assert np.float32(found).tolist() == np.float32(expected).tolist()
+
+
+def test_numbers_in_another_order_change_nothing() -> None:
+    """In a process that has not imported the kernels yet."""
+    if not INSTALLED:
+        pytest.skip("triton is not installed")
+    pool = RankPool(1)
+    try:
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):
+            (order,) = pool.run(cases.numbers_in_another_order, timeout=120.0)
+    finally:
+        pool.close()
+    assert order != ["lr", *ADAM] and sorted(order) == sorted(["lr", *ADAM])
 
 
 def test_tables_go_to_the_device_when_they_change(interpreted: Callable[..., Any]) -> None:
@@ -82,6 +99,9 @@ def test_tables_go_to_the_device_when_they_change(interpreted: Callable[..., Any
     sent = {what: count for what, (count, _) in seen.items()}
     assert sent == {"first": 4, "again": 0, "rate on the device": 0, "another gradient": 1, "another rule": 1}
     assert 1.5 < seen["rate on the device"][1] / seen["again"][1] < 2.5  # the new rate was read all the same
+
+
+PROGRAM = rule(ENERGY).program
 
 
 def piece(level: int = 2, wavelet: str = "haar") -> Piece:
@@ -104,10 +124,10 @@ def test_what_triton_cannot_take_is_said(
 ) -> None:
     monkeypatch.setenv(choice.VARIABLE, "triton")
     with pytest.raises(ValueError, match=f"GWT_DIST_KERNEL=triton cannot take {message}"):
-        choose(torch.device(device), dtype, [given])
+        choose(torch.device(device), dtype, PROGRAM, [given])
     monkeypatch.delenv(choice.VARIABLE)
     if device == "cuda":
-        assert choose(torch.device(device), dtype, [given]) is eager
+        assert choose(torch.device(device), dtype, PROGRAM, [given]) is eager
 
 
 def test_without_triton_a_gpu_gets_the_eager_kernels_and_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +138,12 @@ def test_without_triton_a_gpu_gets_the_eager_kernels_and_one_warning(monkeypatch
     device = torch.device("cuda")
     try:
         with pytest.warns(RuntimeWarning, match="(?s)need the package triton.*eager kernel") as caught:
-            assert choose(device, torch.float32, [piece()]) is eager
-            assert choose(device, torch.float32, [piece()]) is eager
+            assert choose(device, torch.float32, PROGRAM, [piece()]) is eager
+            assert choose(device, torch.float32, PROGRAM, [piece()]) is eager
         assert len(caught) == 1
         monkeypatch.setenv(choice.VARIABLE, "triton")
         with pytest.raises(BuildError, match="pip install triton"):
-            choose(device, torch.float32, [piece()])
+            choose(device, torch.float32, PROGRAM, [piece()])
     finally:
         choice._loaded.cache_clear()
 
@@ -133,14 +153,14 @@ def test_without_triton_a_gpu_gets_the_eager_kernels_and_one_warning(monkeypatch
 def test_without_a_gpu_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "triton")
     with pytest.raises(BuildError, match="need a GPU, and triton finds none"):
-        choose(torch.device("cuda"), torch.float32, [piece()])
+        choose(torch.device("cuda"), torch.float32, PROGRAM, [piece()])
 
 
 def test_the_cpu_kernels_are_not_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "cpu")
     with pytest.raises(ValueError, match="cannot take parameters on cuda"):
-        choose(torch.device("cuda"), torch.float32, [piece()])
-    assert choose(torch.device("cpu"), torch.float32, [piece()]) is cpu
+        choose(torch.device("cuda"), torch.float32, PROGRAM, [piece()])
+    assert choose(torch.device("cpu"), torch.float32, PROGRAM, [piece()]) is cpu
 
 
 @needs_triton
@@ -153,24 +173,31 @@ def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(
         pytest.skip("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for dtype in ("float32", "bfloat16"):
-        code = compiled(level, dtype, moments=True, write=True, plain=True)
+        code = compiled(PROGRAM, level, dtype, moments=True, write=True, plain=True)
         assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
         assert "div.rn.f32" in code and "sqrt.rn.f32" in code
         # Weights and gradients go in vectors; so do moments, as long as there are as many as threads.
         assert len(re.findall(r"ld\.global\.v[24]\.b32", code)) >= 4
         assert not re.findall(r"(?:ld|st)\.global\.b16" if level > 4 else r"(?:ld|st)\.global\.b(?:16|32)", code)
-    code = compiled(level, "float32", moments=False, write=True, plain=False)
-    arguments = dict(parameters="*i64", rules="*fp64", sizes="*fp64", count="i32")
-    code += code_of("step_sizes", arguments, dict(BLOCK=32))
+    code = ""
+    for its in (rule(FOAM).program, rule(CAUTIOUS).program, rule(PAPER).program):
+        code += compiled(its, level, "float32", moments=False, write=True, plain=False)
+        arguments = dict(parameters="*i64", rules="*fp64", sizes="*fp64", count="i32")
+        of_detail = triton._functions(its)["details"].sizes
+        code += code_of("step_sizes", arguments, dict(OF_DETAIL=of_detail, BLOCK=32))
     assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
 
 
-def compiled(level: int, dtype: str, moments: bool, write: bool, plain: bool) -> str:
+def compiled(program: Program, level: int, dtype: str, moments: bool, write: bool, plain: bool) -> str:
     import triton.language as tl
 
+    functions = triton._functions(program)
+    its = dict(SECOND=functions["formulas"].second, CHANGE=functions["details"].change)
+    its |= dict(WRITTEN=functions["writes"].written)
+
     tables = dict(items="*i64", parameters="*i64", rules="*fp64", sizes="*fp64", exchange="*fp32", rho="*fp64")
-    constants = dict(MOMENTS=moments, WRITE=write, LEVEL=level, GAIN=2.0 ** (-level / 2), PLAIN=plain)
-    constants |= dict(WEIGHT=getattr(tl, dtype), GRADIENT=getattr(tl, dtype), BLOCK=triton.CHUNK >> level)
+    constants: dict[str, Any] = dict(MOMENTS=moments, WRITE=write, LEVEL=level, GAIN=2.0 ** (-level / 2), PLAIN=plain)
+    constants |= its | dict(WEIGHT=getattr(tl, dtype), GRADIENT=getattr(tl, dtype), BLOCK=triton.CHUNK >> level)
     return code_of("phase", tables | dict(partials="*fp64"), constants)
 
 
@@ -193,7 +220,8 @@ def code_of(kernel: str, arguments: dict[str, str], constants: dict[str, Any]) -
 def test_equal_to_eager_on_a_gpu(level: int) -> None:
     shapes, wide = [(7,), (5, 97), (64, 1024), (300, 1), (3, 42001)], (torch.float32, torch.bfloat16)
     tensors = [(shape, w, g, i == 1) for i, shape in enumerate(shapes) for w in wide for g in wide]
-    for rules in ([rule(PAPER)], [rule(ENERGY), rule(PAPER, weight_decay=0.0)]):
+    several = [rule(ENERGY), rule(PAPER, weight_decay=0.0)], [rule(FOAM, nesterov=True), rule(CAUTIOUS)]
+    for rules in ([rule(PAPER)], *several):
         cases.run_both("triton", tensors, rules, level, 1.0, triton.CHUNK, level, device="cuda")
 
 
@@ -201,7 +229,7 @@ def test_equal_to_eager_on_a_gpu(level: int) -> None:
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e18, 1e37])
 def test_equal_to_eager_on_a_gpu_for_gradients_of_any_size(size: float) -> None:
     tensors = [(shape, torch.float32, torch.float32, True) for shape in ((5, 97), (64, 256))]
-    for recipe in (PAPER, ENERGY):
+    for recipe in (PAPER, ENERGY, FOAM):
         cases.run_both("triton", tensors, [rule(recipe)], 2, size, triton.CHUNK, 0, device="cuda")
 
 
@@ -243,7 +271,7 @@ class OnGpu:
 @needs_gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("rate", ["tensor", "float"])
-@pytest.mark.parametrize("recipe", ["paper", "energy"])
+@pytest.mark.parametrize("recipe", ["paper", "energy", "foam"])
 @pytest.mark.parametrize("kernel", ["triton", "eager"])
 def test_a_step_never_waits_for_the_gpu(kernel: str, recipe: str, rate: str) -> None:
     model = OnGpu(kernel, recipe)
@@ -266,7 +294,7 @@ def test_a_step_never_waits_for_the_gpu(kernel: str, recipe: str, rate: str) -> 
 
 
 @needs_gpu
-@pytest.mark.parametrize("recipe", ["paper", "energy"])
+@pytest.mark.parametrize("recipe", ["paper", "energy", "foam"])
 def test_a_captured_step_follows_gradients_rate_and_step(recipe: str) -> None:
     """Three steps, a capture, four replays and two plain steps, with other tables between, equal nine plain steps."""
     model, expected = OnGpu("triton", recipe), OnGpu("eager", recipe)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from gwt_dist import GWTAdamW
-from gwt_dist.formulas.adam import limit_growth
+from gwt_dist.formulas.limiter import limit_growth
 from oracle import Oracle
 
 # PyWavelets, as the oracle, warns when filters are longer than the row, which is what these tests are after.
@@ -19,9 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Level value of .* is too high:Us
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "haar_adamw.npz")
 CASES = json.loads(bytes(GOLDEN["meta"]))
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "paper": dict(energy=False, detail_gain=1.0, limiter=1.01),
     "energy": dict(energy=True, detail_gain="coherence", limiter=0.0),
+    "foam": dict(energy=True, residual=True, limiter=0.0),
 }
 
 
@@ -77,7 +79,31 @@ def test_haar_equals_pywavelets_at_every_level(shape: tuple[int, int], level: in
     assert optimizer.state[weight]["exp_avg"].numel() == shape[0] * math.ceil(shape[1] / 2**level)
 
 
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", [0, 2, 3])
+def test_variants_of_the_update(level: int, recipe: str, cautious: bool, nesterov: bool, correct_bias: bool) -> None:
+    """Each of them against the oracle, and each changes something: but Nesterov at level 0 nothing."""
+    options = dict(cautious=cautious, nesterov=nesterov, correct_bias=correct_bias)
+    start = np.random.default_rng(1).standard_normal((3, 29))
+    grads = gradients((3, 29), 7)
+    oracle, plain = (
+        Oracle(start, level, weight_decay=0.1, betas=(0.8, 0.99), **RECIPES[recipe], **its) for its in (options, {})
+    )
+    for gradient in grads:
+        oracle.step(gradient)
+        plain.step(gradient)
+    weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = GWTAdamW([weight], lr=0.01, weight_decay=0.1, betas=(0.8, 0.99), level=level, recipe=recipe, **options)
+    change = np.abs(oracle.weight - start).max()
+    assert np.abs(run(optimizer, weight, grads) - oracle.weight).max() < 1e-12 * change
+    if cautious or not correct_bias or (nesterov and level):
+        assert np.abs(oracle.weight - plain.weight).max() > 1e-5 * change
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "foam"])  # which is Haar's alone
 @pytest.mark.parametrize("level", [0, 1, 2, 4])
 @pytest.mark.parametrize("wavelet", ["db1", "db2", "sym4", "bior2.2", "rbio3.1", "coif2", "dmey"])
 def test_any_wavelet_equals_pywavelets(wavelet: str, level: int, recipe: str) -> None:

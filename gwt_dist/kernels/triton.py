@@ -7,9 +7,9 @@ steps, are read on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeGuard
@@ -21,6 +21,7 @@ from torch import Tensor
 from gwt_dist.declare import Pass, Program, Rule
 from gwt_dist.kernels import eager
 from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.kept import Kept
 from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
 
@@ -116,45 +117,7 @@ class _Programs:
     partials: Tensor  # scratch
 
 
-@dataclass(slots=True)
-class _Kept:
-    """What stays on one device for a work from call to call."""
-
-    device: torch.device
-    made: dict[str, tuple[Hashable, Any]] = field(default_factory=dict)  # name -> what it was made from, itself
-    captured: list[Any] = field(default_factory=list)  # what CUDA graphs read when they are replayed
-    spare: dict[Hashable, Tensor] = field(default_factory=dict)  # pinned memory for an upload while a graph is captured
-
-    def get(self, name: str, source: Hashable, make: Callable[[], Any]) -> Any:
-        """``make()``, or what it made the last time if that was from the same `source`."""
-        known = self.made.get(name)
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if known is None or known[0] != source:
-            known = source, make()
-            if not capturing:  # else it comes into being when the graph is replayed, and not before
-                self.made[name] = known
-        if capturing:
-            self.captured.append(known[1])
-        return known[1]
-
-    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """A tensor of `values` in new memory, without a wait."""
-        host = torch.as_tensor(values, dtype=dtype)
-        if self.device.type != "cuda" or not host.numel():
-            return host.to(self.device, copy=True)
-        key = dtype, host.shape
-        if torch.cuda.is_current_stream_capturing():
-            # Pinned memory must not be allocated now. What was uploaded last has long arrived: who captures a graph
-            # synchronises first.
-            spare = self.spare.pop(key, None)
-            pinned = host.pin_memory() if spare is None else spare.copy_(host)
-            self.captured.append(pinned)
-        else:
-            pinned = self.spare[key] = host.pin_memory()
-        return pinned.to(self.device, non_blocking=True)
-
-
-_kept: WeakKeyDictionary[Work, _Kept] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Work, Kept] = WeakKeyDictionary()
 
 
 def _run(
@@ -165,7 +128,7 @@ def _run(
     device = tensors.weights[0].device
     kept = _kept.get(work)
     if kept is None or kept.device != device:
-        kept = _kept[work] = _Kept(device)
+        kept = _kept[work] = Kept(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _launch(phase, work, tensors, kept, squared_norms, rho)
 
@@ -174,7 +137,7 @@ def _launch(
     phase: tuple[bool, bool],
     work: Work,
     tensors: Tensors,
-    kept: _Kept,
+    kept: Kept,
     squared_norms: Tensor | None,
     rho: Tensor | None,
 ) -> None:
@@ -223,7 +186,7 @@ def _launch(
         kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
 
 
-def _rules(rules: Sequence[Rule], kept: _Kept) -> tuple[Tensor, list[int]]:
+def _rules(rules: Sequence[Rule], kept: Kept) -> tuple[Tensor, list[int]]:
     """The numbers of the rules that differ, ``[rules, numbers]`` fp64, and which of them each parameter has."""
     distinct = {id(rule): rule for rule in rules}
     numbers = {key: i for i, key in enumerate(distinct)}
@@ -245,7 +208,7 @@ def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.device.type == device.type
 
 
-def _tables(work: Work, tensors: Tensors, which: list[int], kept: _Kept) -> tuple[Tensor, _Programs]:
+def _tables(work: Work, tensors: Tensors, which: list[int], kept: Kept) -> tuple[Tensor, _Programs]:
     """Where the tensors of each parameter lie, ``[parameters, 6]`` int64, and the programs that go with them."""
     lists = tensors.weights, tensors.gradients, tensors.state["exp_avg"], tensors.state["exp_avg_sq"], tensors.steps
     pointers = [tuple(tensor.data_ptr() for tensor in each) for each in lists]
@@ -281,7 +244,7 @@ def _check(tensors: Tensors, device: torch.device) -> None:
                 )
 
 
-def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: _Kept) -> _Programs:
+def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: Kept) -> _Programs:
     """The items of a work, grouped by what a kernel is compiled for."""
     table = work.table(CHUNK)
     column = dict(zip(Item._fields, table.unbind(1), strict=True))

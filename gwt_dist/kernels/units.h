@@ -127,17 +127,18 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
       if constexpr (std::is_same_v<G, float>) prefetch<L, 1024>(x + g * U * V);
       if constexpr (PHASE & WRITE) prefetch<L, 512>(w + g * U * V);
       const Sums sums = unit_sums<L, SQUARES>(x + g * U * V);
-      const Vec a = sums.x * gain_of_mean, fresh = a * rest1;
+      const Vec a = sums.x * gain_of_mean;
       Vec exp_avg = Vec::loadu(m), exp_avg_sq = Vec::loadu(v);
       if constexpr (PHASE & MOMENTS) {
         // A product with a power of two has the bits of the quotient.
         const Vec mean_square = counts ? sums.squares / Vec::loadu(counts) : sums.squares * one_of_unit;
-        exp_avg = exp_avg * beta1 + fresh;
+        exp_avg = exp_avg * beta1 + a * rest1;
         exp_avg_sq = exp_avg_sq * beta2 + Formula::second(a, mean_square) * rest2;
         exp_avg.store(m);
         exp_avg_sq.store(v);
       }
-      const Vec read = nesterov ? exp_avg * beta1 + fresh : exp_avg;  // `moments.read`
+      Vec read = exp_avg;  // `moments.read`
+      if (nesterov) read = exp_avg * beta1 + a * rest1;
       if constexpr (PHASE == MOMENTS) {
         if (norm) {
           float values[V];
