@@ -135,7 +135,7 @@ def cases() -> list[Any]:
 
 
 def kinds(name: str, world_size: int) -> tuple[str, ...]:
-    """The models of a case: vectors alone under every engine on one number of ranks, that of `make test` if it is there."""
+    """The models of a case: vectors alone on one number of ranks under each engine, that of `make test` if any."""
     engine, place = ENGINES[name], list(ENGINES).index(name)
     alone = engine.suite or engine.worlds[place % len(engine.worlds)]
     return ("shapes", "vectors") if world_size == alone else ("shapes",)
