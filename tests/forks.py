@@ -29,6 +29,7 @@ class Forks:
     def __init__(self, *modules: str) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(START_TIMEOUT)
+        self._requests = 0
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "import forks; forks.serve()", str(theirs.fileno()), *modules],
@@ -65,10 +66,14 @@ class Forks:
 
     def ask(self, request: dict[str, Any], files: list[int] | None = None) -> Any:
         """The answer to one request."""
-        socket.send_fds(self._channel, [json.dumps(request).encode()], files or [])
-        answer = self._channel.recv(1 << 16)
-        assert answer, "the process that forks ranks has died"
-        return json.loads(answer)
+        self._requests += 1
+        socket.send_fds(self._channel, [json.dumps([self._requests, request]).encode()], files or [])
+        while True:
+            message = self._channel.recv(1 << 16)
+            assert message, "the process that forks ranks has died"
+            number, answer = json.loads(message)
+            if number == self._requests:  # others are those of requests that a time limit or Ctrl-C cut off
+                return answer
 
     def close(self) -> None:
         """Ends the forking process; what it has forked ends by `RankPool.close`."""
@@ -118,7 +123,7 @@ def serve() -> None:
         message, files, _, _ = socket.recv_fds(channel, 1 << 18, 2)
         if not message:
             os._exit(0)
-        request = json.loads(message)
+        number, request = json.loads(message)
         if "ended" in request:
             pid, status = os.waitpid(request["ended"], 0 if request["wait"] else os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
@@ -129,7 +134,7 @@ def serve() -> None:
                 _become(request, *files)
         for file in files:
             os.close(file)
-        channel.send(json.dumps(answer).encode())
+        channel.send(json.dumps([number, answer]).encode())
 
 
 def _become(request: dict[str, Any], stdin: int, output: int) -> None:

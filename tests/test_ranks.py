@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import psutil
 import pytest
@@ -123,6 +124,17 @@ def test_a_worker_that_died_between_two_cases_is_reported_by_the_next(pool: Rank
     os.kill(pool.pids()[1], signal.SIGKILL)
     with pytest.raises(RanksFailed, match="rank 1: was ended by SIGKILL"):
         pool.run(total, 0)
+
+
+def test_an_answer_that_nobody_waited_for_is_not_that_of_the_next_question(forks: Forks) -> None:
+    (one,) = run_ranks(who, 1, forks=forks)
+    receive = forks._channel
+    with patch.object(forks, "_channel", Mock(wraps=receive, recv=Mock(side_effect=KeyboardInterrupt))) as channel:
+        channel.sendmsg = receive.sendmsg
+        with pytest.raises(KeyboardInterrupt):
+            run_ranks(who, 1, forks=forks)
+    (other,) = run_ranks(who, 1, forks=forks)
+    assert one[:3] == other[:3] and one[3] != other[3]
 
 
 def test_a_function_that_cannot_travel_is_refused_before_anything_starts() -> None:
