@@ -1,8 +1,8 @@
 """A process that has imported torch and what else ranks need, and forks ranks off, in no time.
 
 It answers one request at a time, on a socket. A request to fork carries the two files that become stdin and output of
-the new process, which runs `ranks.worker` as if it had been started: with an environment and a process group of its own. The
-forking process has one thread and has opened nothing that two could share.
+the new process, which runs `ranks.worker` as if it had been started: in an environment and a process group of its own.
+The forking process has one thread and has opened nothing that two could share.
 """
 
 from __future__ import annotations
