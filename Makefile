@@ -1,9 +1,9 @@
 # Each target sets up .venv by itself; nothing is needed but Python >= 3.10 (and a C++ compiler for DeepSpeed on CPU).
 #   make test                  the suite                  make test ARGS="tests/test_layout.py -x"
-#   make matrix                every engine, on more ranks, levels and settings than the suite
+#   make matrix                the rest of it: every engine on more ranks, levels and settings, two hosts
 #   make faults                100 kills at random moments, and what else can go wrong with checkpoints
 #   make pretrain              two CPU ranks, ZeRO-2      make pretrain ARGS="--resume"
-#   make support               both, and the support matrix of docs/engines.md from its results
+#   make support               test and matrix, and the support matrix of docs/engines.md from its results
 #   make study-smoke           two minutes of a study of optimizers; `make study` is the whole one, hours of it
 #   make bench                 time of a step beside other optimizers, into benchmarks/results
 #   make bench-checkpoints     save and load beside DeepSpeed's and PyTorch's own, likewise

@@ -66,6 +66,7 @@ def _command(process: psutil.Process) -> list[str]:
 @pytest.fixture(scope="session")
 def forks(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[Forks]:
     """Forks ranks off a process that has imported what they need."""
+    cpu.prepare()  # before the time of a test with ranks runs
     modules = ["gwt_dist", "torch.distributed.fsdp"]
     if _need_extensions(request.session):
         modules += ["deepspeed", "gwt_dist.train.session", "torch.utils.tensorboard", "transformers.models.llama"]
@@ -110,30 +111,51 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         support.write(support.table(support.rows_of(session.items), _failed))
 
 
+# Files whose tests take no step.
+WITHOUT_KERNELS = (
+    "cli",
+    "docker",
+    "imports",
+    "launchers",
+    "packaging",
+    "plan_command",
+    "readme",
+    "tokens",
+    "train_config",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need compiled extensions come last: until then these are compiled on the other core."""
-    items.sort(key=lambda item: "torch_extensions_dir" in getattr(item, "fixturenames", ()))
+    """While the kernels are compiled on the other core come tests without them, and DeepSpeed's after all others."""
+    items.sort(
+        key=lambda item: (
+            "torch_extensions_dir" in getattr(item, "fixturenames", ()),
+            item.path.stem.removeprefix("test_") not in WITHOUT_KERNELS,
+        )
+    )
 
 
 def _need_extensions(session: pytest.Session) -> bool:
     return any("torch_extensions_dir" in getattr(item, "fixturenames", ()) for item in session.items)
 
 
+BUILD = "from gwt_dist.kernels import cpu; cpu.prepare()\n"
+BUILD_OF_DEEPSPEED = (
+    "import deepspeed\n"
+    "from deepspeed.accelerator import get_accelerator\n"
+    "builder = get_accelerator().create_op_builder('ShareMemCommBuilder')\n"
+    "if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):\n"
+    "    builder.load()\n"
+)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str] | None]:
-    """Starts to compile what `deepspeed.init_distributed` needs, if any test of this session does."""
-    if not _need_extensions(request.session):
-        yield None
-        return
-    script = (
-        "import deepspeed\n"
-        "from deepspeed.accelerator import get_accelerator\n"
-        "builder = get_accelerator().create_op_builder('ShareMemCommBuilder')\n"
-        "if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):\n"
-        "    builder.load()\n"
-    )
+def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """Starts to compile the kernels of a CPU, and what `deepspeed.init_distributed` needs if any test of this session
+    does. Who comes to use the kernels meanwhile waits for them.
+    """
     build = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", BUILD + (BUILD_OF_DEEPSPEED if _need_extensions(request.session) else "")],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -146,12 +168,6 @@ def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) ->
     build.wait()
     assert build.stdout is not None
     build.stdout.close()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cpu_kernel(nothing_left_over: None) -> None:
-    """Compiles the kernels of a CPU once, before the time of any test with ranks runs."""
-    cpu.prepare()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """A process that has imported torch and what else ranks need, and forks ranks off, in no time.
 
 It answers one request at a time, on a socket. A request to fork carries the two files that become stdin and output of
-the new process, which runs `ranks.worker` as if it had been started: with an environment and a session of its own. The
-forking process has one thread and has opened nothing that two could share.
+the new process, which runs `ranks.worker` as if it had been started: in an environment and a process group of its own.
+The forking process has one thread and has opened nothing that two could share.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ class Forks:
     def __init__(self, *modules: str) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(START_TIMEOUT)
+        self._requests = 0
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "import forks; forks.serve()", str(theirs.fileno()), *modules],
@@ -56,8 +58,9 @@ class Forks:
         request = {"environment": environment, "path": [path for path in sys.path if path], "folder": folder}
         try:
             pid = self.ask(request, [stdin, log.fileno()])
-        except BaseException:
+        except BaseException:  # a time limit, or Ctrl-C: it is born perhaps, and nobody knows
             os.close(ours)
+            self.ask({"undo": self._requests})
             raise
         finally:
             os.close(stdin)
@@ -65,10 +68,14 @@ class Forks:
 
     def ask(self, request: dict[str, Any], files: list[int] | None = None) -> Any:
         """The answer to one request."""
-        socket.send_fds(self._channel, [json.dumps(request).encode()], files or [])
-        answer = self._channel.recv(1 << 16)
-        assert answer, "the process that forks ranks has died"
-        return json.loads(answer)
+        self._requests += 1
+        socket.send_fds(self._channel, [json.dumps([self._requests, request]).encode()], files or [])
+        while True:
+            message = self._channel.recv(1 << 16)
+            assert message, "the process that forks ranks has died"
+            number, answer = json.loads(message)
+            if number == self._requests:  # others are those of requests that a time limit or Ctrl-C cut off
+                return answer
 
     def close(self) -> None:
         """Ends the forking process; what it has forked ends by `RankPool.close`."""
@@ -114,12 +121,18 @@ def serve() -> None:
     for module in ("ranks", *sys.argv[2:]):
         importlib.import_module(module)
     gc.freeze()  # or the first collection of every fork would copy all of it
+    born: dict[int, int] = {}  # the process of the last request to fork
     while True:
         message, files, _, _ = socket.recv_fds(channel, 1 << 18, 2)
         if not message:
             os._exit(0)
-        request = json.loads(message)
-        if "ended" in request:
+        number, request = json.loads(message)
+        if "undo" in request:
+            pid, answer = born.get(request["undo"]), None
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        elif "ended" in request:
             pid, status = os.waitpid(request["ended"], 0 if request["wait"] else os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
@@ -127,15 +140,17 @@ def serve() -> None:
             if answer == 0:
                 channel.close()
                 _become(request, *files)
+            os.setpgid(answer, answer)  # a process group of its own before anybody knows it, see RankPool.close()
+            born = {number: answer}
         for file in files:
             os.close(file)
-        channel.send(json.dumps(answer).encode())
+        channel.send(json.dumps([number, answer]).encode())
 
 
 def _become(request: dict[str, Any], stdin: int, output: int) -> None:
     """A worker of `ranks.py`, for as long as this process lives."""
     try:
-        os.setsid()  # a process group of its own, see RankPool.close()
+        os.setpgid(0, 0)
         for file, number in ((stdin, 0), (output, 1), (output, 2)):
             os.dup2(file, number)
         os.close(stdin)

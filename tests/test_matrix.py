@@ -134,12 +134,19 @@ def cases() -> list[Any]:
     return found
 
 
+def kinds(name: str, world_size: int) -> tuple[str, ...]:
+    """The models of a case: vectors alone on one number of ranks under each engine, that of `make test` if any."""
+    engine, place = ENGINES[name], list(ENGINES).index(name)
+    alone = engine.suite or engine.worlds[place % len(engine.worlds)]
+    return ("shapes", "vectors") if world_size == alone else ("shapes",)
+
+
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_the_update_is_that_of_one_process(ranks, name, world_size) -> None:
     """T1 to T4, T10, T12, T13, T16, T18, T20, T23, T27 by the engine and the shape; see `test_deepspeed_engines.py`."""
     engine = ENGINES[name]
     unused = engine.unused if world_size > 1 or engine.family != "whole" else "none"  # one rank has no buckets
-    for kind in ("shapes", "vectors"):
+    for kind in kinds(name, world_size):
         results = ranks(world_size, matrix_case, engine.family, engine.arguments, kind, unused)
         blocks = {f"{recipe}{level}" for level, recipe in COMBINATIONS} if kind == "shapes" else {"paper2"}
         for result in results:

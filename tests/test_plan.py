@@ -34,7 +34,7 @@ from gwt_dist.schedule import Member
 from gwt_dist.sums import lay_out
 from matrix_cases import Model, groups_of
 from plan_cases import allocated_case, checkpoint_case
-from test_matrix import ENGINES
+from test_matrix import ENGINES, kinds
 
 SUITE = {"deepspeed 1", "deepspeed 2 bf16", "deepspeed 3 bf16 init", "fsdp2 rows", "fsdp2 hsdp", "fsdp1 FULL_SHARD"} | {
     "fsdp1 HYBRID_SHARD, flat",
@@ -110,7 +110,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_planned_is_allocated(ranks, name, world_size) -> None:
     engine = ENGINES[name]
-    for kind in ("shapes", "vectors"):
+    for kind in kinds(name, world_size):
         results = ranks(world_size, allocated_case, engine.family, engine.arguments, kind)
         expected = planned(name, world_size, kind)
         for rank, result in enumerate(results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import psutil
 import pytest
@@ -38,8 +40,8 @@ def who() -> tuple[int, int, str, int]:
     return dist.get_rank(), dist.get_world_size(), os.environ["LOCAL_RANK"], os.getpid()
 
 
-def session_and_group() -> tuple[int, int]:
-    return os.getsid(0), os.getpgid(0)
+def group() -> int:
+    return os.getpgid(0)
 
 
 def raise_on(rank: int) -> None:
@@ -75,7 +77,7 @@ def test_results_come_in_rank_order_from_processes_that_stay(pool: RankPool) -> 
         (1, 3, "1"),
         (2, 3, "2"),
     ]
-    assert pool.run(session_and_group) == [(pid, pid) for pid in pool.pids()]
+    assert pool.run(group) == pool.pids()  # killed with what they have started
     assert [tensor.tolist() for tensor in pool.run(total, 10)] == [[33], [33], [33]]
     assert [pid for *_, pid in pool.run(who)] == [pid for *_, pid in first] == pool.pids()
 
@@ -123,6 +125,25 @@ def test_a_worker_that_died_between_two_cases_is_reported_by_the_next(pool: Rank
     os.kill(pool.pids()[1], signal.SIGKILL)
     with pytest.raises(RanksFailed, match="rank 1: was ended by SIGKILL"):
         pool.run(total, 0)
+
+
+def test_a_start_that_is_interrupted_leaves_no_process_and_no_answer(forks: Forks) -> None:
+    (one,) = run_ranks(who, 1, forks=forks)
+    channel, answers = forks._channel, []
+
+    def receive(length: int) -> bytes:
+        answers.append(channel.recv(length))
+        if len(answers) == 1:
+            raise KeyboardInterrupt
+        return answers[-1]
+
+    with patch.object(forks, "_channel", Mock(sendmsg=channel.sendmsg, recv=receive)):
+        with pytest.raises(KeyboardInterrupt):
+            run_ranks(who, 1, forks=forks)
+    (pid,) = [json.loads(answer)[1] for answer in answers[:1]]
+    assert len(answers) == 2 and not psutil.pid_exists(pid)
+    (other,) = run_ranks(who, 1, forks=forks)
+    assert one[:3] == other[:3] and len({one[3], pid, other[3]}) == 3
 
 
 def test_a_function_that_cannot_travel_is_refused_before_anything_starts() -> None:
