@@ -19,7 +19,7 @@ from gwt_dist import memory, param_groups, units
 from gwt_dist.cli.models import read_model
 from gwt_dist.comm import Shard, alone
 from gwt_dist.declare import Extent, Field, Pass, Program, Sum
-from gwt_dist.layout import join
+from gwt_dist.exchange import join
 from gwt_dist.memory import compare, fill, splits
 from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.model import ModelSpec, TensorSpec, of_config, of_module
