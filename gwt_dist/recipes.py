@@ -148,7 +148,7 @@ def resolved(group: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     name, said = spelled(group)
     recipe = RECIPES[name]
     # An index with a default that a recipe does not know is of a later version; what is said here is what counts.
-    found = {key: recipe.defaults.get(key, about.default) for key, about in KEYS.items()}
+    found = {"wavelet": "haar", **{key: recipe.defaults.get(key, about.default) for key, about in KEYS.items()}}
     return recipe, found | _said(said)
 
 

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "piece": {"layout", "units", "wavelet"},
     "formulas": {"declare", "piece", "layout"},
     "matrices": {"layout"},
-    "kernels": {"wavelet", "declare", "piece", "formulas"},
+    "kernels": {"wavelet", "declare", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
     "groups": set(),
     "dtensor": {"layout", "exchange", "comm"},
@@ -96,7 +96,12 @@ THIRD_PARTY: dict[str, set[str]] = {
 LIGHT = {"torch", "pywt"}
 # `import gwt_dist` never loads these.
 ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
-LAZY = {"kernels/triton_kernels.py"}  # Nor this: a function imports it.
+# Nor these, which import triton: functions import them.
+LAZY = {f"kernels/{name}.py" for name in ("triton_kernels", "triton_math")} | {
+    path.relative_to(PACKAGE).as_posix()
+    for folder in ("formulas", "details", "writes")
+    for path in (PACKAGE / "kernels" / folder).glob("[!_]*.py")
+}
 
 
 @dataclass(frozen=True)
