@@ -29,7 +29,7 @@ def kept(extent: Extent, fragment: Fragment, units: Units, offset: int = 0) -> F
         return units_along(extent, fragment.shape, units).moments(fragment, offset)
     if extent is Extent.TENSOR:  # whatever this rank holds of the tensor
         return Fragment(fragment.fqn, (1,), 0, 1, offset)
-    coefficients = units.per_row * units.coefficients
+    coefficients = units.per_row * units.coefficients if prod(fragment.shape) else 0
     return Fragment(fragment.fqn, (1, coefficients), 0, coefficients if fragment.numel else 0, offset)
 
 

@@ -159,12 +159,8 @@ class GWTAdamW(torch.optim.Optimizer):
                 "a GradScaler drives an optimizer whose update was fused into the backward pass: the update has taken "
                 "the scaled gradient already. Train in bfloat16 without a scaler, or without fuse_backward"
             )
-        members = [
-            (number, parameter)
-            for number, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-            if not self._fused or parameter not in self._fused
-        ]
+        fused = {id(parameter) for parameter in self._fused}
+        members = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if id(p) not in fused]
         self._steps.take(members, self.param_groups, self.state)
         return loss
 

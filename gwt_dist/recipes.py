@@ -147,7 +147,6 @@ def resolved(group: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a checked parameter group, and its keys with those that are None or missing as the recipe says."""
     name, said = spelled(group)
     recipe = RECIPES[name]
-    # An index with a default that a recipe does not know is of a later version; what is said here is what counts.
     found = {"wavelet": "haar", **{key: recipe.defaults.get(key, about.default) for key, about in KEYS.items()}}
     return recipe, found | _said(said)
 

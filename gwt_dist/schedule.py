@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from gwt_dist import dtensor
 from gwt_dist.comm import sum_over_ranks
 from gwt_dist.declare import Program, Rule
 from gwt_dist.kernels import Kernel, Tensors, choose
@@ -95,7 +95,7 @@ class Schedule:
             return Tensors(
                 [weights[i] for i in run.members],
                 [gradients[i] for i in run.members],
-                {name: [dtensor.local(states[i][name]) for i in run.members] for name in run.work.program.names()},
+                {name: _local([states[i][name] for i in run.members]) for name in run.work.program.names()},
                 [states[i]["step"] for i in run.members],
                 [rules[self.members[i].group] for i in run.members],
                 exchange,
@@ -120,6 +120,11 @@ class Schedule:
             buffer[slots] = gradients[i].view(-1)[sources].to(buffer.dtype)
         sum_over_ranks(buffer, self._lengths, self._row_groups)
         return buffer
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of DTensors that this rank holds, other tensors as they are."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _counting(members: Sequence[Member], device: torch.device) -> list[tuple[Kernel, list[int]]]:

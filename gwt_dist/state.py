@@ -91,6 +91,11 @@ def _check_sizes(state: Mapping[str, Any], parameter: Tensor, group: Group, i: i
     else:
         return
     plan = Plan.of(shard, Form.of(group["level"], group["wavelet"], rule_of(group)))
+    if state and state.keys() != {STEP, *plan.shapes}:
+        raise ValueError(
+            f"a parameter in group {i} has {', '.join(state)} in the state to load and needs {STEP}, "
+            f"{', '.join(plan.shapes)} here; it was saved by another optimizer or recipe. Build the optimizer as it was"
+        )
     for name, expected in plan.shapes.items():
         if name in state and tuple(state[name].shape) != expected:
             raise ValueError(
