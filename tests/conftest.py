@@ -16,6 +16,7 @@ import pytest
 
 import support
 from gwt_dist.kernels import cpu
+from gwt_dist.recipes import program_of
 from pretrain_cases import inputs, whole_run  # noqa: F401
 from ranks import RankPool
 
@@ -129,8 +130,16 @@ def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) ->
 
 @pytest.fixture(scope="session", autouse=True)
 def _cpu_kernel(nothing_left_over: None) -> None:
-    """Compiles the kernels of a CPU once, before the time of any test with ranks runs."""
+    """Compiles what most tests need of the kernels of a CPU, one a core, before any test with ranks has begun."""
+    paper = program_of({"recipe": "paper"}, level=1)
+    script = (
+        "from gwt_dist.kernels import cpu\n"
+        "from gwt_dist.recipes import program_of\n"
+        "cpu.prepare(program_of({'recipe': 'paper'}, level=1))\n"
+    )
+    other = None if cpu.library(paper).exists() else subprocess.Popen([sys.executable, "-c", script])
     cpu.prepare()
+    assert other is None or other.wait(timeout=280) == 0
 
 
 @pytest.fixture(scope="session")
