@@ -18,6 +18,7 @@ import torch
 import support
 from forks import Forks
 from gwt_dist.kernels import cpu
+from gwt_dist.recipes import program_of
 from pretrain_cases import inputs, whole_run  # noqa: F401
 from ranks import RankPool
 
@@ -170,6 +171,23 @@ def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) ->
     build.stdout.close()
 
 
+<<<<<<< HEAD
+=======
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_kernel(nothing_left_over: None) -> None:
+    """Compiles what most tests need of the kernels of a CPU, one a core, before any test with ranks has begun."""
+    paper = program_of({"recipe": "paper"}, level=1)
+    script = (
+        "from gwt_dist.kernels import cpu\n"
+        "from gwt_dist.recipes import program_of\n"
+        "cpu.prepare(program_of({'recipe': 'paper'}, level=1))\n"
+    )
+    other = None if cpu.library(paper).exists() else subprocess.Popen([sys.executable, "-c", script])
+    cpu.prepare()
+    assert other is None or other.wait(timeout=280) == 0
+
+
+>>>>>>> kern
 @pytest.fixture(scope="session")
 def torch_extensions_dir(_extension_build: subprocess.Popen[str]) -> Path:
     """The folder of compiled extensions, with what `deepspeed.init_distributed` needs in it.
