@@ -67,7 +67,8 @@ def _command(process: psutil.Process) -> list[str]:
 @pytest.fixture(scope="session")
 def forks(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[Forks]:
     """Forks ranks off a process that has imported what they need."""
-    cpu.prepare()  # before the time of a test with ranks runs
+    for group in GROUPS:  # before the time of a test with ranks runs
+        cpu.prepare(program_of(group, level=1))
     modules = ["gwt_dist", "torch.distributed.fsdp"]
     if _need_extensions(request.session):
         modules += ["deepspeed", "gwt_dist.train.session", "torch.utils.tensorboard", "transformers.models.llama"]
@@ -140,7 +141,14 @@ def _need_extensions(session: pytest.Session) -> bool:
     return any("torch_extensions_dir" in getattr(item, "fixturenames", ()) for item in session.items)
 
 
-BUILD = "from gwt_dist.kernels import cpu; cpu.prepare()\n"
+# The kernels of the recipes that most tests are about; others are compiled when a test comes to them.
+GROUPS: tuple[dict[str, str], ...] = ({}, {"recipe": "paper"})
+BUILD = (
+    "from gwt_dist.kernels import cpu\n"
+    "from gwt_dist.recipes import program_of\n"
+    f"for group in {GROUPS}:\n"
+    "    cpu.prepare(program_of(group, level=1))\n"
+)
 BUILD_OF_DEEPSPEED = (
     "import deepspeed\n"
     "from deepspeed.accelerator import get_accelerator\n"
@@ -171,23 +179,6 @@ def _extension_build(nothing_left_over: None, request: pytest.FixtureRequest) ->
     build.stdout.close()
 
 
-<<<<<<< HEAD
-=======
-@pytest.fixture(scope="session", autouse=True)
-def _cpu_kernel(nothing_left_over: None) -> None:
-    """Compiles what most tests need of the kernels of a CPU, one a core, before any test with ranks has begun."""
-    paper = program_of({"recipe": "paper"}, level=1)
-    script = (
-        "from gwt_dist.kernels import cpu\n"
-        "from gwt_dist.recipes import program_of\n"
-        "cpu.prepare(program_of({'recipe': 'paper'}, level=1))\n"
-    )
-    other = None if cpu.library(paper).exists() else subprocess.Popen([sys.executable, "-c", script])
-    cpu.prepare()
-    assert other is None or other.wait(timeout=280) == 0
-
-
->>>>>>> kern
 @pytest.fixture(scope="session")
 def torch_extensions_dir(_extension_build: subprocess.Popen[str]) -> Path:
     """The folder of compiled extensions, with what `deepspeed.init_distributed` needs in it.

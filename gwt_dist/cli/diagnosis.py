@@ -121,17 +121,17 @@ def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype, 
         return {"kernel": "none", "why": f"{choice.VARIABLE}={forced} cannot take {missing}: a step raises"}
     if missing:
         return {"kernel": "eager", "why": f"{name} cannot take {missing}"}
-    problem = {"cpu": _compiles, "triton": _triton}.get(name, lambda: "")()
+    problem = {"cpu": _compiles, "triton": _triton}.get(name, lambda _: "")(program)
     if problem.startswith("!"):
         return {"kernel": "none" if forced else "eager", "why": problem[1:]}
     return {"kernel": name, "why": "; ".join(part for part in (because, problem) if part)}
 
 
-def _compiles() -> str:
+def _compiles(program: Program) -> str:
     """How the library for this machine comes to be; what stands in its way after a "!"."""
-    if build.library_of("cpu")[2].exists():
+    if cpu.library(program).exists():
         try:
-            cpu.prepare()
+            cpu.prepare(program)
         except BuildError as error:
             return f"!{error}"
         return "compiled already"
@@ -145,9 +145,9 @@ def _compiles() -> str:
     return "compiled at the first step"
 
 
-def _triton() -> str:
+def _triton(program: Program) -> str:
     try:
-        triton.prepare()
+        triton.prepare(program)
     except BuildError as error:
         # Without a GPU nothing can be asked of it; whether it is installed can.
         return f"!{error}" if torch.cuda.is_available() or "package triton" in str(error) else ""
