@@ -31,6 +31,11 @@ class Entry:
     program: Program
     levels: frozenset[bool]  # whether it steps tensors with level > 0, the others, or both
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What it is known by in a schedule."""
+        return self.member, id(self.program)
+
     def pieces(self) -> list[tuple[int, Piece]]:
         """Its pieces of which this rank holds anything, and their numbers in the plan."""
         return [(i, p) for i, p in enumerate(self.plan.pieces) if p.touched and bool(p.level) in self.levels]
@@ -46,9 +51,10 @@ class Sums:
     """The vector of one phase."""
 
     parts: list[tuple[int, Groups]] = field(default_factory=list)  # lengths, and over which groups they are summed
-    spans: dict[tuple[int, Program], tuple[int, int]] = field(default_factory=dict)  # of an entry: its first part
     length: int = 0
-    _places: dict[tuple[int, Program, int], tuple[Place, ...]] = field(default_factory=dict)
+    # By member and program (its identity, which is quick to hash): the first part of an entry, places of its pieces.
+    spans: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    places: dict[tuple[int, int, int], tuple[Place, ...]] = field(default_factory=dict)
 
     @property
     def over(self) -> tuple[list[int], list[Groups]]:
@@ -57,11 +63,11 @@ class Sums:
 
     def span(self, entry: Entry) -> tuple[int, int]:
         """First number of an entry in the first part, and the one after the last."""
-        return self.spans[entry.member, entry.program]
+        return self.spans[entry.key]
 
     def of(self, entry: Entry, piece: int) -> tuple[Place, ...]:
         """The places of a piece, by its number in the plan."""
-        return self._places[entry.member, entry.program, piece]
+        return self.places[(*entry.key, piece)]
 
     def take(self, length: int, groups: Groups) -> range:
         """The next `length` numbers."""
@@ -85,7 +91,7 @@ def lay_out(entries: Sequence[Entry], phase: int) -> Sums:
                 units = entry.plan.form.units(tensor.shape)
                 length = one.numbers * extents.summed(one.extent, tensor, units)
                 places[n, one.name, tensor.fqn] = sums.take(length, entry.plan.shard.groups)
-        sums.spans[entry.member, entry.program] = before, sums.length
+        sums.spans[entry.key] = before, sums.length
     for n, entry in enumerate(entries):
         for one in entry.sums(phase):
             for tensor in entry.plan.shard.tensors if one.extent is Extent.ROW else ():
@@ -104,5 +110,5 @@ def lay_out(entries: Sequence[Entry], phase: int) -> Sums:
                             places[place] = sums.take(one.numbers, ())
                     index = [places[place][i] for i in range(one.numbers) for place in its]
                 found.append(Place(one.name, one.extent, one.numbers, index))
-            sums._places[entry.member, entry.program, number] = tuple(found)
+            sums.places[(*entry.key, number)] = tuple(found)
     return sums
