@@ -18,7 +18,7 @@ import gwt_dist
 from gwt_dist.cli import diagnosis
 from gwt_dist.cli.app import main
 from gwt_dist.engines import refusals
-from gwt_dist.kernels import build, choice
+from gwt_dist.kernels import build, choice, cpu
 from gwt_dist.layout import Fragment
 from gwt_dist.piece import Piece
 from gwt_dist.recipes import program_of
@@ -186,6 +186,7 @@ def kernel(level: int, wavelet: str = "haar", **keys: Any) -> dict[str, str]:
 
 
 def test_the_kernel_that_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu.prepare()
     assert kernel(2) == {"kernel": "cpu", "why": "the fastest that takes it; compiled already"}
     assert "levels above 8" in kernel(9)["why"]
     assert "other than Haar" in kernel(2, "db2")["why"]
