@@ -176,11 +176,11 @@ class GWTAdamW(torch.optim.Optimizer):
 
         For all micro-batches of a step but the last; without `fuse_backward` it changes nothing.
         """
-        self._accumulating, before = True, self._accumulating
+        self.is_accumulating, before = True, self.is_accumulating
         try:
             yield
         finally:
-            self._accumulating = before
+            self.is_accumulating = before
 
     def fuse(self, parameters: Iterable[Tensor]) -> None:
         """Leave `parameters` out of `step`: `gwt_dist.fuse_backward` calls `update` for them in the backward pass."""
@@ -222,4 +222,4 @@ class GWTAdamW(torch.optim.Optimizer):
     def _forget_layout(self) -> None:
         self._steps = Steps()
         self._fused: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters updated in the backward pass -> True
-        self._accumulating = False
+        self.is_accumulating = False  # within `accumulating`

@@ -24,7 +24,7 @@ from gwt_dist.memory import compare, fill, splits
 from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.model import ModelSpec, TensorSpec, of_config, of_module
 from gwt_dist.memory.model import groups_of as groups_by_name
-from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import Setup
 from gwt_dist.memory.traffic import traffic
 from gwt_dist.piece import moments_shape
@@ -87,11 +87,11 @@ def model_for(name: str, kind: str) -> tuple[ModelSpec, list[memory.GroupSpec]]:
     return ModelSpec(name, tuple(tensors)), memory.specs(module.named_parameters(), groups_of(module))
 
 
-def planned(name: str, world_size: int, kind: str) -> Plan:
+def planned(name: str, world_size: int, kind: str) -> MemoryPlan:
     return fill.plan(*model_for(name, kind), setup_for(name, world_size))
 
 
-def state_of(plan: Plan, shard: int) -> dict[str, int]:
+def state_of(plan: MemoryPlan, shard: int) -> dict[str, int]:
     """Bytes of state by name, and of what there is one of a tensor."""
     fields = {f.name: values[shard] for f, values in plan.fields.items() if f.extent is not Extent.TENSOR}
     return {**fields, "scalars": plan.scalars[shard]}

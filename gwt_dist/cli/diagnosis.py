@@ -17,7 +17,7 @@ from torch import nn
 
 from gwt_dist.declare import Program
 from gwt_dist.engines import refusals
-from gwt_dist.engines.initialize import TYPE, _checked
+from gwt_dist.engines.initialize import TYPE, checked
 from gwt_dist.groups import param_groups
 from gwt_dist.kernels import build, choice, cpu, triton
 from gwt_dist.kernels.build import BuildError
@@ -116,7 +116,7 @@ def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype, 
     because = f"{choice.VARIABLE} forces it" if forced else "the fastest that takes it"
     if device.type == "cuda" and not torch.cuda.is_available():
         because += "; torch finds no GPU here"
-    missing = "" if name == "eager" else choice._missing(name, device, dtype, program, [piece])
+    missing = "" if name == "eager" else choice.missing_of(name, device, dtype, program, [piece])
     if missing and forced:
         return {"kernel": "none", "why": f"{choice.VARIABLE}={forced} cannot take {missing}: a step raises"}
     if missing:
@@ -170,7 +170,7 @@ def examine(
         section = settings.get("optimizer") or {}
         if section.get("type") == TYPE:
             try:
-                chosen = {**_checked(section.get("params") or {}), **chosen}
+                chosen = {**checked(section.get("params") or {}), **chosen}
             except ValueError as error:
                 yield Finding(REFUSED, str(error))
                 return
@@ -237,8 +237,8 @@ def _group_warnings(optimizer: GWTAdamW) -> Iterator[Finding]:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON as a run reads it; raises `ValueError` if it is none."""
-    from gwt_dist.engines.initialize import _settings
+    from gwt_dist.engines.initialize import settings_of
 
-    settings = _settings(None, path)
+    settings = settings_of(None, path)
     assert settings is not None
     return settings

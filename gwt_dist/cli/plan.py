@@ -17,7 +17,7 @@ from gwt_dist.memory import fill
 from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
 from gwt_dist.memory.model import ModelSpec, groups_of
-from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import ENGINES, Setup
 from gwt_dist.recipes import DEFAULT, RECIPES
@@ -111,7 +111,7 @@ def plan(
             use_orig_params=use_orig_params,
         )
 
-    def make(lv: int, ranks: int) -> Plan:
+    def make(lv: int, ranks: int) -> MemoryPlan:
         groups = groups_of(spec, **{**options, "level": lv})
         return fill.plan(spec, groups, replace(base, world_size=ranks))
 
@@ -143,7 +143,7 @@ def plan(
 
 
 def _content(
-    found: Plan, spec: ModelSpec, options: dict[str, Any], batch: dict[str, int], low_rank: int | None
+    found: MemoryPlan, spec: ModelSpec, options: dict[str, Any], batch: dict[str, int], low_rank: int | None
 ) -> dict[str, Any]:
     high = groups_of(spec, 1, options["targets"])
     targeted = {name for group in high if group.level for name, _ in group.tensors}
@@ -153,8 +153,8 @@ def _content(
 
 
 def _fit(
-    make: Callable[[int, int], Plan], fit: str, reserve: str, given: set[str], level: int, base: Setup
-) -> tuple[Plan | None, int, list[Tried]]:
+    make: Callable[[int, int], MemoryPlan], fit: str, reserve: str, given: set[str], level: int, base: Setup
+) -> tuple[MemoryPlan | None, int, list[Tried]]:
     limit = size(fit) - size(reserve)
     if limit <= 0:
         raise ValueError(f"--reserve {reserve} leaves nothing of --fit {fit}")

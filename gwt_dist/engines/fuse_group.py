@@ -19,7 +19,7 @@ class Group:
     @property
     def accumulates(self) -> bool:
         """Whether the gradient that has just been reduced is one of an earlier micro-batch; asked once for each."""
-        self._held = self._optimizer._accumulating
+        self._held = self._optimizer.is_accumulating
         return self._held
 
     def update(self) -> None:

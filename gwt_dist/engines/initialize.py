@@ -51,7 +51,7 @@ def initialize(
     """
     import deepspeed
 
-    settings = _settings(args, config if config is not None else config_params)
+    settings = settings_of(args, config if config is not None else config_params)
     build = _builder(settings, model, optimizer, model_parameters)
     keywords: dict[str, Any] = {} if distributed_port is None else {"distributed_port": distributed_port}
     result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
@@ -74,7 +74,7 @@ def initialize(
     return result
 
 
-def _settings(args: Any, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any] | None:
+def settings_of(args: Any, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The JSON as a dict of our own, or None if there is none."""
     if config is None:
         config = getattr(args, "deepspeed_config", None)
@@ -105,7 +105,7 @@ def _builder(
             )
         if model is None:
             raise ValueError("model is None; parameter groups are built from the names of its modules")
-        options = _checked(section.get("params") or {})
+        options = checked(section.get("params") or {})
         del settings["optimizer"]
         _prepare(settings, model)
         given = None if model_parameters is None else list(model_parameters)
@@ -140,7 +140,8 @@ def _prepare(settings: dict[str, Any], model: nn.Module | None) -> None:
         settings["zero_force_ds_cpu_optimizer"] = False
 
 
-def _checked(params: Mapping[str, Any]) -> dict[str, Any]:
+def checked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """``optimizer.params`` as keywords of `GWTAdamW` and `param_groups`; raises `ValueError` for an unknown key."""
     refuse_unknown(params, "optimizer.params", "targets")
     options = dict(params)
     if isinstance(options.get("betas"), list):

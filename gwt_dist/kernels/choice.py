@@ -62,7 +62,7 @@ def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: S
     name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "eager")
     if name == "eager":
         return eager
-    missing = _missing(name, device, dtype, program, pieces)
+    missing = missing_of(name, device, dtype, program, pieces)
     if not missing:
         if not pieces:
             return _MODULES[name]  # counting needs nothing that would have to be built
@@ -74,7 +74,7 @@ def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: S
     return eager
 
 
-def _missing(name: str, device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]) -> str:
+def missing_of(name: str, device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]) -> str:
     """What of a parameter the compiled kernels called `name` cannot take."""
     if name == "cpu" and device.type != "cpu":
         return f"parameters on {device}"

@@ -64,7 +64,7 @@ INLINE void prefetch(const T* p) {
 
 // What the elements of V units have in common.
 template <int FACTORS>
-struct Units {
+struct UnitFactors {
   std::array<std::array<float, V>, FACTORS> factors;
 
   INLINE void keep(const std::array<Vec, FACTORS>& given) {
@@ -88,7 +88,7 @@ INLINE std::array<Vec, FACTORS> spread_all(const std::array<Vec, FACTORS>& units
 
 // Weights of V units: x, w [V * 2**L].
 template <int L, typename D, typename W, typename G>
-INLINE void write(const D& detail, const Units<D::FACTORS>& units, const Vec& decay_factor, const G* x, W* w) {
+INLINE void write(const D& detail, const UnitFactors<D::FACTORS>& units, const Vec& decay_factor, const G* x, W* w) {
   const typename D::Factors all = units.load();
   if constexpr (L > 0 && std::is_same_v<W, BFloat16>) {
 #pragma GCC unroll 4
@@ -119,7 +119,7 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
   const Vec beta1(step.beta1), rest1(step.rest1), beta2(step.beta2), rest2(step.rest2), eps(step.eps);
   const bool nesterov = L && step.nesterov;
   Lanes lanes{};
-  std::array<Units<D::FACTORS>, PHASE & WRITE ? BLOCK<L> : 1> block;
+  std::array<UnitFactors<D::FACTORS>, PHASE & WRITE ? BLOCK<L> : 1> block;
   for (int64_t first = 0; first < groups; first += BLOCK<L>) {
     const int64_t n = std::min<int64_t>(BLOCK<L>, groups - first);
     for (int64_t g = 0; g < n; ++g, m += V, v += V) {

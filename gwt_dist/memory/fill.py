@@ -10,7 +10,7 @@ from gwt_dist.declare import Program
 from gwt_dist.memory import splits
 from gwt_dist.memory.count import count, per_tensor, summed, travelling
 from gwt_dist.memory.model import ModelSpec, TensorSpec
-from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import STEP, Setup
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.memory.state import GroupSpec
@@ -18,12 +18,12 @@ from gwt_dist.memory.state import GroupSpec
 Part = tuple[Concatenation, int]  # a tensor, by its number
 
 
-def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> Plan:
+def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> MemoryPlan:
     """The plan of a model in these groups; tensors in no group are frozen.
 
     Raises `ValueError` for groups that the engine cannot have.
     """
-    found = Plan(setup, model, groups)
+    found = MemoryPlan(setup, model, groups)
     _BUILD[setup.engine](found)
     return found
 
@@ -31,7 +31,7 @@ def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> Plan:
 class _Filler:
     """Adds tensors and parameters to a plan."""
 
-    def __init__(self, found: Plan) -> None:
+    def __init__(self, found: MemoryPlan) -> None:
         self.plan, self.setup, self.shards = found, found.setup, found.setup.shards
         self.groups = {name: group for group in found.groups for name, _ in group.tensors}
         self.frozen = [t for t in found.model.tensors if t.name not in self.groups]
@@ -97,7 +97,7 @@ class _Filler:
         self.plan.checkpoint_common += numel * self.setup.bytes_of("weights")
 
 
-def _whole(found: Plan) -> None:
+def _whole(found: MemoryPlan) -> None:
     """One process, DDP, ZeRO-0: everything everywhere."""
     filler, setup = _Filler(found), found.setup
     filler.frozen_weights()
@@ -113,7 +113,7 @@ def _whole(found: Plan) -> None:
                 found.step_gradients[0] += prod(shape) * 4
 
 
-def _owners(found: Plan) -> None:
+def _owners(found: MemoryPlan) -> None:
     """ZeroRedundancyOptimizer, OSS: whole weights and gradients everywhere, each tensor's state on one rank."""
     filler, setup = _Filler(found), found.setup
     filler.frozen_weights()
@@ -130,7 +130,7 @@ def _owners(found: Plan) -> None:
     filler.everywhere(found.gradients, trained * setup.bytes_of("gradients"))
 
 
-def _zero_1_and_2(found: Plan) -> None:
+def _zero_1_and_2(found: MemoryPlan) -> None:
     """Weights whole, in flat buffers of a group with padding; masters, state and (stage 2) gradients in equal parts."""
     filler, setup = _Filler(found), found.setup
     filler.frozen_weights()
@@ -151,7 +151,7 @@ def _zero_1_and_2(found: Plan) -> None:
             _largest(found.step_gradients, laid.part * 4)
 
 
-def _zero_3(found: Plan) -> None:
+def _zero_3(found: MemoryPlan) -> None:
     """Everything in equal slots of each tensor; small tensors whole as well."""
     filler, setup = _Filler(found), found.setup
     for group in found.groups:
@@ -174,7 +174,7 @@ def _zero_3(found: Plan) -> None:
     _frozen_parts(filler, lambda tensor: splits.zero_3(tensor.shape, filler.shards))
 
 
-def _fsdp2(found: Plan) -> None:
+def _fsdp2(found: MemoryPlan) -> None:
     """Each tensor in whole rows; what is short of rows is padded for the weight alone."""
     filler, setup = _Filler(found), found.setup
     weight, gradient = setup.bytes_of("weights"), setup.bytes_of("gradients")
@@ -207,7 +207,7 @@ def _frozen_parts(filler: _Filler, split: Callable[[TensorSpec], Concatenation])
             filler.plan.checkpoint[shard] += (stop - start) * filler.setup.bytes_of("weights")
 
 
-def _flat_units(found: Plan) -> None:
+def _flat_units(found: MemoryPlan) -> None:
     """FSDP1 and fairscale: the tensors of a unit one after the other, in equal padded parts."""
     filler, setup = _Filler(found), found.setup
     weight, gradient = setup.bytes_of("weights"), setup.bytes_of("gradients")
@@ -254,7 +254,7 @@ def _largest(values: list[int], number: int) -> None:
     values[:] = [max(value, number) for value in values]
 
 
-_BUILD: dict[str, Callable[[Plan], None]] = {
+_BUILD: dict[str, Callable[[MemoryPlan], None]] = {
     "single": _whole,
     "ddp": _whole,
     "zero0": _whole,

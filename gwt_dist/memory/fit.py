@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.plan import MemoryPlan
 
 # Powers of 1000 and of 1024, as their names say.
 _UNITS = {"": 1, "B": 1}
@@ -36,8 +36,8 @@ def size(text: str) -> int:
 
 
 def smallest(
-    make: Callable[[int, int], Plan], limit: int, levels: Sequence[int], worlds: Sequence[int]
-) -> tuple[Plan | None, list[Tried]]:
+    make: Callable[[int, int], MemoryPlan], limit: int, levels: Sequence[int], worlds: Sequence[int]
+) -> tuple[MemoryPlan | None, list[Tried]]:
     """The plan on the fewest ranks, and of the lowest level there, that fits into `limit` bytes; what was tried.
 
     `make` gives the plan of a level on a number of ranks. None if nothing fits.

@@ -18,7 +18,7 @@ from gwt_dist.memory.state import GroupSpec
 
 
 @dataclass(slots=True)
-class Plan:
+class MemoryPlan:
     """Bytes by shard, one number each; `of_rank` says which shard a rank has."""
 
     setup: Setup

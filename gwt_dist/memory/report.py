@@ -10,7 +10,7 @@ from typing import Any
 
 from gwt_dist.declare import Extent
 from gwt_dist.memory.compare import Other, others, quarter
-from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.traffic import traffic
 from gwt_dist.units import level_of
 
@@ -30,7 +30,7 @@ def spread(by_shard: Sequence[int], worst: int) -> dict[str, int]:
     }
 
 
-def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumulation: int) -> dict[str, Any]:
+def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, accumulation: int) -> dict[str, Any]:
     """Everything that is known of a plan, bytes unless a name says otherwise.
 
     Args:
@@ -103,7 +103,7 @@ def report(plan: Plan, targeted: Collection[str], low_rank: int | None, accumula
     }
 
 
-def _levels(plan: Plan) -> list[dict[str, int]]:
+def _levels(plan: MemoryPlan) -> list[dict[str, int]]:
     found: dict[int, list[int]] = {}
     for group in plan.groups:
         for _, shape in group.tensors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gwt_dist.memory.plan import Plan
+from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import NORM
 
 
@@ -24,12 +24,12 @@ class Traffic:
     ours: bool = False  # the optimizer's, not the engine's
 
 
-def traffic(plan: Plan, accumulation: int = 1) -> list[Traffic]:
+def traffic(plan: MemoryPlan, accumulation: int = 1) -> list[Traffic]:
     """What the engine sends for a step of `accumulation` micro-batches, and what the optimizer does."""
     return [found for found in (*_engine(plan, accumulation), *_ours(plan)) if found.bytes]
 
 
-def _engine(plan: Plan, accumulation: int) -> Iterator[Traffic]:
+def _engine(plan: MemoryPlan, accumulation: int) -> Iterator[Traffic]:
     setup, world, shards = plan.setup, plan.setup.world_size, plan.setup.shards
     elements = sum(plan.elements)
     gradients, weights = elements * setup.bytes_of("gradients"), elements * setup.bytes_of("weights")
@@ -52,7 +52,7 @@ def _engine(plan: Plan, accumulation: int) -> Iterator[Traffic]:
             yield Traffic("gradients", "all-reduce of a shard over replicas" + every, part)
 
 
-def _ours(plan: Plan) -> Iterator[Traffic]:
+def _ours(plan: MemoryPlan) -> Iterator[Traffic]:
     setup = plan.setup
     exchange = plan.exchange * setup.state_bytes
     yield Traffic("cut units", "all-reduce", 2 * _ring(exchange, setup.shards), ours=True)
