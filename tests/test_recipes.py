@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import toy_recipe
+import toy_recipe  # noqa: F401
 from gwt_dist import GWTAdamW, keys
-from gwt_dist.declare import Extent, Pass, Program, Rule, Sum, Travel
+from gwt_dist.declare import Extent, Pass, Program, Rule, Sum
 from gwt_dist.layout import Fragment
 from gwt_dist.recipes import RECIPES, Recipe, meaning, register, rule_of
 from simulated import Sharded
@@ -126,24 +126,20 @@ def test_nothing_that_is_derived_names_a_recipe() -> None:
     """Names stand in `recipes`, in the files of the formulas, and in documentation."""
     names = [name for name in RECIPES if name != "toy"]
     assert names == ["paper", "energy", "foam", "orthogonal"]
-    quoted = re.compile("|".join(rf"""["'`]+{name}["'`]+""" for name in names))
+    # Quoted anywhere, or as a word; "paper" has another meaning too.
+    named = re.compile("|".join([rf"""["'`]+({name})["'`]+|\b(?!paper){name}\w*""" for name in names]))
     found = []
     for part in DERIVED:
-        files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else (PACKAGE / part).rglob("*")
-        for path in files:
+        module = PACKAGE / f"{part}.py"
+        for path in [module] if module.exists() else sorted((PACKAGE / part).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h"):
-                text = path.read_text()
-                code = re.sub(
-                    r'^"""(.*?)"""', "", text, count=1, flags=re.S
-                )  # the module's docstring may give examples
-                found += [f"{path.name}: {match[0]}" for match in quoted.finditer(code)]
+                # What a module is for may be shown by examples, in its docstring.
+                code = re.sub(r'^"""(.*?)"""', "", path.read_text(), count=1, flags=re.S)
+                found += [f"{path.name}: {match[0]}" for match in named.finditer(code)]
     assert not found
-    lines = len((PACKAGE / "schedule.py").read_text().splitlines())
-    assert lines < 200
-    optimizer = (PACKAGE / "optimizer.py").read_text()
-    docstring = GWTAdamW.__doc__ or ""
-    assert quoted.search(docstring) and not quoted.search(optimizer.replace(docstring, ""))
-    assert "toy" in RECIPES and isinstance(toy_recipe.PROGRAM.phases[0], Pass | Travel)
+    assert len((PACKAGE / "schedule.py").read_text().splitlines()) < 200
+    optimizer, docstring = (PACKAGE / "optimizer.py").read_text(), GWTAdamW.__doc__ or ""
+    assert named.search(docstring) and not named.search(optimizer.replace(docstring, ""))
 
 
 class Counted(list):  # type: ignore[type-arg]
