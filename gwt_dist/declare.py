@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+RESERVED = "step", "weight", "params"  # keys of state and of checkpoints
+
 
 class Extent(Enum):
     """What one number of a state tensor, or of a sum, stands for; its shape for a whole tensor ``[R, C]``."""
@@ -83,6 +85,23 @@ class Program:
     detail: str = ""  # what the details of a unit contribute: a name of `formulas.DETAILS`
     write: str = "decay"  # how a weight takes its change: a name of `formulas.WRITES`
     numbers: tuple[str, ...] = ()  # names of the numbers that functions read of a `Rule`, in the order of kernel tables
+
+    def __post_init__(self) -> None:
+        names, sums = [f.name for f in self.fields], [s.name for s in self.sums]
+        twice = [name for each in (names, sums) for name in each if each.count(name) > 1]
+        taken = [name for name in names if name in RESERVED]
+        ends = [isinstance(phase, Travel) or phase.writes for phase in self.phases]
+        last = [*[False] * (len(ends) - 1), True]
+        rows = {f.name for f in self.fields if f.extent is Extent.ROW}
+        lost = [name for phase in self.phases if isinstance(phase, Travel) for name in phase.rows if name not in rows]
+        for wrong, what in (
+            (twice, f"{', '.join(twice)} stand twice among its fields or sums"),
+            (taken, f"a field cannot be called {', '.join(taken)}, which state and checkpoints have for other things"),
+            (ends != last, "its last phase, and no other, must write the weights or travel"),
+            (lost, f"{', '.join(lost)} travel along and are no fields over rows"),
+        ):
+            if wrong:
+                raise ValueError(f"the program of formula {self.formula!r} cannot run: {what}")
 
     @property
     def travels(self) -> bool:

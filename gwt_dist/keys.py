@@ -43,8 +43,8 @@ def _number(value: object) -> bool:
     return within(value, 0, math.inf)
 
 
-_NUMBER, _FLAG = "must be a finite number >= 0", "must be True or False"
 _MEANT = "or None (as the recipe)"
+_NUMBER, _FLAG = "must be a finite number >= 0", f"must be True, False {_MEANT}"
 
 KEYS: dict[str, Key] = {
     "lr": Key(1e-3, _number, _NUMBER, of_recipe=False),

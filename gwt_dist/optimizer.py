@@ -106,8 +106,8 @@ class GWTAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`; raises `ValueError` for values out of range."""
+        check_group({**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}")
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}")
         for parameter in self.param_groups[-1]["params"]:
             self._steps.given[parameter] = True
 
@@ -148,7 +148,7 @@ class GWTAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: For a flat parameter of a sharding engine that was never attached, a sparse gradient, or a
-                level or wavelet that was changed after the first step.
+                level, wavelet or recipe that was changed after the first step, if the state would mean something else.
         """
         loss = None
         if closure is not None:
@@ -205,7 +205,7 @@ class GWTAdamW(torch.optim.Optimizer):
         optimizer's, or a moment does not have the size that this layout needs.
         """
         parameters = state.check_loadable(state_dict, self.param_groups, self._steps)
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state.completed(state_dict, self.param_groups))
         for key, values in state_dict["state"].items():
             if key in parameters:
                 state.put_back(self.state[parameters[key]], values, parameters[key])

@@ -27,11 +27,12 @@ class Form:
     wavelet: str
     leveled: tuple[Field, ...]  # of tensors with level > 0
     plain: tuple[Field, ...]  # of all others
+    formula: str  # where the state of tensors with level > 0 comes from, so what it means
 
     @classmethod
     def of(cls, level: int, wavelet: str, rule: Rule) -> Form:
         """That of a group of these options."""
-        return cls(level, wavelet, rule.program.fields, rule.plain.fields)
+        return cls(level, wavelet, rule.program.fields, rule.plain.fields, rule.program.formula)
 
     def fields(self, shape: Sequence[int]) -> tuple[Field, ...]:
         """Of a tensor of `shape`."""
@@ -43,7 +44,7 @@ class Form:
 
     def __str__(self) -> str:
         names = ", ".join(field.name for field in self.leveled)
-        return f"level={self.level}, wavelet={self.wavelet!r} with {names}"
+        return f"level={self.level}, wavelet={self.wavelet!r} with {names} by {self.formula}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from gwt_dist.declare import Extent, Field, Pass, Program, Rule, Sum, Travel
-from gwt_dist.keys import KEYS, Key, check_keys
+from gwt_dist.declare import RESERVED, Extent, Field, Pass, Program, Rule, Sum, Travel
+from gwt_dist.keys import COMMON, KEYS, Key, check_keys
 from gwt_dist.units import check_haar, check_level, check_wavelet
 
 DEFAULT = "energy"
@@ -34,8 +34,9 @@ class Recipe:
     program: Callable[[Options], Program]  # of tensors with level > 0; raises `ValueError` for what it cannot be
     plain: Callable[[Options], Program]  # of all others
     numbers: Callable[[Options], dict[str, float]]
+    keys: tuple[str, ...]  # those that it reads beside `keys.COMMON`; another that is set is refused
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    refuses: Mapping[str, str] = field(default_factory=dict)  # keys that mean nothing here, and why
+    why: Mapping[str, str] = field(default_factory=dict)  # of keys that it does not read: why not, and what to do
 
 
 def _adamw(options: Options) -> Program:
@@ -95,33 +96,31 @@ def _orthogonal_numbers(options: Options) -> dict[str, float]:
     return _adam_numbers(options) | {"nor": options["nor"], "detail_gain": 0.0 if isinstance(gain, str) else gain}
 
 
-_ROWS = "it is for rows of an orthogonalized matrix. Remove it"
-_NO_ROWS = {"nor": _ROWS}
+_ANY = "nesterov", "cautious", "correct_bias"
+_ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_ANY
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
     "paper": Recipe(
-        *(_adam, _adamw, _adam_numbers),
+        *(_adam, _adamw, _adam_numbers, _ADAM_KEYS),
         {"second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01},
-        _NO_ROWS,
     ),
     # A detail contributes what one fresh gradient contributes to Adam's momentum, or more where gradients are steady,
     # over the energy of its own unit. Bounded, so it needs no norm and no collective.
-    "energy": Recipe(_adam, _adamw, _adam_numbers, refuses=_NO_ROWS),
+    "energy": Recipe(_adam, _adamw, _adam_numbers, _ADAM_KEYS),
     # The residual of an element is a gradient of its own beside its unit's momentum (FOAM, arXiv 2512.07112), bounded
     # by its square in the denominator, so it needs no gain.
     "foam": Recipe(
-        *(_residual, _adamw, _adam_numbers),
+        *(_residual, _adamw, _adam_numbers, ("second_moment", *_ANY)),
         {"detail_gain": 0.0},
         {
             "detail_gain": "a residual is bounded by its own square in the denominator and has no gain. Remove it",
             "limiter": "no update of it can grow without bound. Remove it",
-            **_NO_ROWS,
         },
     ),
     # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
     "orthogonal": Recipe(
-        *(_orthogonal, _adamw, _orthogonal_numbers),
+        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", *_ANY)),
         {"second_moment": "none"},
         {
             "limiter": "no second moment is kept: it limits the growth of a normalized momentum, and an "
@@ -136,7 +135,7 @@ def register(name: str, recipe: Recipe, keys: Mapping[str, Key] | None = None) -
 
     Raises `ValueError` for a name that is taken.
     """
-    taken = [known for known in (name, *(keys or {})) if known in RECIPES or known in KEYS]
+    taken = [known for known in (name, *(keys or {})) if known in (*RECIPES, *KEYS, *COMMON, *RESERVED)]
     if taken:
         raise ValueError(f"{', '.join(taken)}: there is a recipe or a key of that name; choose another")
     RECIPES[name] = recipe
@@ -192,13 +191,22 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     check_keys(group, where)
     check_level(group["level"])
     check_wavelet(group["wavelet"])
-    if group["recipe"] not in RECIPES:
+    if not isinstance(group["recipe"], str) or group["recipe"] not in RECIPES:
         raise ValueError(f"recipe={group['recipe']!r} in {where} must be one of {sorted(RECIPES)}")
     name, said = spelled(group)
-    for key, why in RECIPES[name].refuses.items():
-        if said.get(key):
-            raise ValueError(f"{key}={said[key]!r} in {where}, where the recipe is {name!r}: {why}")
+    recipe = RECIPES[name]
+    for key, about in KEYS.items():
+        value = said.get(key)
+        unread = about.of_recipe and key not in recipe.keys
+        if unread and value is not None and value != recipe.defaults.get(key, about.default):
+            readers = ", ".join(other for other, its in RECIPES.items() if key in its.keys)
+            why = recipe.why.get(key, f"it is read by {readers} alone. Remove it")
+            raise ValueError(f"{key}={value!r} in {where}, where the recipe is {name!r}: {why}")
     try:
-        rule_of(group)
+        rule = rule_of(group)
+        extents = {f.name: f.extent for f in rule.program.fields}
+        other = [f.name for f in rule.plain.fields if extents.get(f.name, f.extent) is not f.extent]
+        if other:  # they would lie in one buffer
+            raise ValueError(f"tensors of level 0 keep {', '.join(other)} over another extent; give it another name")
     except ValueError as error:
         raise ValueError(f"recipe={name!r} in {where}: {error}") from None

@@ -32,6 +32,7 @@ class Holder:
     moves: bool  # it has a gradient; without one it sends zeros and keeps nothing of what comes back
     dtype: torch.dtype  # of its moments
     group: int  # number of its parameter group
+    levels: frozenset[bool]  # whether tensors with level > 0 travel, the others, or both
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Rounds:
         by_peers: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[Holder, str, tuple[int, ...]]]] = {}
         for holder in holders:
             for tensor in holder.plan.shard.tensors:
-                if level_of(tensor.shape, holder.plan.form.level):
+                if bool(level_of(tensor.shape, holder.plan.form.level)) in holder.levels:
                     key = holder.plan.shard.peers.ranks, holder.dtype
                     by_peers.setdefault(key, []).append((holder, tensor.fqn, tensor.shape))
         self._buckets = [_bucket(found, dtype, len(phase.rows)) for (_, dtype), found in by_peers.items()]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gwt_dist.declare import Extent, Pass, Program, Rule, Travel
 from gwt_dist.exchange import Receive
+from gwt_dist.formulas import check
 from gwt_dist.kernels import Cut, Kernel, Part, Tensors, Work, choose, eager
 from gwt_dist.piece import math_dtype
 from gwt_dist.rounds import Holder, Rounds
@@ -56,6 +57,7 @@ class Maker:
             by_program.setdefault(entry.program, []).append(entry)
         found = []
         for program, its in by_program.items():
+            check(program)
             for kernel, chosen in self._by_kernel(its):
                 found.append(self.run(kernel, chosen, [lay_out(chosen, p) for p in range(len(program.phases))]))
         return found
@@ -97,6 +99,7 @@ class Stage:
     """A program of tensors that ranks share, phase by phase."""
 
     def __init__(self, program: Program, entries: Sequence[Entry], sums: Sequence[Sums], make: Maker) -> None:
+        check(program)
         self.program = program
         self.members = [entry.member for entry in entries]  # those without a gradient too
         self.groups = [make.groups[i] for i in self.members]
@@ -157,6 +160,7 @@ def _holders(entries: Sequence[Entry], run: Run, make: Maker) -> list[Holder]:
             make.moves[entry.member],
             math_dtype(make.dtypes[entry.member]),
             make.groups[entry.member],
+            entry.levels,
         )
         for entry in entries
     ]

@@ -1,4 +1,4 @@
-"""Is a state that somebody loads the state of this optimizer? Asked before anything is changed."""
+"""Whether a state is this optimizer's, asked before anything is changed, and how it is put back."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> 
             by_id[key] = parameter
             _check_sizes(state_dict["state"].get(key, {}), parameter, mine, i, steps)
     return by_id
+
+
+def completed(state_dict: Group, groups: Sequence[Group]) -> Group:
+    """`state_dict` with the keys that its groups did not have yet, as they are in `groups`."""
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    for mine, theirs in zip(groups, saved, strict=False):  # torch refuses another number of groups
+        theirs.update({key: mine[key] for key in KEYS if key in mine and key not in theirs})
+    return {**state_dict, "param_groups": saved}
 
 
 def put_back(state: Group, values: Mapping[str, Any], parameter: Tensor) -> None:

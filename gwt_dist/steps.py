@@ -33,7 +33,7 @@ class Steps:
         self.plans: MutableMapping[Tensor, Plan] = WeakIdKeyDictionary()
         # What is in a step -> its parameters and its schedules, one a device, with the numbers of their members
         self._schedules: dict[Any, tuple[list[Any], list[tuple[Schedule, list[int]]]]] = {}
-        self._places: dict[int, tuple[int, int, Any]] = {}  # id of a parameter -> group, place there, itself
+        self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
     def attach(self, parameter: Tensor, shard: Shard) -> None:
         """Take the layout of a parameter."""
@@ -43,20 +43,17 @@ class Steps:
 
     def numbered(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> list[Numbered]:
         """Parameters with the numbers of their groups, in the order in which the groups have them."""
-        places = [(self._place(parameter, groups), parameter) for parameter in parameters]
+        once = {id(parameter): parameter for parameter in parameters}
+        places = [(self._place(parameter, groups), parameter) for parameter in once.values()]
         return [(place[0], parameter) for place, parameter in sorted(places, key=lambda one: one[0]) if place]
 
     def _place(self, parameter: Tensor, groups: Sequence[Group]) -> tuple[int, ...]:
         """Number of its group and place in it; nothing for what an engine took out of its group."""
-        known = self._places.get(id(parameter))
-        if known is None or known[2]() is not parameter:
-            self._places = {
-                id(p): (number, place, weakref.ref(p))
-                for number, group in enumerate(groups)
-                for place, p in enumerate(group["params"])
-            }
-            known = self._places.get(id(parameter))
-        return known[:2] if known else ()
+        group, place = self._places.get(id(parameter), (len(groups), 0))
+        if group < len(groups) and place < len(its := groups[group]["params"]) and its[place] is parameter:
+            return group, place
+        self._places = {id(p): (i, j) for i, one in enumerate(groups) for j, p in enumerate(one["params"])}
+        return self._places.get(id(parameter), ())
 
     def take(self, members: Sequence[Numbered], groups: Sequence[Group], states: MutableMapping[Tensor, Group]) -> None:
         """One step of `members`; state that is not there yet is made."""

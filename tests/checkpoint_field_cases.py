@@ -28,7 +28,7 @@ def _plain(options: Options) -> Program:
     return Program("none", (Field("column", Extent.COLUMN), Field("unit", Extent.UNIT)), (Pass("step", writes=True),))
 
 
-EVERY_EXTENT = Recipe(_program, _plain, lambda options: {})
+EVERY_EXTENT = Recipe(_program, _plain, lambda options: {}, ())
 
 
 def known(name: str, fragment: Fragment) -> Tensor:

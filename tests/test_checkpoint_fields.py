@@ -82,7 +82,7 @@ def test_other_state_is_refused(tmp_path, stepped) -> None:
         r"'weight' has the state exp_avg \(unit\), exp_avg_sq_row \(row\), limited_norm \(tensor\) in .*, and this "
         r"optimizer \(recipe 'orthogonal'\) needs exp_avg \(unit\), limited_norm \(tensor\)"
     )
-    other = r"would have other state \(level=2, wavelet='haar' with exp_avg, exp_avg_sq_row, limited_norm\)"
+    other = r"would have other state \(level=2, wavelet='haar' with exp_avg, exp_avg_sq_row, limited_norm by normuon\)"
     with pytest.raises(CheckpointError, match=message if stepped else other):
         gwt_dist.load(tmp_path / "with", model, optimizer)
     assert optimizer.param_groups[0]["nor"] is None

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"units", "exchange", "declare", "extents", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
     "rounds": {"units", "declare", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
-    "stages": {"declare", "exchange", "piece", "kernels", "rounds", "sums"},
+    "stages": {"declare", "exchange", "piece", "formulas", "kernels", "rounds", "sums"},
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
     "steps": {"comm", "declare", "dtensor", "plan", "recipes", "schedule", "shards"},

@@ -253,6 +253,6 @@ def test_what_an_orthogonalized_update_cannot_have() -> None:
     optimizer, weight = trained(ZEROS, [random((8, 12))])
     optimizer.param_groups[0]["recipe"] = "energy"
     with pytest.raises(
-        ValueError, match=r"differ from level=2, wavelet='haar' with exp_avg, limited_norm at its first"
+        ValueError, match=r"differ from level=2, wavelet='haar' with exp_avg, limited_norm by orthogonal at"
     ):
         optimizer.step()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import toy_recipe  # noqa: F401
 from gwt_dist import GWTAdamW, keys
-from gwt_dist.declare import Extent, Pass, Program, Rule, Sum
+from gwt_dist.declare import Extent, Field, Pass, Program, Rule, Sum, Travel
 from gwt_dist.layout import Fragment
 from gwt_dist.recipes import RECIPES, Recipe, meaning, register, rule_of
 from simulated import Sharded
@@ -59,7 +59,7 @@ def test_what_moments_of_a_group_mean() -> None:
     [
         (
             {"recipe": "energy", "nor": 0.9},
-            r"nor=0.9 in the arguments .* 'energy': it is for rows of an orthogonalized",
+            r"nor=0.9 in the arguments .* 'energy': it is read by orthogonal alone",
         ),
         ({"recipe": "foam", "limiter": 1.01}, r"limiter=1.01 .* 'foam': no update of it can grow"),
         ({"recipe": "foam", "detail_gain": 0.1}, r"detail_gain=0.1 .* 'foam': a residual is bounded"),
@@ -67,7 +67,7 @@ def test_what_moments_of_a_group_mean() -> None:
         ({"recipe": "foam", "second_moment": "none"}, r'write recipe="orthogonal"'),
         ({"recipe": "foma"}, r"recipe='foma' in the arguments of GWTAdamW must be one of \['energy', 'foam'"),
         ({"recipe": "orthogonal", "nor": 1.0}, r"nor=1.0 in .* must be in \[0, 1\)"),
-        ({"nesterov": 1}, r"nesterov=1 in .* must be True or False"),
+        ({"nesterov": 1}, r"nesterov=1 in .* must be True, False or None"),
     ],
     ids=str,
 )
@@ -93,6 +93,19 @@ def test_a_declaration_that_cannot_run_is_refused() -> None:
         Pass("step", (Sum("rows", Extent.ROW),), then="limit")
     with pytest.raises(ValueError, match="energy: there is a recipe or a key of that name"):
         register("energy", RECIPES["paper"])
+    with pytest.raises(ValueError, match="level: there is a recipe or a key of that name"):
+        register("new", RECIPES["paper"], {"level": keys.KEYS["lr"]})
+    step, unit = Pass("step", writes=True), Field("m", Extent.UNIT)
+    for fields, phases, message in (
+        ((unit, unit), (step,), "m, m stand twice"),
+        ((Field("step", Extent.UNIT),), (step,), "a field cannot be called step"),
+        ((unit,), (), "its last phase, and no other, must write"),
+        ((unit,), (Pass("look"),), "its last phase, and no other, must write"),
+        ((unit,), (step, step), "its last phase, and no other, must write"),
+        ((unit,), (Travel("send", "work", "keep", ("m",)),), "m travel along and are no fields over rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Program("new", fields, phases)
 
 
 def test_programs_of_one_kind_are_one() -> None:

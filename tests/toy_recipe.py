@@ -41,6 +41,8 @@ if "toy" not in RECIPES:  # a pool of ranks imports it once, and so does whoever
     adamw = RECIPES["energy"]
     register(
         "toy",
-        Recipe(lambda _: PROGRAM, adamw.plain, lambda options: adamw.numbers(options) | {"toy": options["toy"]}),
+        Recipe(
+            lambda _: PROGRAM, adamw.plain, lambda options: adamw.numbers(options) | {"toy": options["toy"]}, ("toy",)
+        ),
         {"toy": Key(0.1, lambda value: 0 < value <= 1, "must be in (0, 1]")},
     )

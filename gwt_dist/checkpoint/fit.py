@@ -14,7 +14,7 @@ from gwt_dist.checkpoint.holdings import Run, Stepped
 from gwt_dist.declare import Field
 from gwt_dist.keys import KEYS
 from gwt_dist.plan import Form
-from gwt_dist.recipes import RECIPES, check_group, meaning, rule_of
+from gwt_dist.recipes import RECIPES, check_group, meaning, program_of, resolved, rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +90,18 @@ def _check_recipe(name: str, saved: Mapping[str, Any], mine: Mapping[str, Any], 
             f"{name!r} was trained with the recipe {recipe!r} in {where}, which is none of {', '.join(RECIPES)}; "
             f"import what registers it before loading"
         )
-    now = meaning(mine)
-    for key, then in meaning(saved).items():
-        if then != now[key]:
-            raise CheckpointError(
-                f"{name!r} was trained with {key}={then!r} (recipe {recipe!r}) in {where} and this optimizer has "
-                f"{key}={now[key]!r} (recipe {mine['recipe']!r}); its moments would mean something else. Build the "
-                f"optimizer as it was"
-            )
+    now, read = meaning(mine), resolved(mine)[0].keys
+    differ = {key: (then, now[key]) for key, then in meaning(saved).items() if key in read and then != now[key]}
+    before, after = program_of(saved, 1), program_of(mine, 1)
+    if before.fields == after.fields and (before.formula, before.detail) != (after.formula, after.detail):
+        # The same state of another meaning.
+        differ.setdefault("formula", (f"{before.formula}, {before.detail}", f"{after.formula}, {after.detail}"))
+    for key, (then, here) in differ.items():
+        raise CheckpointError(
+            f"{name!r} was trained with {key}={then!r} (recipe {recipe!r}) in {where} and this optimizer has "
+            f"{key}={here!r} (recipe {mine['recipe']!r}); its moments would mean something else. Build the "
+            f"optimizer as it was"
+        )
 
 
 def _shown(fields: Iterable[Field]) -> str:

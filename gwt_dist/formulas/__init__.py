@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from gwt_dist.declare import Pass, Program
 from gwt_dist.formulas import normuon, orthogonal, weights
 from gwt_dist.formulas.adam import DETAILS, Adam
 from gwt_dist.formulas.share import Share
 
-__all__ = ["DETAILS", "FORMULAS", "WRITES", "Share"]
+__all__ = ["DETAILS", "FORMULAS", "WRITES", "Share", "check"]
 
 FORMULAS: dict[str, Any] = {
     "adam_approximation": Adam(energy=False),
@@ -23,4 +24,23 @@ FORMULAS: dict[str, Any] = {
     "orthogonal": orthogonal,
     "normuon": normuon,
 }
+# How a weight takes its change.
 WRITES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"decay": weights.decay, "cautious": weights.cautious}
+
+
+def check(program: Program) -> None:
+    """Raise `ValueError` for a program that names what is not here."""
+    formula = FORMULAS.get(program.formula)
+    names = [
+        name
+        for phase in program.phases
+        for name in ((phase.function, phase.then) if isinstance(phase, Pass) else (phase.send, phase.work, phase.keep))
+    ]
+    lacks = [name for name in names if name and not hasattr(formula, name)]
+    for name, known in ((program.formula, FORMULAS), (program.detail or "weighed", DETAILS), (program.write, WRITES)):
+        if name not in known:
+            raise ValueError(
+                f"a program names {name!r}, which is none of {', '.join(known)}; register it before a step"
+            )
+    if lacks:
+        raise ValueError(f"formula {program.formula!r} has no function {', '.join(lacks)}, which its program names")

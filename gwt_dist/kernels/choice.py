@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Program
+from gwt_dist.declare import Extent, Program
 from gwt_dist.kernels import cpu, eager, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.variant import lacking
@@ -86,6 +86,8 @@ def missing_of(name: str, device: torch.device, dtype: torch.dtype, program: Pro
     if lacks:
         return lacks
     for piece in pieces:
+        if len({place.offset for name, place in piece.places.items() if name in program.names(Extent.UNIT)}) > 1:
+            return f"state at another place for each field ({piece.fragment.fqn})"
         if not isinstance(piece.transform, HaarTransform):
             return f"wavelets other than Haar ({piece.fragment.fqn})"
         if piece.level > MAX_LEVEL:

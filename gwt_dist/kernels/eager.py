@@ -119,7 +119,7 @@ def _add(part: Part, place: Place, values: Tensor | tuple[Tensor, ...], sums: Te
     """Add the values of coefficients that this rank owns, (N,) fp64 for each number, to their places."""
     piece = part.piece
     for number, values_N in enumerate(values if isinstance(values, tuple) else (values,)):
-        owned = piece.of_owned(values_N)
+        owned = piece.of_owned(values_N).double()
         if place.extent is Extent.TENSOR:
             sums[place.index[number]] += owned.sum()
             continue

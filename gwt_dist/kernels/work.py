@@ -30,11 +30,16 @@ class Place:
     numbers: int
     # One a number for TENSOR; one a row touched, or one a place in a row, for each number after the other.
     index: Sequence[int]
+    _kept: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False)
 
     def places(self, number: int, device: torch.device) -> Tensor:
         """Of each row touched, or of each place in a row: int64, ``[P]`` or ``[K]``."""
-        each = len(self.index) // self.numbers
-        return torch.tensor(self.index[number * each : (number + 1) * each], dtype=torch.int64, device=device)
+        key = number, device
+        if key not in self._kept:
+            each = len(self.index) // self.numbers
+            its = self.index[number * each : (number + 1) * each]
+            self._kept[key] = torch.tensor(its, dtype=torch.int64, device=device)
+        return self._kept[key]
 
     def read(self, sums: Tensor) -> Tensor:
         """The numbers: 0-d for TENSOR, else (P,) or (K,); with a dimension of `numbers` before where there are more."""
