@@ -138,7 +138,7 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
         exp_avg_sq.store(v);
       }
       Vec read = exp_avg;  // `moments.read`
-      if (nesterov) read = exp_avg * beta1 + a * rest1;
+      if (C10_UNLIKELY(nesterov)) read = exp_avg * beta1 + a * rest1;
       if constexpr (PHASE == MOMENTS) {
         if (norm) {
           float values[V];
