@@ -286,7 +286,7 @@ def test_fields_and_sums_of_every_extent(engine: str) -> None:
     together: Any = ("all ranks",)
     for rank, fragments in enumerate(held):
         shard = Shard(join(held), tuple(fragments), together, together, alone(fragments))
-        plan = ParameterPlan.of(shard, Form(2, "haar", program.fields, plain.fields))
+        plan = ParameterPlan.of(shard, Form(2, "haar", program.fields, plain.fields, ""))
         state = plan.fresh_state(torch.zeros(laid.part))
         assert {f.name: values[rank] for f, values in found.fields.items()} | {"step": found.steps[rank]} == {
             name: tensor.nbytes for name, tensor in state.items()
