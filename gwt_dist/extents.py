@@ -12,6 +12,8 @@ from gwt_dist.declare import Extent
 from gwt_dist.exchange import Whole
 from gwt_dist.layout import Fragment, Units, columns_of
 
+SHARDED = Extent.UNIT, Extent.ROW  # fields that are sharded as the tensor is; all others are kept whole
+
 
 def units_along(extent: Extent, shape: tuple[int, ...], units: Units) -> Units:
     """The units of which a field of `extent`, UNIT or ROW, has one number a coefficient; `units` are the tensor's."""
@@ -25,7 +27,7 @@ def kept(extent: Extent, fragment: Fragment, units: Units, offset: int = 0) -> F
     The whole field is ``[R, K]`` for UNIT, ``[R, 1]`` for ROW, ``[1, K]`` for COLUMN and ``[1]`` for TENSOR; `offset`
     is the place in this rank's buffer.
     """
-    if extent in (Extent.UNIT, Extent.ROW):
+    if extent in SHARDED:
         return units_along(extent, fragment.shape, units).moments(fragment, offset)
     if extent is Extent.TENSOR:  # whatever this rank holds of the tensor
         return Fragment(fragment.fqn, (1,), 0, 1, offset)
@@ -36,7 +38,7 @@ def kept(extent: Extent, fragment: Fragment, units: Units, offset: int = 0) -> F
 def owned(extent: Extent, fragment: Fragment, units: Units) -> Fragment:
     """The part of `kept` that this rank counts in sums and writes to checkpoints; what all keep alike, all own."""
     numbers = kept(extent, fragment, units)
-    if extent not in (Extent.UNIT, Extent.ROW):
+    if extent not in SHARDED:
         return numbers
     along = units_along(extent, fragment.shape, units)
     first, _ = along.touched(fragment)

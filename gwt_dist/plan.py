@@ -15,7 +15,6 @@ from gwt_dist.layout import Fragment, Units
 from gwt_dist.piece import Piece, math_dtype, moments_shape
 from gwt_dist.units import level_of, units_of
 
-SHARDED = Extent.UNIT, Extent.ROW  # fields that are sharded as the parameter is
 _ORDER = list(Extent)
 
 
@@ -90,7 +89,7 @@ class Plan:
         for field in self.fields:
             dtype = math_dtype(parameter.dtype)
             zeros = torch.zeros(self.shapes[field.name], dtype=dtype, device=parameter.device)
-            if field.extent in SHARDED and self.shard.local_shape is not None:
+            if field.extent in extents.SHARDED and self.shard.local_shape is not None:
                 units = extents.units_along(field.extent, shape, self.form.units(shape))
                 zeros = dtensor.wrap(zeros, parameter, _whole(field.extent, shape, self.form), units)
             state[field.name] = zeros

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gwt_dist.comm import Shard
+from gwt_dist.extents import SHARDED
 from gwt_dist.keys import KEYS
 from gwt_dist.piece import math_dtype
-from gwt_dist.plan import SHARDED, Form, Plan
+from gwt_dist.plan import Form, Plan
 from gwt_dist.recipes import rule_of
 from gwt_dist.steps import Group, Steps
 

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
     "steps": {"comm", "declare", "dtensor", "plan", "recipes", "schedule", "shards"},
-    "state": {"comm", "keys", "piece", "plan", "recipes", "steps"},
+    "state": {"comm", "extents", "keys", "piece", "plan", "recipes", "steps"},
     "optimizer": {"comm", "keys", "plan", "recipes", "steps", "state"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},

@@ -30,7 +30,7 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
     assert isinstance(its, Pass), "whole matrices go by `rounds`"
     function = getattr(formula, its.function)
     for part in work.parts:
-        found = function(share(part, work, tensors, sums))
+        found = function(share(part, work, tensors, sums[:number]))
         if its.writes:
             write(part, work, tensors, found)
         else:
@@ -76,13 +76,12 @@ def settle(
 
 
 def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share:
-    """What a function of the formula is given."""
+    """What a function of the formula is given; `sums` are those of the phases before, which are complete."""
     piece, state = part.piece, {}
     for field in work.program.fields:
         place = piece.places[field.name]
         kept = tensors.state[field.name][part.parameter].view(-1).narrow(0, place.offset, place.numel)
         state[field.name] = kept[0] if field.extent is Extent.TENSOR else kept
-    # The vector of this very phase is not complete; functions read the sums of those before.
     known = {place.name: place.read(vector) for its, vector in zip(part.sums, sums, strict=False) for place in its}
     rule = tensors.rules[part.parameter]
     return Share(gather(part, tensors), state, known, tensors.steps[part.parameter], rule, work.program, piece)

@@ -15,7 +15,6 @@ from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.units import units_of
 
-SHARDED = Extent.UNIT, Extent.ROW
 Kind = tuple[int, str, tuple[Field, ...]]  # level and wavelet of a tensor's group, and fields of the tensor
 
 
@@ -75,7 +74,7 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> C
                 its = numbers(fields, Fragment("", shape, *like), units)
                 found[like] = (
                     [(kept.setdefault(f, [0] * shards), n.kept) for f, n in its],
-                    sum(n.owned for f, n in its if f.extent in SHARDED),
+                    sum(n.owned for f, n in its if f.extent in extents.SHARDED),
                     sum(n.kept - n.owned for _, n in its),
                 )
             by_field, its_owned, its_cut = found[like]
