@@ -47,7 +47,7 @@ class Frozen:
             missed = self._missed.get(parameter, {})
             if still:
                 found[id(parameter)] = frozenset(still)
-            for name in missed.keys() - still:
+            for name in sorted(missed.keys() - still):
                 raise ValueError(
                     f"{name!r} was frozen for {missed[name]} steps and is to be trained again, and the engine keeps it "
                     f"in one buffer with tensors that were not: they have one count of steps, and the bias correction "

@@ -32,11 +32,11 @@ class Member:
     plan: Plan
     group: int  # number of its parameter group
     dtype: torch.dtype
-    shape: tuple[int, ...]  # of the local part
-    is_dtensor: bool
     moves: bool  # it has a gradient and is not frozen; else it takes part in collectives alone
     leveled: Program  # of its tensors with level > 0
     plain: Program  # of the others
+    shape: tuple[int, ...] = ()  # of the local part
+    is_dtensor: bool = False
     frozen: frozenset[str] = frozenset()  # names of its tensors that stay as they are
 
     def entries(self, number: int) -> Iterator[Entry]:

@@ -118,11 +118,11 @@ class Steps:
                     plan,
                     number,
                     parameter.dtype,
-                    self._shapes[parameter],
-                    isinstance(parameter, DTensor),
                     parameter.grad is not None and len(still) < len(plan.shard.tensors),
                     rule.program,
                     rule.plain,
+                    self._shapes[parameter],
+                    isinstance(parameter, DTensor),
                     still,
                 )
                 by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
