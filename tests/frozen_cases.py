@@ -1,4 +1,4 @@
-"""What the ranks of `test_frozen.py` run: weights that are frozen and thawed while an engine trains, and one process."""
+"""What the ranks of `test_frozen.py` run: weights frozen and thawed while an engine trains, and one process."""
 
 from __future__ import annotations
 

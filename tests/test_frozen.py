@@ -1,4 +1,4 @@
-"""Weights that are frozen, thawed or trained in turn: every engine leaves them alone as one process does, or says so."""
+"""Weights that are frozen, thawed or trained in turn: every engine leaves them alone as one process does, or raises."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def test_random_changes_between_steps_end_in_the_right_step_or_an_error(
 
 def test_a_copy_of_state_is_checked_too() -> None:
     """A deep copy whose state was cut: its own plan says how much there must be."""
-    parameters, optimizer = built()
+    _, optimizer = built()
     another = copy.deepcopy(optimizer)
     p = another.param_groups[0]["params"][0]
     p.grad = torch.ones_like(p)
