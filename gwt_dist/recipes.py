@@ -188,9 +188,6 @@ def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` naming the key, its value and the legal range, for the first key of `group` that is wrong."""
-    lacks = [key for key in COMMON if key not in group]
-    if lacks:
-        raise ValueError(f"{', '.join(lacks)} missing in {where}; put back what was taken out")
     check_keys(group, where)
     check_level(group["level"])
     check_wavelet(group["wavelet"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from gwt_dist.plan import Plan
 from gwt_dist.stages import Maker, Run, Stage
 from gwt_dist.sums import Entry, lay_out
 from gwt_dist.units import level_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class Schedule:
             for i, member in enumerate(members)
             if member.moves and member.plan.exchange.sends
         ]
+        self._groups = [member.group for member in members]
+        self._has_dtensors = any(member.is_dtensor for member in members)
         moves = [member.moves for member in members]
         self._counting = _counting(members, device)
         make = Maker([m.dtype for m in members], [m.group for m in members], moves, self._first_slot, device)
@@ -93,12 +97,13 @@ class Schedule:
         exchange = torch.zeros(self._first_slot[-1], dtype=self._exchange_dtype, device=self._device)
 
         def tensors(run: Run) -> Tensors:
+            its = _of(run, states)
             return Tensors(
-                [weights[i] for i in run.members],
-                [gradients[i] for i in run.members],
-                {name: _local([states[i][name] for i in run.members]) for name in run.work.program.names()},
-                [states[i]["step"] for i in run.members],
-                [rules[self.members[i].group] for i in run.members],
+                _of(run, weights),
+                _of(run, gradients),
+                {name: self._local([state[name] for state in its]) for name in run.work.program.names()},
+                [state["step"] for state in its],
+                [rules[group] for group in _of(run, self._groups)],
                 exchange,
             )
 
@@ -135,6 +140,12 @@ class Schedule:
                 )
         return ValueError(f"the state of the optimizer has no {error}")
 
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The parts of DTensors that this rank holds; other tensors, and those that no kernel takes, as they are."""
+        if not self._has_dtensors:
+            return tensors
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
     def _complete(self, exchange: Tensor, gradients: Sequence[Tensor]) -> None:
         """The elements of all cut units, completed by one sum for each process group; none if nothing is cut."""
         for i, sources, slots in self._sends:
@@ -142,9 +153,9 @@ class Schedule:
         sum_over_ranks(exchange, self._lengths, self._row_groups)
 
 
-def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of DTensors that this rank holds, other tensors as they are."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+def _of(run: Run, values: Sequence[T]) -> list[T]:
+    """Those of the members of a run."""
+    return list(values) if len(run.members) == len(values) else [values[i] for i in run.members]
 
 
 def _counting(members: Sequence[Member], device: torch.device) -> list[tuple[Kernel, list[int]]]:

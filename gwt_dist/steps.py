@@ -16,6 +16,7 @@ from gwt_dist import dtensor
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Rule
 from gwt_dist.frozen import Frozen
+from gwt_dist.keys import COMMON
 from gwt_dist.plan import Form, Plan
 from gwt_dist.recipes import check_group, rule_of
 from gwt_dist.schedule import Member, Schedule
@@ -66,8 +67,9 @@ class Steps:
         """One step of `members`; state that is not there yet is made."""
         rules = [self._rule(number, group) for number, group in enumerate(groups)]
         frozen = self.frozen.among([parameter for _, parameter in members], self.shards)
-        for schedule, numbers in self._scheduled(members, groups, rules, frozen):
-            _run(schedule, [members[i][1] for i in numbers], states, rules)
+        gradients = [parameter.grad for _, parameter in members]
+        for schedule, numbers in self._scheduled(members, gradients, groups, rules, frozen):
+            _run(schedule, [members[i][1] for i in numbers], [gradients[i] for i in numbers], states, rules)
             for member, i in zip(schedule.members, numbers, strict=True) if frozen else ():
                 if member.moves and member.frozen:
                     self.frozen.pass_by(members[i][1], member.frozen)
@@ -81,6 +83,9 @@ class Steps:
         said = [value for key, value in group.items() if key not in ("params", "lr")]
         known = self._rules.get(number)
         if known is None or known[0] != said or not isinstance(lr, (float, Real, Tensor)):
+            lacks = [key for key in COMMON if key not in group]
+            if lacks:
+                raise ValueError(f"parameter group {number} has no {', '.join(lacks)}; put back what was taken out")
             check_group(group, f"parameter group {number}")
             known = self._rules[number] = said, rule_of(group)
         rule = known[1]
@@ -89,6 +94,7 @@ class Steps:
     def _scheduled(
         self,
         members: Sequence[Numbered],
+        gradients: Sequence[Tensor | None],
         groups: Sequence[Group],
         rules: Sequence[Rule],
         frozen: Mapping[int, frozenset[str]],  # id of a parameter -> the tensors in it that are not trained
@@ -96,7 +102,7 @@ class Steps:
         key = (
             tuple(frozen.items()),
             tuple((g["level"], g["wavelet"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)),
-            tuple((id(p), p.grad is None, p.dtype, p.device) for _, p in members),
+            tuple([(id(p), g is None, p.dtype, p.device) for (_, p), g in zip(members, gradients, strict=True)]),
         )
         known = self._schedules.get(key)
         if known is not None and all(reference() is p for reference, (_, p) in zip(known[0], members, strict=True)):
@@ -165,49 +171,41 @@ class Steps:
 def _run(
     schedule: Schedule,
     parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     known: MutableMapping[Tensor, Group],
     rules: Sequence[Rule],
 ) -> None:
     """One step of the members of a schedule."""
     states: list[Mapping[str, Any]] = []
-    weights, gradients = [], []
-    for member, parameter in zip(schedule.members, parameters, strict=True):
-        if not member.moves:
+    weights, given = [], []
+    for member, parameter, gradient in zip(schedule.members, parameters, gradients, strict=True):
+        if gradient is None or not member.moves:
             states.append(_NO_STATE)
             weights.append(parameter)
-            gradients.append(parameter)
+            given.append(parameter)
             continue
-        weight, gradient = parameter, parameter.grad
-        assert gradient is not None
+        weight = parameter
         if member.is_dtensor:
             weight, gradient = dtensor.local(weight), dtensor.local(gradient, like=parameter)
-        if weight.shape != member.shape or gradient.shape != weight.shape:
-            _refuse_shapes(member, weight, gradient)
+        if weight.shape != member.shape:
+            raise _changed_shape(member, weight)
         state = known[parameter]
         if not state:
             state.update(member.plan.fresh_state(parameter))
         states.append(state)
         weights.append(weight)
-        gradients.append(gradient)
+        given.append(gradient)
     dense = [weight.contiguous() for weight in weights]
-    schedule.run(dense, [gradient.contiguous() for gradient in gradients], states, rules)
+    schedule.run(dense, [gradient.contiguous() for gradient in given], states, rules)
     for weight, copy in zip(weights, dense, strict=True):
         if copy is not weight:
             weight.copy_(copy)
 
 
-def _refuse_shapes(member: Member, weight: Tensor, gradient: Tensor) -> None:
-    """Raise `ValueError` for a parameter of another shape than its plan's, or a gradient of another size than it."""
-    name = repr(member.plan.shard.tensors[0].fqn)
-    if weight.shape != member.shape:
-        raise ValueError(
-            f"the parameter of {name} has the shape {tuple(weight.shape)} here and had {member.shape} when its layout "
-            f"was read: its state belongs to the tensor as it was, and a step would read past its end. Build a new "
-            f"optimizer for the parameters as they are now"
-        )
-    if gradient.numel() != weight.numel():
-        raise ValueError(
-            f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
-            f"parameter of {name}: the step would use those of other elements. "
-            f"It was not reduced; run the last backward pass before step() outside of no_sync()"
-        )
+def _changed_shape(member: Member, weight: Tensor) -> ValueError:
+    """For a parameter of another shape than its plan's."""
+    return ValueError(
+        f"the parameter of {member.plan.shard.tensors[0].fqn!r} has the shape {tuple(weight.shape)} here and had "
+        f"{member.shape} when its layout was read: its state belongs to the tensor as it was, and a step would read "
+        f"past its end. Build a new optimizer for the parameters as they are now"
+    )

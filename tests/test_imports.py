@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
     "frozen": {"comm"},
-    "steps": {"comm", "declare", "dtensor", "frozen", "plan", "recipes", "schedule", "shards"},
+    "steps": {"comm", "declare", "dtensor", "frozen", "keys", "plan", "recipes", "schedule", "shards"},
     "state": {"comm", "extents", "keys", "piece", "plan", "recipes", "steps"},
     "optimizer": {"comm", "keys", "plan", "recipes", "steps", "state"},
     "engines": MATH | RUNTIME,

@@ -16,10 +16,17 @@ from gwt_dist.piece import math_dtype
 def check(work: Work, tensors: Tensors) -> None:
     """Raise `ValueError` for the first tensor that is not as the plan of its parameter says."""
     for i, weight in enumerate(tensors.weights):
+        its = next((part.piece.fragment.fqn for part in work.parts if part.parameter == i), "a parameter")
+        gradient = tensors.gradients[i]
+        if gradient.numel() != weight.numel():
+            raise ValueError(
+                f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
+                f"parameter of {its!r}: the step would use those of other elements. "
+                f"It was not reduced; run the last backward pass before step() outside of no_sync()"
+            )
         for name, tensor, numel, dtypes in _expected(i, weight, work, tensors):
             found = _misfit(tensor, numel, dtypes, weight.device)
             if found:
-                its = next((p.piece.fragment.fqn for p in work.parts if p.parameter == i), "a parameter")
                 raise ValueError(
                     f"{name} of {its} {found}; a step would read and write memory that is not its own. Nothing was "
                     f"changed. Put back what was there at the step before, or build a new optimizer"

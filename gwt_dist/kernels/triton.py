@@ -36,8 +36,10 @@ _FLOATS = (torch.float32, torch.bfloat16)
 
 def check(work: Work, tensors: Tensors) -> None:
     """As `eager.check`, of sizes alone; what else is asked of tensors is asked when they have moved, see `_check`."""
-    for name in work.program.names():
-        if tuple([tensor.numel() for tensor in tensors.state[name]]) != work.numels[name]:
+    sizes = [[weight.numel() for weight in tensors.weights], *(work.numels[name] for name in work.program.names())]
+    found = [tensors.gradients, *(tensors.state[name] for name in work.program.names())]
+    for expected, its in zip(sizes, found, strict=True):
+        if [tensor.numel() for tensor in its] != list(expected):
             guard.check(work, tensors)
 
 
