@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gwt_dist import dtensor
+from gwt_dist import dtensor, replaced
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Rule
 from gwt_dist.plan import Form, Plan
@@ -30,6 +30,8 @@ class Steps:
     def __init__(self) -> None:
         self.shards: MutableMapping[Tensor, Shard] = WeakIdKeyDictionary()  # attached parameters
         self.given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters that the user passed
+        # Of a copy: parameters that were attached where it was made, and what this rank held there
+        self.copied: dict[Tensor, list[list[Any]]] = {}
         self.plans: MutableMapping[Tensor, Plan] = WeakIdKeyDictionary()
         # What is in a step -> its parameters and its schedules, one a device, with the numbers of their members
         self._schedules: dict[Any, tuple[list[Any], list[tuple[Schedule, list[int]]]]] = {}
@@ -38,6 +40,7 @@ class Steps:
     def attach(self, parameter: Tensor, shard: Shard) -> None:
         """Take the layout of a parameter."""
         self.shards[parameter] = shard
+        self.copied.pop(parameter, None)
         self.plans.pop(parameter, None)
         self._schedules.clear()
 
@@ -58,11 +61,15 @@ class Steps:
     def take(self, members: Sequence[Numbered], groups: Sequence[Group], states: MutableMapping[Tensor, Group]) -> None:
         """One step of `members`; state that is not there yet is made."""
         rules = [rule_of(group) for group in groups]
-        for schedule, numbers in self._scheduled(members, groups, rules):
+        for schedule, numbers in self._scheduled(members, groups, rules, states):
             _run(schedule, [members[i][1] for i in numbers], states, rules)
 
     def _scheduled(
-        self, members: Sequence[Numbered], groups: Sequence[Group], rules: Sequence[Rule]
+        self,
+        members: Sequence[Numbered],
+        groups: Sequence[Group],
+        rules: Sequence[Rule],
+        states: Mapping[Tensor, Group],
     ) -> list[tuple[Schedule, list[int]]]:
         key = (
             tuple((g["level"], g["wavelet"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)),
@@ -71,6 +78,7 @@ class Steps:
         known = self._schedules.get(key)
         if known is not None and all(reference() is p for reference, (_, p) in zip(known[0], members, strict=True)):
             return known[1]
+        replaced.refuse([parameter for _, parameter in members], groups, states, self.given, self.shards)
         by_device: dict[torch.device, list[tuple[int, Member]]] = {}
         dry_run = False
         for i, (number, parameter) in enumerate(members):

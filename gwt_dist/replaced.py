@@ -1,0 +1,78 @@
+"""Parameters that an engine replaced: an optimizer that holds the old ones steps, and the model stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+CARRY = (
+    "To carry the state of a run into another engine or process, save it with gwt_dist.save and load it with "
+    "gwt_dist.load into an optimizer that was built for it"
+)
+
+
+def refuse(
+    parameters: Sequence[Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Tensor, Any],
+    given: Container[Tensor],
+    attached: Collection[Tensor],
+) -> None:
+    """Raise `ValueError` if any of `parameters`, which are to be stepped, is none that its model computes with.
+
+    Asked when a set of parameters with gradients is stepped for the first time. `given` are those that the user passed
+    to the optimizer, `attached` those of engines.
+    """
+    originals = [p for p in parameters if hasattr(p, "_fsdp_orig_uid")]  # torch gives it what fully_shard replaces
+    if originals:
+        raise ValueError(
+            f"{len(originals)} of {len(parameters)} parameters of the optimizer, the first of shape "
+            f"{tuple(originals[0].shape)}, were replaced by fully_shard after the optimizer was built: the model would "
+            f"not move. Call fully_shard first and build the optimizer with the parameters that the model has then. "
+            f"{CARRY}"
+        )
+    idle = [p for p in parameters if p.grad is None and p not in attached]
+    gathered = {id(p) for p in _gathered()} if idle else set()
+    whole = [p for p in idle if id(p) in gathered]
+    if whole:
+        raise ValueError(
+            f"{len(whole)} of {len(parameters)} parameters of the optimizer, the first of shape "
+            f"{tuple(whole[0].shape)}, are whole tensors that FSDP2 gathered for a forward pass and never has the "
+            f"gradients of: the weights that they are copies of would not move. After a forward pass without a "
+            f"backward pass the root stays gathered. Build the optimizer right after fully_shard, or call "
+            f"model.reshard() before"
+        )
+    if any(p not in given and p not in attached for p in parameters):
+        refuse_left_state(states, [*(p for group in groups for p in group["params"]), *attached])
+
+
+def refuse_left_state(states: Mapping[Tensor, Any], held: Iterable[Tensor]) -> None:
+    """Raise `ValueError` if there is state of parameters that are not in `held`, whose place others have taken."""
+    here = {id(parameter) for parameter in held}
+    left = [parameter for parameter, state in states.items() if state and id(parameter) not in here]
+    if left:
+        raise ValueError(
+            f"the optimizer has state of {len(left)} parameters that it does not hold any more, the first of shape "
+            f"{tuple(left[0].shape)}: an engine put others in their place, which would begin with moments of zero. "
+            f"Give an engine an optimizer that has not stepped. {CARRY}"
+        )
+
+
+def _gathered() -> Iterator[Tensor]:
+    """The whole tensors of all FSDP2 modules of this process; none where torch keeps them elsewhere."""
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError:
+        return
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference() if callable(reference) else reference
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # one a module, before torch 2.13
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                whole = getattr(parameter, "_unsharded_param", None)
+                if whole is not None:
+                    yield whole
