@@ -114,7 +114,11 @@ class GWTAdamW(torch.optim.Optimizer):
 
     @property
     def shards(self) -> Mapping[Tensor, Shard]:
-        """What this rank holds of each flat parameter, as `attach` read it."""
+        """What this rank holds of each flat parameter, as `attach` read it.
+
+        Raises `ValueError` for a copy of an attached optimizer: nobody knows what its parameters hold.
+        """
+        self._refuse_copy()
         return self._steps.shards
 
     def plan_of(self, parameter: Tensor, group: int) -> Plan | None:
@@ -122,6 +126,7 @@ class GWTAdamW(torch.optim.Optimizer):
 
         None for a buffer of an engine that was never given to this optimizer. Raises `ValueError` as `step` does.
         """
+        self._refuse_copy()
         return self._steps.plan_of(parameter, group, self.param_groups)
 
     def attach(self, shards: Mapping[Tensor, Shard]) -> None:
@@ -206,9 +211,11 @@ class GWTAdamW(torch.optim.Optimizer):
         so that `load_state_dict` refuses those of another rank.
 
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
-        checkpoint would keep one rank's as if they were everyone's.
+        checkpoint would keep one rank's as if they were everyone's. And for state of parameters that are in no group,
+        as those of ZeRO-3 between steps; and where a function of torch asks that would gather flat buffers.
         """
-        state.check_writable(self.state, self._steps)
+        state.check_writable(self.state, self.param_groups, self._steps)
+        state.refuse_gathering(self._steps.shards.values())
         told = state.layouts(self.param_groups, self._steps)
         return super().state_dict() | ({state.LAYOUTS: told} if told else {})
 

@@ -60,6 +60,16 @@ def refuse_left_state(states: Mapping[Tensor, Any], held: Iterable[Tensor]) -> N
         )
 
 
+def refuse_stepped(states: Mapping[Tensor, Any]) -> None:
+    """Raise `ValueError` for an optimizer that has state already, before an engine takes its parameters."""
+    if any(states.values()):
+        raise ValueError(
+            f"the optimizer has state already, {len(states)} parameters of it, and the engine puts flat buffers in "
+            f"their place, which would begin with moments of zero. Give an engine an optimizer that has not stepped. "
+            f"{CARRY}"
+        )
+
+
 def _gathered() -> Iterator[Tensor]:
     """The whole tensors of all FSDP2 modules of this process; none where torch keeps them elsewhere."""
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +25,27 @@ from gwt_dist.units import level_of
 STEP = "step"
 LAYOUTS = "layouts"  # the key of a state_dict that says which elements the states of flat parameters are of
 Layout = list[list[Any]]
+# `FullyShardedDataParallel.optim_state_dict` and its brothers, and `get_optimizer_state_dict`.
+_GATHERERS = "torch.distributed.fsdp.fully_sharded_data_parallel", "torch.distributed.checkpoint.state_dict"
 _WAY_OUT = (
     "gwt_dist.save and gwt_dist.load move state between ranks and engines; torch's set_optimizer_state_dict with "
     "full_state_dict=True shards that of whole tensors for DTensors"
 )
 
 
-def check_writable(states: Mapping[Tensor, Group], steps: Steps) -> None:
-    """Raise `ValueError` for state that is no DTensor and should be: one rank's would be kept as everyone's."""
+def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], steps: Steps) -> None:
+    """Raise `ValueError` for state that is no DTensor and should be: one rank's would be kept as everyone's.
+
+    And for state of parameters that are in no group, to which torch gives no key.
+    """
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    left = [parameter for parameter in states if id(parameter) not in held]
+    if left:
+        raise ValueError(
+            f"{len(left)} parameters have state and are in no group of the optimizer, so a state_dict has no place for "
+            f"it: ZeRO-3 takes them out between steps, or somebody did. Use gwt_dist.save, or the engine's own "
+            f"save_checkpoint"
+        )
     for parameter, state in states.items():
         if not isinstance(parameter, DTensor) or parameter not in steps.plans:
             continue
@@ -44,6 +58,26 @@ def check_writable(states: Mapping[Tensor, Group], steps: Steps) -> None:
                 f"cannot be written as a DTensor. Shard columns in multiples of 2**level or lower the level (a row: "
                 f"shard rows alone), or use gwt_dist.save, which takes every layout"
             )
+
+
+def refuse_gathering(shards: Iterable[Shard]) -> None:
+    """Raise `ValueError` if a function of torch is asking that gathers the state of flat parameters.
+
+    It cuts moments by the sizes of the weights, and fails on some of the ranks while others wait. That it is asking can
+    be seen from the stack alone, and what it does cannot be hooked into.
+    """
+    if all(shard.local_shape is not None for shard in shards):
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _GATHERERS:
+            raise ValueError(
+                f"{frame.f_code.co_name} of torch gathers the state of flat parameters and takes it to be as large as "
+                f"the weights, and moments of GWTAdamW are smaller. Use gwt_dist.save and gwt_dist.load (or torch.save "
+                f"of state_dict() on each rank, for the same engine and number of ranks); gwt_dist.full_state returns "
+                f"the state of one tensor"
+            )
+        frame = frame.f_back
 
 
 def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> dict[Any, Tensor]:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
@@ -297,7 +299,7 @@ def _through_torch(thing: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-def copy_of_attached_case(kind: str, how: str, steps: int) -> dict[str, str]:
+def copy_of_attached_case(folder: str, kind: str, how: str, steps: int) -> dict[str, str]:
     """What a copy of an attached optimizer says."""
     model: Any
     if kind.startswith("zero"):
@@ -315,8 +317,8 @@ def copy_of_attached_case(kind: str, how: str, steps: int) -> dict[str, str]:
     found = {
         "step": refusal(twin.step),
         "update": refusal(lambda: twin.update(parameters)),
-        "load": refusal(lambda: twin.load_state_dict(optimizer.state_dict())),
-        "save": refusal(lambda: gwt_dist.save("/nowhere", model, twin, step=1)),
+        "load": refusal(lambda: twin.load_state_dict({"state": {}, "param_groups": []})),
+        "save": refusal(lambda: gwt_dist.save(folder, model, twin, step=1)),
         "again": refusal(COPIES[how](twin).step),
     }
     assert all(torch.equal(a, b) for a, b in zip(weights, parameters, strict=True))
@@ -394,6 +396,14 @@ def replaced_case(what: str) -> str:
     if what == "fsdp1 after steps":
         wrapped = FullyShardedDataParallel(model, **unit_options("FULL_SHARD", True))
         return refusal(lambda: gwt_dist.attach(optimizer, wrapped))
+    if what == "fsdp1 half wrapped":
+        options = unit_options("FULL_SHARD", False)
+        model = net()
+        model[0] = FullyShardedDataParallel(model[0], **options)
+        optimizer = optimizer_of(model)
+        model[2] = FullyShardedDataParallel(model[2], **options)
+        wrapped = FullyShardedDataParallel(model, **options)
+        return refusal(lambda: gwt_dist.attach(optimizer, wrapped))
     if what in ("fully_shard after steps", "swapped groups"):
         fully_shard(model)
         if what == "swapped groups":
@@ -452,3 +462,114 @@ def legitimate_case() -> list[str]:
     compiled = torch.compile(net(), backend="eager")
     messages.append(refusal(lambda: train((compiled, optimizer_of(compiled)), 0, 1)))
     return sorted(set(messages))
+
+
+# ----------------------------------------------------------------------------------------------------- state by name
+
+
+def by_name_case(kind: str, level: int) -> dict[str, Any]:
+    """What DeepSpeed's functions and `full_state` return of each tensor after three steps, beside one process."""
+    from deepspeed import utils
+
+    single = alone(level=level)
+    train(single, 0, BEFORE)
+    engine = Engine(int(kind[4]), kind.endswith("bf16"), level=level)
+    engine.train(0, BEFORE)
+    engine.engine.backward(engine.engine(batch(BEFORE).to(engine.dtype)).square().mean())
+    single[0](batch(BEFORE)).square().mean().backward()
+    messages, weights, gradients, states = set(), 0.0, 0.0, 0.0
+    for (name, parameter), one in zip(engine.module.named_parameters(), single[0].parameters(), strict=True):
+        value = torch.zeros(one.shape)
+        calls: list[Callable[[], object]] = [
+            lambda p=parameter: utils.safe_get_full_optimizer_state(p, "exp_avg"),
+            lambda p=parameter: utils.safe_get_full_optimizer_state(p, "step"),
+            lambda p=parameter, v=value: utils.safe_set_full_optimizer_state(p, v, "exp_avg_sq"),
+        ]
+        if kind.startswith("zero3"):
+            calls += [
+                lambda p=parameter: utils.safe_get_local_optimizer_state(p, "exp_avg"),
+                lambda p=parameter, v=value: utils.safe_set_local_optimizer_state(p, v, "exp_avg"),
+            ]
+        messages |= {refusal(call) for call in calls}
+        weight, gradient = utils.safe_get_full_fp32_param(parameter), utils.safe_get_full_grad(parameter)
+        weights = max(weights, _apart(weight, one.detach()))
+        gradients = max(gradients, _apart(gradient, one.grad))
+        utils.safe_set_full_fp32_param(parameter, weight)
+        state = gwt_dist.full_state(engine.engine, engine.optimizer, name)
+        states = max(states, differ(state, single[1].state[one]))
+    found = {"messages": messages, "weights": weights, "gradients": gradients, "states": states}
+    engine.engine.destroy()
+    return found
+
+
+def _apart(found: Tensor, expected: Tensor | None) -> float:
+    assert expected is not None
+    return float((found.float() - expected).abs().max())
+
+
+def differ(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of two states of the same keys, shapes and dtypes, as a part of what is expected."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key].shape, found[key].dtype) == (value.shape, value.dtype), key
+    return max(float((found[k] - v).abs().max() / v.abs().max().clamp(min=1e-30)) for k, v in expected.items())
+
+
+def full_state_of_case(kind: str, recipe: str) -> dict[str, Any]:
+    """`full_state` under other engines, before and after steps, and of a name that there is not."""
+    options = {"recipe": recipe, **({"nor": 0.95} if recipe == "orthogonal" else {})}
+    single = alone(**options)
+    train(single, 0, BEFORE)
+    build = {"ddp": alone, "fsdp2": fsdp2, "fsdp1": partial(fsdp1, True), "fsdp1 flat": partial(fsdp1, False)}[kind]
+    trained = build(**options)
+    empty = gwt_dist.full_state(*trained, "2.weight")
+    train(trained, 0, BEFORE)
+    parameters = dict(single[0].named_parameters())
+    states = [(gwt_dist.full_state(*trained, name), single[1].state[p]) for name, p in parameters.items()]
+    return {
+        "empty": empty,
+        "differ": max(differ(mine, its) for mine, its in states),
+        "unknown": refusal(lambda: gwt_dist.full_state(*trained, "2.wieght")),
+    }
+
+
+def torchs_roads_case(use_orig_params: bool) -> dict[str, str]:
+    """What torch's functions say that gather the state of FSDP1, or cut a whole one into it."""
+    model, optimizer = trained = fsdp1(use_orig_params)
+    train(trained, 0, 1)
+    single = alone()
+    train(single, 0, 1)
+    _, told = get_state_dict(*single, options=StateDictOptions(full_state_dict=True))
+    wrapper, whole_options = FullyShardedDataParallel, StateDictOptions(full_state_dict=True)
+    return {
+        "optim_state_dict": refusal(lambda: wrapper.optim_state_dict(model, optimizer)),
+        "full_optim_state_dict": refusal(lambda: wrapper.full_optim_state_dict(model, optimizer)),
+        "sharded_optim_state_dict": refusal(lambda: wrapper.sharded_optim_state_dict(model, optimizer)),
+        "get_optimizer_state_dict": refusal(lambda: get_optimizer_state_dict(model, optimizer)),
+        "set_optimizer_state_dict": refusal(
+            lambda: set_optimizer_state_dict(model, optimizer, optim_state_dict=told, options=whole_options)
+        ),
+        "optim_state_dict_to_load": refusal(
+            lambda: optimizer.load_state_dict(wrapper.optim_state_dict_to_load(model, optimizer, told))
+        ),
+    }
+
+
+def without_shards_case() -> float:
+    """Under NO_SHARD tensors are whole, and torch's functions move their state."""
+    from torch.distributed.fsdp import ShardingStrategy
+
+    def built() -> Trained:
+        options = unit_options("FULL_SHARD", True) | {"sharding_strategy": ShardingStrategy.NO_SHARD}
+        model = FullyShardedDataParallel(net(), **options)
+        optimizer = optimizer_of(model)
+        gwt_dist.attach(optimizer, model)
+        return model, optimizer
+
+    first, second = built(), built()
+    train(first, 0, BEFORE)
+    told = FullyShardedDataParallel.optim_state_dict(*first)
+    second[1].load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(*second, told))
+    second[0].load_state_dict(first[0].state_dict())
+    train(second, BEFORE, BEFORE + AFTER)
+    return off(whole(second[0]), expected_of(BEFORE + AFTER))
