@@ -33,8 +33,11 @@ Trained = tuple[Any, GWTAdamW]
 BEFORE, AFTER = 3, 2
 
 
-def net() -> nn.Sequential:
+def net(even: bool = False) -> nn.Sequential:
+    """Three layers whose parts on ranks differ in size, or two that fall to two ranks evenly."""
     torch.manual_seed(0)
+    if even:
+        return nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False))
     return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
@@ -68,8 +71,8 @@ def fsdp2(**options: Any) -> Trained:
     return model, optimizer_of(model, **options)
 
 
-def fsdp1(use_orig_params: bool, fused: bool = False, **options: Any) -> Trained:
-    model = FullyShardedDataParallel(net(), **unit_options("FULL_SHARD", use_orig_params))
+def fsdp1(use_orig_params: bool, fused: bool = False, even: bool = False, **options: Any) -> Trained:
+    model = FullyShardedDataParallel(net(even), **unit_options("FULL_SHARD", use_orig_params))
     optimizer = optimizer_of(model, **options)
     gwt_dist.attach(optimizer, model)
     if fused:
@@ -80,9 +83,9 @@ def fsdp1(use_orig_params: bool, fused: bool = False, **options: Any) -> Trained
 class Engine:
     """A DeepSpeed engine around `net`, trained as the others are."""
 
-    def __init__(self, stage: int, bf16: bool = False, **options: Any) -> None:
+    def __init__(self, stage: int, bf16: bool = False, even: bool = False, **options: Any) -> None:
         zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-        self.module = net()
+        self.module = net(even)
         self.optimizer = optimizer_of(self.module, **options)
         config = settings(stage, bf16, **zero) | {"train_micro_batch_size_per_gpu": 6}
         self.engine = gwt_dist.initialize(model=self.module, optimizer=self.optimizer, config=config)[0]
@@ -137,6 +140,36 @@ def between_layouts_case(recipe: str) -> dict[str, Any]:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def flat_and_whole_case(use_orig_params: bool) -> dict[str, str]:
+    """State of one process for FSDP1, and the reverse."""
+    single, flat = alone(), fsdp1(use_orig_params)
+    train(single, 0, 1)
+    train(flat, 0, 1)
+    mine, its = single[1].state_dict(), flat[1].state_dict()
+    assert mine.keys() == {"state", "param_groups"}
+    return {
+        "to flat": refusal(lambda: flat[1].load_state_dict(mine)),
+        "to whole": refusal(lambda: single[1].load_state_dict(its)),
+    }
+
+
+def aligned_columns_case() -> str:
+    """A state of aligned columns, loaded where it was saved, and that of rows for it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    told = []
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for dim in (0, 1):
+        weight = nn.Parameter(distribute_tensor(torch.ones(8, 16), mesh, [Shard(dim)]))
+        optimizer = GWTAdamW([weight], level=2)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        told.append(optimizer.state_dict())
+    optimizer.load_state_dict(told[1])
+    return refusal(lambda: optimizer.load_state_dict(told[0]))
 
 
 def other_mesh_case() -> dict[str, str]:
@@ -258,16 +291,16 @@ def another_meaning_case(kind: str, folder: str) -> dict[str, str]:
 
 
 def of_rank_0_case(kind: str) -> list[str]:
-    """The state of rank 0, given to all."""
+    """The state of rank 0, given to all; that of rank 1 has the same sizes."""
     if kind.startswith("zero"):
-        engine = Engine(int(kind[4]))
+        engine = Engine(int(kind[4]), even=True)
         engine.train(0, 1)
         zero = engine.engine.optimizer
         if kind == "zero3":
             zero._set_fp32_optimizer_param_groups()
         optimizer = engine.optimizer
     else:
-        _, optimizer = trained = fsdp1(kind == "fsdp1")
+        _, optimizer = trained = fsdp1(kind == "fsdp1", even=True)
         train(trained, 0, 1)
     told: list[Any] = [optimizer.state_dict()]
     own = refusal(lambda: optimizer.load_state_dict(told[0]))
@@ -328,6 +361,22 @@ def copy_of_attached_case(folder: str, kind: str, how: str, steps: int) -> dict[
     else:
         train(trained, steps, steps + 1)
     return found
+
+
+def shallow_copy_case(stage: int, steps: int) -> tuple[str, float]:
+    """A copy that shares parameters and state: what it says, and how far it goes astray once it is attached."""
+    from zero_cases import masters
+
+    engine = Engine(stage)
+    engine.train(0, steps)
+    twin = copy.copy(engine.optimizer)
+    message = refusal(twin.step)
+    engine.engine.optimizer.optimizer = twin
+    gwt_dist.attach(twin, engine.engine)
+    engine.train(steps, BEFORE + AFTER)
+    error = off(list(masters(engine.module).values()), expected_of(BEFORE + AFTER))
+    engine.engine.destroy()
+    return message, error
 
 
 def copy_before_attach_case(kind: str) -> str:

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replaced": set(),
     "steps": {"comm", "declare", "dtensor", "plan", "recipes", "replaced", "schedule", "shards"},
     "state": {"units", "comm", "dtensor", "extents", "keys", "piece", "plan", "recipes", "shards", "steps"},
-    "optimizer": {"comm", "keys", "plan", "recipes", "replaced", "steps", "state"},
+    "optimizer": {"comm", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {

@@ -18,6 +18,7 @@ from roads_cases import (
     BEFORE,
     COPIES,
     Named,
+    aligned_columns_case,
     alone,
     another_meaning_case,
     between_layouts_case,
@@ -25,6 +26,7 @@ from roads_cases import (
     copy_before_attach_case,
     copy_of_attached_case,
     copy_of_fsdp2_case,
+    flat_and_whole_case,
     full_state_case,
     full_state_of_case,
     fused_by_hand_case,
@@ -36,6 +38,7 @@ from roads_cases import (
     optimizer_of,
     other_mesh_case,
     replaced_case,
+    shallow_copy_case,
     torchs_roads_case,
     train,
     whole,
@@ -154,6 +157,21 @@ def test_state_of_another_layout_is_refused(ranks) -> None:
         assert "placements (Replicate(),)" in found["placement"]
 
 
+def test_rows_are_no_columns(ranks) -> None:
+    for message in ranks(2, aligned_columns_case):
+        assert (
+            "placements (Shard(dim=0),)" in message and "needs to be a DTensor with placements (Shard(dim=1)" in message
+        )
+
+
+@pytest.mark.support("FSDP1", "`load_state_dict` of whole tensors", outcome="refused")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_whole_tensors_are_no_flat_buffers(ranks, use_orig_params) -> None:
+    for found in ranks(2, flat_and_whole_case, use_orig_params):
+        assert WAY_OUT in found["to flat"]
+        assert WAY_OUT in found["to whole"] or "parameter group that doesn't match the size" in found["to whole"]
+
+
 @pytest.mark.support("FSDP2", "state of one process by `set_optimizer_state_dict(full_state_dict=True)`")
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_the_way_out_that_the_message_names(ranks, broadcast) -> None:
@@ -161,9 +179,8 @@ def test_the_way_out_that_the_message_names(ranks, broadcast) -> None:
 
 
 @pytest.mark.support("FSDP1", "the state of another rank", outcome="refused")
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1 flat"])
-def test_the_state_of_rank_0_is_no_other_rank_s(ranks, kind) -> None:
-    _of_rank_0(ranks(2, of_rank_0_case, kind))
+def test_the_state_of_rank_0_is_no_other_rank_s(ranks) -> None:
+    _of_rank_0(ranks(2, of_rank_0_case, "fsdp1 flat"))
 
 
 @pytest.mark.usefixtures("torch_extensions_dir")
@@ -244,6 +261,14 @@ def test_a_copy_of_an_attached_optimizer_does_nothing(ranks, tmp_path, kind, how
 def test_a_copy_of_an_optimizer_under_zero_does_nothing(ranks, tmp_path, kind, how, steps) -> None:
     _of_copies(ranks(2, copy_of_attached_case, str(tmp_path), kind, how, steps))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("torch_extensions_dir")
+@pytest.mark.parametrize(("stage", "steps"), [(2, 0), (2, 2), (3, 2)])
+def test_a_copy_of_the_very_parameters_goes_on_when_it_is_attached(ranks, stage, steps) -> None:
+    for message, error in ranks(2, shallow_copy_case, stage, steps):
+        assert "Call gwt_dist.attach(optimizer, engine)" in message
+        assert error < 1e-6
 
 
 def _of_copies(results: list[dict[str, str]]) -> None:
