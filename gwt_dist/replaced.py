@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 CARRY = (
     "To carry the state of a run into another engine or process, save it with gwt_dist.save and load it with "
@@ -44,8 +47,32 @@ def refuse(
             f"backward pass the root stays gathered. Build the optimizer right after fully_shard, or call "
             f"model.reshard() before"
         )
+    if len(idle) == len(parameters) and dist.is_initialized():
+        _refuse_flattened(idle)
     if any(p not in given and p not in attached for p in parameters):
         refuse_left_state(states, [*(p for group in groups for p in group["params"]), *attached])
+
+
+def _refuse_flattened(idle: Sequence[Tensor]) -> None:
+    """Raise `ValueError` if FSDP1 or fairscale took the place of parameters none of which has a gradient.
+
+    They leave no mark on what they flatten, so all objects of the process are looked through: for parameters that no
+    module has, and flat ones with gradients whose tensors have their shapes.
+    """
+    things = gc.get_objects()
+    modules = [thing for thing in things if issubclass(type(thing), nn.Module)]
+    its = {id(p) for module in modules for p in vars(module).get("_parameters", {}).values()}
+    lost = Counter(tuple(p.shape) for p in idle if id(p) not in its)
+    for flat in things if lost else ():
+        if issubclass(type(flat), nn.Parameter) and (hasattr(flat, "_is_flat_param") or hasattr(flat, "_param_shapes")):
+            shapes = getattr(flat, "_shapes", None) or getattr(flat, "_param_shapes", None)
+            if flat.grad is not None and shapes and Counter(map(tuple, shapes)) <= lost:
+                raise ValueError(
+                    f"{sum(lost.values())} parameters of the optimizer have no gradient and are in no module any more, "
+                    f"and a flat parameter of FSDP1 or fairscale holds tensors of their shapes: the model was wrapped "
+                    f"after the optimizer was built, and would not move. Build the optimizer after the model is "
+                    f"wrapped, and call gwt_dist.attach(optimizer, model)"
+                )
 
 
 def refuse_left_state(states: Mapping[Tensor, Any], held: Iterable[Tensor]) -> None:

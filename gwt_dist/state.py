@@ -227,13 +227,15 @@ def _check_tensor(name: str, found: Any, needed: Tensor, where: str) -> None:
 
 
 def _placed(tensor: Tensor) -> Any:
-    """Ranks and placements of a DTensor."""
+    """Ranks and placements of a DTensor, and which part it is: that of the rank that pickled it, if one did."""
     if not isinstance(tensor, DTensor):
         return None
-    return tensor.device_mesh.mesh.tolist(), tensor.placements
+    mesh = tensor.device_mesh
+    return mesh.mesh.tolist(), tensor.placements, tuple(mesh.get_coordinate() or ())
 
 
 def _told(tensor: Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return f"a tensor of its own on each rank, of shape {tuple(tensor.shape)}"
-    return f"a DTensor with placements {tensor.placements} on the ranks {tensor.device_mesh.mesh.tolist()}"
+    ranks, placements, part = _placed(tensor)
+    return f"a DTensor with placements {placements} on the ranks {ranks}, the part at {part}"

@@ -193,6 +193,16 @@ def other_mesh_case() -> dict[str, str]:
     return results
 
 
+def dtensors_of_rank_0_case() -> list[str]:
+    """The DTensors of a state that rank 0 wrote, read by all: they are those of rank 0, whatever their shapes say."""
+    trained = fsdp2()
+    train(trained, 0, 1)
+    told: list[Any] = [trained[1].state_dict()]
+    found = [refusal(lambda: trained[1].load_state_dict(_through_torch(trained[1].state_dict())))]
+    dist.broadcast_object_list(told, src=0)
+    return [*found, refusal(lambda: trained[1].load_state_dict(told[0]))]
+
+
 def full_state_case(broadcast: bool) -> float:
     """The way out of the message: state of one process through torch's `set_optimizer_state_dict`."""
     single = alone()
@@ -445,6 +455,11 @@ def replaced_case(what: str) -> str:
     if what == "fsdp1 after steps":
         wrapped = FullyShardedDataParallel(model, **unit_options("FULL_SHARD", True))
         return refusal(lambda: gwt_dist.attach(optimizer, wrapped))
+    if what == "before fsdp1":  # and never attached
+        model = net()
+        optimizer = optimizer_of(model)
+        wrapped = FullyShardedDataParallel(model, **unit_options("FULL_SHARD", False))
+        return refusal(lambda: train((wrapped, optimizer), 0, 1))
     if what == "fsdp1 half wrapped":
         options = unit_options("FULL_SHARD", False)
         model = net()
@@ -478,16 +493,21 @@ def replaced_case(what: str) -> str:
 def legitimate_case() -> list[str]:
     """What must not be taken for it: unused and frozen parameters, reference models, two models at once, a rewrap."""
     messages = []
+    # A plain model that has no gradients yet, beside one of the same shapes under FSDP1 that has.
+    (plain, optimizer), (flat, its) = alone(), fsdp1(False)
+    flat(batch(0)).square().mean().backward()
+    messages += [refusal(optimizer.step), refusal(its.step)]
+    messages.append(refusal(lambda: train((plain, optimizer), 0, 1)))
     # A plain model beside a sharded one of the same shapes that has gradients, and parameters that nobody uses.
-    plain, sharded = alone(), fsdp2()
+    whole_one, sharded = alone(), fsdp2()
     unused = nn.Parameter(torch.zeros(8, 8))
-    plain[1].add_param_group({"params": [unused]})
+    whole_one[1].add_param_group({"params": [unused]})
     for _ in range(2):
         sharded[0](batch(0)).square().mean().backward()
-        messages.append(refusal(plain[1].step))  # no gradient at all
-        plain[0](batch(0)).square().mean().backward()
-        messages += [refusal(plain[1].step), refusal(sharded[1].step)]
-        plain[1].zero_grad()
+        messages.append(refusal(whole_one[1].step))  # no gradient at all
+        whole_one[0](batch(0)).square().mean().backward()
+        messages += [refusal(whole_one[1].step), refusal(sharded[1].step)]
+        whole_one[1].zero_grad()
         sharded[1].zero_grad()
     # A sharded model with a forward pass under no_grad between steps, as for evaluation, and an unused layer.
     model, optimizer = fsdp2()

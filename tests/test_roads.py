@@ -26,6 +26,7 @@ from roads_cases import (
     copy_before_attach_case,
     copy_of_attached_case,
     copy_of_fsdp2_case,
+    dtensors_of_rank_0_case,
     flat_and_whole_case,
     full_state_case,
     full_state_of_case,
@@ -153,8 +154,17 @@ def test_state_of_another_layout_is_refused(ranks) -> None:
         assert "is a DTensor with placements (Shard(dim=0),)" in found["DTensor to plain"]
         assert not found["changed"] and not found["left"]
     for found in ranks(2, other_mesh_case):
-        assert "on the ranks [1, 0] in the state to load" in found["mesh"]
+        assert "on the ranks [1, 0], the part at" in found["mesh"]
         assert "placements (Replicate(),)" in found["placement"]
+
+
+@pytest.mark.support("FSDP2", "DTensors that rank 0 saved, read by all", outcome="refused")
+def test_the_dtensors_of_rank_0_are_no_other_rank_s(ranks) -> None:
+    results = ranks(2, dtensors_of_rank_0_case)
+    assert results[0] == ["no error", "no error"]
+    own, of_rank_0 = results[1]
+    assert own == "no error"
+    assert "on the ranks [0, 1], the part at (0,) in the state to load" in of_rank_0 and "the part at (1,)" in of_rank_0
 
 
 def test_rows_are_no_columns(ranks) -> None:
@@ -345,6 +355,7 @@ REPLACED = {
     "fully_shard after steps": BUILT,
     "swapped groups": "has state of 6 parameters that it does not hold any more",
     "fsdp1 after steps": "already has optimizer state; attach before the first step",
+    "before fsdp1": "have no gradient and are in no module any more",
     "fsdp1 half wrapped": "does not hold the flat parameter of '4.weight' but parameters of the shapes of its tensors",
 }
 

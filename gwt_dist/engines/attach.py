@@ -83,11 +83,14 @@ def attach_buffers(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer]) -> None:
 
 
 def _refuse_left_out(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer], model: Any) -> None:
-    """Raise `ValueError` where a unit was wrapped after the optimizer was built, which still holds what it took in."""
+    """Raise `ValueError` where a unit was wrapped after the optimizer was built, which still holds what it took in.
+
+    An optimizer that holds none of the units is `attach_buffers`'s to refuse.
+    """
     its = {id(parameter) for parameter in (model.parameters() if isinstance(model, nn.Module) else ())}
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     loose = Counter(tuple(p.shape) for p in held.values() if id(p) not in its)
-    for buffer in buffers:
+    for buffer in buffers if any(id(buffer.parameter) in held for buffer in buffers) else ():
         taken_in = Counter(fragment.shape for fragment in buffer.fragments)
         if id(buffer.parameter) not in held and buffer.parameter.requires_grad and loose and taken_in <= loose:
             raise ValueError(
