@@ -145,6 +145,10 @@ class GWTAdamW(torch.optim.Optimizer):
         replaced.refuse_left_state(self.state, [*self._parameters(), *shards, *self._steps.shards])
         for parameter, shard in shards.items():
             self._steps.attach(parameter, shard)
+        owners = {id(owner) for shard in shards.values() for owner in shard.owners}
+        if owners:
+            frozen = [p for p in self._steps.given if not p.requires_grad and id(p) not in owners]
+            self._steps.frozen.leave_out(frozen)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
