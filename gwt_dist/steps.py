@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gwt_dist import dtensor
+from gwt_dist import dtensor, replaced
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Rule
 from gwt_dist.frozen import Frozen
@@ -34,6 +34,8 @@ class Steps:
     def __init__(self) -> None:
         self.shards: MutableMapping[Tensor, Shard] = WeakIdKeyDictionary()  # attached parameters
         self.given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters that the user passed
+        # Of a copy: parameters that were attached where it was made, and what this rank held there
+        self.copied: dict[Tensor, list[list[Any]]] = {}
         self.plans: MutableMapping[Tensor, Plan] = WeakIdKeyDictionary()
         self.frozen = Frozen()
         self._shapes: MutableMapping[Tensor, tuple[int, ...]] = WeakIdKeyDictionary()  # of local parts, when planned
@@ -45,6 +47,7 @@ class Steps:
     def attach(self, parameter: Tensor, shard: Shard) -> None:
         """Take the layout of a parameter."""
         self.shards[parameter] = shard
+        self.copied.pop(parameter, None)
         self._shapes[parameter] = tuple(parameter.shape)
         self.plans.pop(parameter, None)
         self._schedules.clear()
@@ -68,7 +71,7 @@ class Steps:
         rules = [self._rule(number, group) for number, group in enumerate(groups)]
         frozen = self.frozen.among([parameter for _, parameter in members], self.shards)
         gradients = [parameter.grad for _, parameter in members]
-        for schedule, numbers in self._scheduled(members, gradients, groups, rules, frozen):
+        for schedule, numbers in self._scheduled(members, gradients, groups, rules, frozen, states):
             _run(schedule, [members[i][1] for i in numbers], [gradients[i] for i in numbers], states, rules)
             for member, i in zip(schedule.members, numbers, strict=True) if frozen else ():
                 if member.moves and member.frozen:
@@ -98,6 +101,7 @@ class Steps:
         groups: Sequence[Group],
         rules: Sequence[Rule],
         frozen: Mapping[int, frozenset[str]],  # id of a parameter -> the tensors in it that are not trained
+        states: Mapping[Tensor, Group],
     ) -> list[tuple[Schedule, list[int]]]:
         key = (
             tuple(frozen.items()),
@@ -112,6 +116,7 @@ class Steps:
                 "a parameter is in the parameter groups twice, so a step would change it twice, in an order that "
                 "nothing decides. Take it out of one of them"
             )
+        replaced.refuse([parameter for _, parameter in members], groups, states, self.given, self.shards)
         by_device: dict[torch.device, list[tuple[int, Member]]] = {}
         dry_run = False
         for i, (number, parameter) in enumerate(members):

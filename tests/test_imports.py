@@ -23,7 +23,7 @@ DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, withou
 MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
-RUNTIME |= {"steps", "state", "optimizer"}
+RUNTIME |= {"replaced", "steps", "state", "optimizer"}
 STATE = {"checkpoint", "memory", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
@@ -48,9 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
     "frozen": {"comm"},
-    "steps": {"comm", "declare", "dtensor", "frozen", "keys", "plan", "recipes", "schedule", "shards"},
-    "state": {"comm", "extents", "keys", "piece", "plan", "recipes", "steps"},
-    "optimizer": {"comm", "keys", "plan", "recipes", "steps", "state"},
+    "replaced": set(),
+    "steps": {"comm", "declare", "dtensor", "frozen", "keys", "plan", "recipes", "replaced", "schedule", "shards"},
+    "state": {"units", "comm", "dtensor", "extents", "keys", "piece", "plan", "recipes", "shards", "steps"},
+    "optimizer": {"comm", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {

@@ -6,6 +6,7 @@ See docs/checkpoints.md for the format.
 from gwt_dist.checkpoint.folder import NoCheckpoint, checkpoints, find, locate, read_index
 from gwt_dist.checkpoint.format import CheckpointError, Index
 from gwt_dist.checkpoint.read import Loaded, load
+from gwt_dist.checkpoint.whole import full_state
 from gwt_dist.checkpoint.write import save
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NoCheckpoint",
     "checkpoints",
     "find",
+    "full_state",
     "load",
     "locate",
     "read_index",
