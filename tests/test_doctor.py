@@ -93,7 +93,7 @@ def test_a_run_says_the_same(
 
     monkeypatch.setattr("deepspeed.initialize", build_optimizer)
     with pytest.raises(ValueError) as refused:
-        gwt_dist.initialize(model=build_model(), config=settings)
+        gwt_dist.initialize(model=build_model(), config=arguments[1])
     assert told == [str(refused.value)]
 
 

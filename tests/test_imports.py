@@ -23,7 +23,7 @@ DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, withou
 MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "steps", "state", "optimizer"}
-STATE = {"checkpoint", "memory", "config"}
+STATE = {"checkpoint", "memory", "config", "ds_json"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "exchange": {"layout"},
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "declare": set(),
     "keys": set(),
     "recipes": {"units", "declare", "keys"},
+    "ds_json": {"keys"},
     "extents": {"layout", "exchange", "declare"},
     "piece": {"layout", "units", "wavelet"},
     "formulas": {"declare", "piece", "layout"},
@@ -49,13 +50,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steps": {"comm", "declare", "dtensor", "plan", "recipes", "schedule", "shards"},
     "state": {"comm", "extents", "keys", "piece", "plan", "recipes", "steps"},
     "optimizer": {"comm", "keys", "plan", "recipes", "steps", "state"},
-    "engines": MATH | RUNTIME,
+    "engines": MATH | RUNTIME | {"ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {
         "layout",
         "exchange",
         "units",
         "groups",
+        "ds_json",
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
@@ -78,6 +80,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "exchange": set(),
     "matrices": set(),
     **{part: set() for part in DECLARED},
+    "ds_json": {"hjson"},
     "units": {"pywt"},
     "memory": {"torch"},
     "wavelet": {"torch", "pywt"},
