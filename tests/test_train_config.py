@@ -140,7 +140,7 @@ def load(tmp_path: Path, world_size: int = 2, **content: Any) -> ds_config.Batch
             {"train_batch_size": 16, "gradient_accumulation_steps": 3},
             "4 .* gradient_accumulation_steps 3 .* 2 ranks = 24, but train_batch_size = 16",
         ),
-        ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu is \"auto\""),
+        ({"train_micro_batch_size_per_gpu": "auto"}, 'train_micro_batch_size_per_gpu is "auto"'),
         ({"train_micro_batch_size_per_gpu": 0}, "=0 of .* must be a whole number"),
     ],
 )

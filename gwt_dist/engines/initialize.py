@@ -12,6 +12,7 @@ from gwt_dist import ds_json
 from gwt_dist.ds_json import TYPE, checked
 from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import attach
+from gwt_dist.engines.section import support
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
 
@@ -85,32 +86,6 @@ def settings_of(args: Any, config: str | Path | Mapping[str, Any] | None) -> dic
     return ds_json.settings_of(given[0]) if given else None
 
 
-def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
-    """What DeepSpeed calls for an optimizer section of type GWTAdamW, with parameters that have lost their names.
-
-    Groups that say their own level are taken, the section giving what they do not say.
-
-    Raises:
-        ValueError: For groups that do not, unless the section's level is 0: it would act on every weight.
-    """
-    options = checked(section)
-    targets = options.pop("targets", None)
-    given = list(params)
-    named = all(isinstance(group, dict) and "level" in group for group in given)
-    if targets is not None or not (named or options.get("level") == 0):
-        raise ValueError(
-            f"DeepSpeed itself builds {TYPE} from the optimizer section of its JSON, and does not know the names of "
-            f"the weights: level {options.get('level', 2)} would act on every one of them, embeddings and lm_head too, "
-            f"and targets={targets!r} could not be looked up. Let gwt_dist read the section: gwt_dist.initialize in "
-            f"the place of deepspeed.initialize; for transformers' Trainer "
-            f"optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args) of gwt_dist.integrations.transformers; for "
-            f"Accelerate prepare of gwt_dist.integrations.accelerate. Or remove the section and pass "
-            f"GWTAdamW(gwt_dist.param_groups(model, ...)) as the optimizer"
-        )
-    _support()
-    return GWTAdamW(given, **options)
-
-
 def _builder(
     settings: dict[str, Any] | None, model: nn.Module | None, optimizer: Any, model_parameters: Any
 ) -> Callable[[Any], GWTAdamW] | None:
@@ -129,7 +104,7 @@ def _builder(
         ds_json.refuse(settings)
         options = checked(params)
         del settings["optimizer"]
-        _prepare(settings, model)
+        prepare_settings(settings, model)
         given = None if model_parameters is None else list(model_parameters)
 
         def build(_: Any) -> GWTAdamW:
@@ -145,23 +120,16 @@ def _builder(
                 f"passed too; DeepSpeed would ignore the section in silence. Remove one of them"
             )
         ds_json.refuse(settings)
-        _prepare(settings, model)
+        prepare_settings(settings, model)
         refusals.refuse_groups(settings, optimizer.param_groups)
     return None
 
 
-def _prepare(settings: dict[str, Any], model: nn.Module | None) -> None:
+def prepare_settings(settings: dict[str, Any], model: nn.Module | None) -> None:
+    """Refuse what cannot be right, and see that neither DeepSpeed nor a wrapper wants another optimizer."""
     refusals.refuse(settings)
     refusals.refuse_experts([] if model is None else model.named_parameters())
-    _support()
+    support()
     if (settings.get("zero_optimization") or {}).get("offload_optimizer"):
         # True, the default, makes wrappers put DeepSpeedCPUAdam in the place of the optimizer.
         settings["zero_force_ds_cpu_optimizer"] = False
-
-
-def _support() -> None:
-    """Tell DeepSpeed that ZeRO may have it, so that no `zero_allow_untested_optimizer` is asked for."""
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-    if GWTAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(GWTAdamW)
