@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gwt_dist import ds_json
 from gwt_dist.steps import Group
@@ -180,8 +181,28 @@ def refuse_parallel(engine: Any) -> None:
                 f"the engine splits tensors over {size} ranks (tensor parallelism, from its mpu): each rank would "
                 f"transform its part of a matrix as if it were the whole. Shard with ZeRO alone"
             )
+    _refuse_apart(engine)
     if stages > 1 or getattr(engine, "pipeline_parallelism", False):
         raise ValueError("pipeline parallelism is not tested with GWTAdamW and refused. Shard with ZeRO alone")
+
+
+def _refuse_apart(engine: Any) -> None:
+    """Raise `ValueError` if the ranks of a sequence are not among those that gradients are summed over."""
+    group = getattr(engine, "seq_data_parallel_group", None) or getattr(engine, "dp_process_group", None)
+    split = getattr(engine, "sequence_parallel_size", 1)
+    if split == 1 or group is None:
+        return
+    from deepspeed.utils import groups
+
+    ranks = dist.get_process_group_ranks(groups._get_sequence_parallel_group())
+    if not set(ranks) <= set(dist.get_process_group_ranks(group)):
+        raise ValueError(
+            f"each sequence is split over {split} ranks ({ranks}), and DeepSpeed does not sum gradients over them: "
+            f"they would train apart in silence. So it is where a device mesh splits them (mesh_param, or "
+            f"data_parallel_size beside sequence_parallel_size in the JSON). Remove it, call "
+            f"initialize_sequence_parallel of deepspeed.runtime.sequence_parallel.parallel_state_sp and pass that "
+            f"module as mpu"
+        )
 
 
 def _tensor_parallel(mpu: Any) -> int:

@@ -108,7 +108,7 @@ class AttachCallback(TrainerCallback):
     held: str | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises `ValueError` for a DeepSpeed JSON that DeepSpeed's own reader would refuse, and for another section."""
+        """Raises `ValueError` for a JSON that DeepSpeed's own reader would refuse, and for another section."""
         _read_again(args)
         _refuse_beside_a_section(args, {})
         if isinstance(kwargs.get("model"), nn.Module):
