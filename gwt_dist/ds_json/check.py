@@ -128,6 +128,9 @@ def checked(params: Mapping[str, Any]) -> dict[str, Any]:
                 f"takes 1e-3 for text, as 1.0e-3)"
             )
     targets = options.get("targets", "")
+    for part, level in targets.items() if isinstance(targets, Mapping) else ():
+        if not isinstance(level, int):
+            raise ValueError(f"optimizer.params.targets.{part}={level!r} must be a level, a whole number")
     if not isinstance(targets, (str, list, tuple, Mapping)):
         raise ValueError(
             f"optimizer.params.targets={targets!r} must be a part of a module name, a list of such parts, or an "

@@ -22,11 +22,10 @@ def read(config: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: No such file, a file that cannot be read, what is not JSON by DeepSpeed's reader (with the line), a
             key that stands twice, or no object.
     """
-    path = Path(config)
-    if path.exists():
+    if os.path.exists(config):  # False for text that is too long to be a name
         where = f"DeepSpeed configuration {str(config)!r}"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = Path(config).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
         return parse(text, where)
