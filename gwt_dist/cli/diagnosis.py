@@ -211,6 +211,12 @@ def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, 
 
 def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:
     zero = settings.get("zero_optimization") or {}
+    if ds_json.value(settings, "sequence_parallel_size", 1) > 1 and "data_parallel_size" in settings:
+        yield Finding(
+            WARNING,
+            "sequence_parallel_size beside data_parallel_size: DeepSpeed makes a device mesh of them and sums no gradient "
+            "over the ranks of a sequence, unless an mpu is passed. Without one it is refused when the engine is there",
+        )
     if "gradient_clipping" not in settings:
         yield Finding(WARNING, "gradient_clipping is not set, and DeepSpeed clips at 1.0 then; write what you want")
     if zero.get("offload_optimizer") and settings.get("zero_force_ds_cpu_optimizer") is not False:
