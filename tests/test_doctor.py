@@ -118,7 +118,7 @@ def test_our_own_configurations_are_not_refused(path: Path, capsys: pytest.Captu
     ("change", "arguments", "message"),
     [
         ({"gradient_clipping": None}, [], "DeepSpeed clips at 1.0"),
-        ({"sequence_parallel_size": 2, "data_parallel_size": 1}, [], "sums no gradient over the ranks of a sequence"),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 1}, [], "gradient over the ranks of a sequence"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             [],

@@ -40,7 +40,7 @@ def test_its_checkpoint_goes_on_in_one_process(ranks, stage: int, tmp_path: Path
 @pytest.mark.support("DeepSpeed", "Ulysses sequence parallelism, attention over ranks")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_attention_over_two_ranks_is_that_of_one_process(ranks, stage: int) -> None:
-    assert max(ranks(2, attention_case, stage)) < 1e-5  # sums in another order
+    assert max(ranks(2, attention_case, stage)) < 1e-4  # sums in another order
 
 
 @pytest.mark.support("DeepSpeed", "sequences that are split by a device mesh", outcome="refused")

@@ -214,8 +214,8 @@ def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:
     if ds_json.value(settings, "sequence_parallel_size", 1) > 1 and "data_parallel_size" in settings:
         yield Finding(
             WARNING,
-            "sequence_parallel_size beside data_parallel_size: DeepSpeed makes a device mesh of them and sums no gradient "
-            "over the ranks of a sequence, unless an mpu is passed. Without one it is refused when the engine is there",
+            "sequence_parallel_size beside data_parallel_size: DeepSpeed makes a device mesh of them and sums no "
+            "gradient over the ranks of a sequence, unless an mpu is passed. Without one attach refuses it",
         )
     if "gradient_clipping" not in settings:
         yield Finding(WARNING, "gradient_clipping is not set, and DeepSpeed clips at 1.0 then; write what you want")
