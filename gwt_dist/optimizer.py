@@ -136,6 +136,10 @@ class GWTAdamW(torch.optim.Optimizer):
                     f"first step and before loading a checkpoint, or its moments would belong to other elements"
                 )
             self._steps.attach(parameter, shard)
+        owners = {id(owner) for shard in shards.values() for owner in shard.owners}
+        if owners:
+            frozen = [p for p in self._steps.given if not p.requires_grad and id(p) not in owners]
+            self._steps.frozen.leave_out(frozen)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -96,6 +96,7 @@ def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[S
             row_groups=groups,
             peers=_peers([fragments[i] for fragments, _ in everyone], group),
             local_shape=_whole_shape(buffer),
+            owners=buffer.owners,
         )
         for i, buffer in enumerate(buffers)
     ]
