@@ -59,4 +59,4 @@ if _path.basename(_sys.argv[0] if getattr(_sys, "argv", None) else "") != "gwt-d
 
     for _name in __all__:
         __getattr__(_name)
-    _torch.optim.GWTAdamW = __getattr__("GWTAdamW")  # type: ignore[attr-defined]
+    _torch.optim.GWTAdamW = _import_module(f"{__name__}.engines.section").from_section  # type: ignore[attr-defined]

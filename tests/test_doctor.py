@@ -93,7 +93,7 @@ def test_a_run_says_the_same(
 
     monkeypatch.setattr("deepspeed.initialize", build_optimizer)
     with pytest.raises(ValueError) as refused:
-        gwt_dist.initialize(model=build_model(), config=settings)
+        gwt_dist.initialize(model=build_model(), config=arguments[1])
     assert told == [str(refused.value)]
 
 
@@ -118,6 +118,7 @@ def test_our_own_configurations_are_not_refused(path: Path, capsys: pytest.Captu
     ("change", "arguments", "message"),
     [
         ({"gradient_clipping": None}, [], "DeepSpeed clips at 1.0"),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 1}, [], "gradient over the ranks of a sequence"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             [],

@@ -24,7 +24,7 @@ MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer"}
-STATE = {"checkpoint", "memory", "config"}
+STATE = {"checkpoint", "memory", "config", "ds_json"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "exchange": {"layout"},
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "declare": set(),
     "keys": set(),
     "recipes": {"units", "declare", "keys"},
+    "ds_json": {"keys"},
     "extents": {"layout", "exchange", "declare"},
     "piece": {"layout", "units", "wavelet"},
     "formulas": {"declare", "piece", "layout"},
@@ -52,13 +53,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steps": {"comm", "declare", "dtensor", "frozen", "keys", "plan", "recipes", "replaced", "schedule", "shards"},
     "state": {"units", "comm", "dtensor", "extents", "keys", "piece", "plan", "recipes", "shards", "steps"},
     "optimizer": {"comm", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
-    "engines": MATH | RUNTIME,
+    "engines": MATH | RUNTIME | {"ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {
         "layout",
         "exchange",
         "units",
         "groups",
+        "ds_json",
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
@@ -81,6 +83,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "exchange": set(),
     "matrices": set(),
     **{part: set() for part in DECLARED},
+    "ds_json": {"hjson"},
     "units": {"pywt"},
     "memory": {"torch"},
     "wavelet": {"torch", "pywt"},

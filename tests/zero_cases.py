@@ -237,10 +237,9 @@ def forgotten_attach_case(stage: int) -> str:
     model = Net()
     config = settings(stage, False, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
     config |= {
-        "zero_allow_untested_optimizer": True,
-        "optimizer": {"type": "GWTAdamW", "params": {"lr": LR, "level": 2}},
+        "optimizer": {"type": "GWTAdamW", "params": {"lr": LR}},
     }
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [{"params": [p for p in model.parameters() if p.requires_grad], "level": 2}]
     engine = deepspeed.initialize(model=model, config=config, model_parameters=parameters)[0]
     try:
         train(engine, model, 1)
@@ -252,18 +251,17 @@ def forgotten_attach_case(stage: int) -> str:
 
 
 def plain_json_case(stage: int) -> float:
-    """Plain `deepspeed.initialize` with the type in the JSON, then `gwt_dist.attach`: as one process at level 2
-    for all.
+    """Plain `deepspeed.initialize` with the type in the JSON and groups that say their level, then
+    `gwt_dist.attach`: as one process at that level for all.
     """
     import deepspeed
 
     model = Net()
     load(model, initial(shapes_of(model)))
     config = settings(stage, False) | {
-        "zero_allow_untested_optimizer": True,
-        "optimizer": {"type": "GWTAdamW", "params": options(2, "paper")},
+        "optimizer": {"type": "GWTAdamW", "params": options(1, "paper")},
     }
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [{"params": [p for p in model.parameters() if p.requires_grad], "level": 2}]
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config, model_parameters=parameters)
     gwt_dist.attach(optimizer, engine)
     train(engine, model, 3)

@@ -9,15 +9,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from gwt_dist import ds_json
 from gwt_dist.declare import Program
 from gwt_dist.engines import refusals
-from gwt_dist.engines.initialize import TYPE, checked
 from gwt_dist.groups import param_groups
 from gwt_dist.kernels import build, choice, cpu, triton
 from gwt_dist.kernels.build import BuildError
@@ -160,25 +159,27 @@ def examine(
     """What a run would refuse, by the functions that refuse it, and what is worth a warning.
 
     Args:
-        settings: A DeepSpeed JSON.
+        settings: A DeepSpeed JSON as `gwt_dist.ds_json.read` reads it.
         model: The model, on the meta device.
         options: Keywords of `GWTAdamW` and ``targets`` from the command line, before those of the JSON.
     """
     chosen = dict(options or {})
     if settings is not None:
         yield from (Finding(REFUSED, reason) for reason in refusals.reasons(settings))
-        section = settings.get("optimizer") or {}
-        if section.get("type") == TYPE:
-            try:
-                chosen = {**checked(section.get("params") or {}), **chosen}
-            except ValueError as error:
-                yield Finding(REFUSED, str(error))
-                return
-        elif section:
+        yield from (Finding(REFUSED, ds_json.why_auto(path)) for path in ds_json.autos(settings))
+        if any(ds_json.mistakes(settings)):
+            return
+        try:
+            chosen = {**params_of(settings), **chosen}
+        except ValueError as error:
+            yield Finding(REFUSED, str(error))
+            return
+        kind = ds_json.value(settings, "optimizer.type")
+        if kind not in (None, ds_json.TYPE):
             yield Finding(
                 WARNING,
-                f"optimizer.type is {section.get('type')!r}, so DeepSpeed would step with that, unless you pass a "
-                f"GWTAdamW, which is then refused beside the section. Write {TYPE!r}, or remove the section",
+                f"optimizer.type is {kind!r}, so DeepSpeed would step with that, unless you pass a "
+                f"GWTAdamW, which is then refused beside the section. Write {ds_json.TYPE!r}, or remove the section",
             )
         yield from _deepspeed_warnings(settings)
     try:
@@ -193,6 +194,14 @@ def examine(
     yield from _group_warnings(optimizer)
 
 
+def params_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``optimizer.params`` of a section that is ours, without what is "auto"; raises `ValueError` as a run does."""
+    params = ds_json.section_of(settings) or {}
+    autos = set(ds_json.autos({"optimizer": {"params": params}}))
+    left_out = {key for key in params if any(path.startswith(f"optimizer.params.{key}") for path in autos)}
+    return ds_json.checked({key: value for key, value in params.items() if key not in left_out})
+
+
 def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, Any]]:
     if model is not None:
         return param_groups(model, **options)
@@ -202,6 +211,12 @@ def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, 
 
 def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:
     zero = settings.get("zero_optimization") or {}
+    if ds_json.value(settings, "sequence_parallel_size", 1) > 1 and "data_parallel_size" in settings:
+        yield Finding(
+            WARNING,
+            "sequence_parallel_size beside data_parallel_size: DeepSpeed makes a device mesh of them and sums no "
+            "gradient over the ranks of a sequence, unless an mpu is passed. Without one attach refuses it",
+        )
     if "gradient_clipping" not in settings:
         yield Finding(WARNING, "gradient_clipping is not set, and DeepSpeed clips at 1.0 then; write what you want")
     if zero.get("offload_optimizer") and settings.get("zero_force_ds_cpu_optimizer") is not False:
@@ -233,12 +248,3 @@ def _group_warnings(optimizer: GWTAdamW) -> Iterator[Finding]:
                 f"wavelet {group['wavelet']!r}: its unit is a whole row, so eager steps it, and each row that a rank "
                 f"boundary cuts is exchanged whole",
             )
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON as a run reads it; raises `ValueError` if it is none."""
-    from gwt_dist.engines.initialize import settings_of
-
-    settings = settings_of(None, path)
-    assert settings is not None
-    return settings

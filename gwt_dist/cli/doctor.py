@@ -27,12 +27,13 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
+    from gwt_dist import ds_json
     from gwt_dist.cli import diagnosis
     from gwt_dist.cli.models import meta_model
 
     values = {"level": level, "targets": target or ["attn", "mlp"], "wavelet": wavelet, "recipe": recipe}
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
-    settings = None if deepspeed_config is None else diagnosis.read_settings(deepspeed_config)
+    settings = None if deepspeed_config is None else ds_json.read(deepspeed_config)
     # Without a JSON what is not given has the defaults of this command, with one those of the JSON.
     options = {
         key: value
@@ -40,12 +41,11 @@ def doctor(
         if settings is None or key in given or (key == "targets" and "target" in given)
     }
     module = meta_model(model) if model else None
-    params = ((settings or {}).get("optimizer") or {}).get("params") or {}
     findings = list(diagnosis.examine(settings, module, options))
     content: dict[str, Any] = {
         "versions": diagnosis.versions(),
         "machine": diagnosis.machine(),
-        "kernels": _kernels({**params, **options}),
+        "kernels": _kernels(settings or {}, options),
         "examined": [str(x) for x in (deepspeed_config, model) if x],
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in findings],
     }
@@ -57,13 +57,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _kernels(params: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _kernels(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, dict[str, str]]:
     import torch
 
     from gwt_dist.cli import diagnosis
 
     try:
-        return diagnosis.kernels(params, torch.float32)
+        return diagnosis.kernels({**diagnosis.params_of(settings), **options}, torch.float32)
     except ValueError as error:  # of a key that is refused
         return {"any": {"kernel": "none", "why": str(error)}}
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gwt_dist import ds_json
 from gwt_dist.cli.models import read_model
-from gwt_dist.keys import refuse_unknown
 from gwt_dist.memory import fill
 from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
@@ -80,6 +80,7 @@ def plan(
         "limiter": None,
     }
     batch = {"accumulation": accumulation, "micro_batch": micro_batch, "sequence": sequence}
+    settings: dict[str, Any] | None = None
     replicas = 1
     if mesh:
         replicas, shards = _mesh(mesh)
@@ -95,10 +96,11 @@ def plan(
         both = sorted(f"--{name}" for name in given & set(WITH_FILE))
         if both:
             raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
-        settings = _read(deepspeed_config)
+        settings = ds_json.read(deepspeed_config)
+        for mistake in ds_json.mistakes(settings):
+            raise ValueError(f"{mistake} (in {deepspeed_config})")
         base = setup_of(settings, world)
-        options |= _not_given(_params(settings), given)
-        batch |= _not_given(_batch(settings), given)
+        options |= _params(settings, given)
     else:
         zero = engine.startswith("zero")
         base = Setup(
@@ -110,6 +112,10 @@ def plan(
             offload=offload,
             use_orig_params=use_orig_params,
         )
+
+    fixed = "world" in given or not fit
+    if settings is not None and fixed:
+        _batch(settings, batch, given, world, fixed)  # what is wrong with it, before anything is planned
 
     def make(lv: int, ranks: int) -> MemoryPlan:
         groups = groups_of(spec, **{**options, "level": lv})
@@ -123,7 +129,10 @@ def plan(
     else:
         found = make(options["level"], base.world_size)
     if found is not None:
-        content = _content(found, spec, options, batch, low_rank)
+        if settings is not None:
+            batch = _batch(settings, batch, given, found.setup.world_size, fixed)
+        split = ds_json.value(settings or {}, "sequence_parallel_size", 1)
+        content = _content(found, spec, options, batch, split, low_rank)
     else:
         content = {"fits": False}
     if fit:
@@ -143,12 +152,12 @@ def plan(
 
 
 def _content(
-    found: MemoryPlan, spec: ModelSpec, options: dict[str, Any], batch: dict[str, int], low_rank: int | None
+    found: MemoryPlan, spec: ModelSpec, options: dict[str, Any], batch: dict[str, int], split: int, low_rank: int | None
 ) -> dict[str, Any]:
     high = groups_of(spec, 1, options["targets"])
     targeted = {name for group in high if group.level for name, _ in group.tensors}
     content = report(found, targeted, low_rank, batch["accumulation"])
-    content["setup"] |= {**options, **batch, "tokens": prod(batch.values()) * found.setup.world_size}
+    content["setup"] |= {**options, **batch, "tokens": prod(batch.values()) * found.setup.world_size // split}
     return content
 
 
@@ -176,33 +185,36 @@ def _mesh(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds {type(settings).__name__}, not an object")
-    return settings
+def _params(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """What a DeepSpeed JSON says of the groups and the command line does not.
+
+    "auto" is left out where the Trainer fills it in: no bytes depend on those keys.
+    """
+    said = {
+        key: value
+        for key, value in (ds_json.section_of(settings) or {}).items()
+        if OPTION.get(key, key) not in given
+        and not (value == ds_json.AUTO and f"optimizer.params.{key}" in ds_json.FILLED)
+    }
+    return ds_json.checked(said)
 
 
-def _not_given(said: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """What a file says but for the options of the command line."""
-    return {key: value for key, value in said.items() if OPTION.get(key, key) not in given}
+def _batch(settings: dict[str, Any], batch: dict[str, int], given: set[str], world: int, fixed: bool) -> dict[str, int]:
+    """`batch` with what the file says of it on so many ranks and the command line does not; `fixed`: no --fit."""
+    from gwt_dist.train.ds_config import batch_sizes
 
-
-def _params(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a DeepSpeed JSON says of the groups; "auto" is for the Trainer to fill in, and no bytes depend on it."""
-    section = settings.get("optimizer") or {}
-    params = (section.get("params") or {}) if section.get("type") == "GWTAdamW" else {}
-    refuse_unknown(params, "optimizer.params", "targets")
-    return {key: value for key, value in params.items() if value != "auto"}
-
-
-def _batch(settings: dict[str, Any]) -> dict[str, int]:
-    """What it says of the batch."""
     names = {"accumulation": "gradient_accumulation_steps", "micro_batch": "train_micro_batch_size_per_gpu"}
-    said = {option: settings.get(key) for option, key in names.items()}
-    return {option: value for option, value in said.items() if isinstance(value, int) and value > 0}
+    said: dict[str, Any] = {
+        key: batch[option] if option in given else ds_json.value(settings, key) for option, key in names.items()
+    }
+    micro = said["train_micro_batch_size_per_gpu"]
+    # The size of the whole is another one as soon as a part of it or the number of ranks is not the file's.
+    if not given & set(names) and (fixed or micro is None):
+        said["train_batch_size"] = ds_json.value(settings, "train_batch_size")
+    if micro is None and said.get("train_batch_size") is None:
+        said["train_micro_batch_size_per_gpu"] = batch["micro_batch"]
+    split = ds_json.value(settings, "sequence_parallel_size", 1)
+    if world % split:
+        raise ValueError(f"{world} ranks cannot be shared out by sequence_parallel_size={split}; give another --world")
+    sizes = batch_sizes(said, world // split, "the DeepSpeed JSON")
+    return {**batch, "accumulation": sizes.accumulation, "micro_batch": sizes.micro}

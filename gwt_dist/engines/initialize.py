@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from gwt_dist import ds_json
+from gwt_dist.ds_json import TYPE, checked
 from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import attach
+from gwt_dist.engines.section import support
 from gwt_dist.groups import param_groups
-from gwt_dist.keys import refuse_unknown
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.replaced import refuse_stepped
-
-TYPE = "GWTAdamW"
 
 
 def initialize(
@@ -46,8 +44,9 @@ def initialize(
         ``(engine, optimizer, training_dataloader, lr_scheduler)``.
 
     Raises:
-        ValueError: For an unknown key in ``optimizer.params``, an optimizer given twice, targets that match nothing,
-            or a DeepSpeed setting under which the update could not be right.
+        ValueError: For a JSON that DeepSpeed's reader would refuse, "auto" and values of a wrong kind, an unknown key
+            in ``optimizer.params``, an optimizer or a JSON given twice, targets that match nothing, or a DeepSpeed
+            setting under which the update could not be right.
         LayoutError: If DeepSpeed lays its buffers out in a way that this version does not know.
     """
     import deepspeed
@@ -76,29 +75,26 @@ def initialize(
 
 
 def settings_of(args: Any, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The JSON as a dict of our own, or None if there is none."""
-    if config is None:
-        config = getattr(args, "deepspeed_config", None)
-    if config is None or isinstance(config, Mapping):
-        return None if config is None else copy.deepcopy(dict(config))
-    path = Path(config)
-    if not path.is_file():
-        raise ValueError(f"DeepSpeed configuration {str(path)!r} is not a file")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"DeepSpeed configuration {str(path)!r} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"DeepSpeed configuration {str(path)!r} holds {type(settings).__name__}, not an object")
-    return settings
+    """The JSON as a dict of our own, or None if there is none; raises `ValueError` as `gwt_dist.ds_json.read` does."""
+    # DeepSpeed moves the older name to the newer one.
+    named = [getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")]
+    given = [one for one in (config, *named) if one is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{len(given)} DeepSpeed configurations are given, as an argument and in args, and one would be ignored; "
+            f"pass one of them"
+        )
+    return ds_json.settings_of(given[0]) if given else None
 
 
 def _builder(
     settings: dict[str, Any] | None, model: nn.Module | None, optimizer: Any, model_parameters: Any
 ) -> Callable[[Any], GWTAdamW] | None:
     """A function that builds the optimizer of the JSON, and `settings` made ready for it; None if it is not ours."""
-    section = (settings or {}).get("optimizer") or {}
-    if settings is not None and section.get("type") == TYPE:
+    if settings is None:
+        return None
+    params = ds_json.section_of(settings)
+    if params is not None:
         if optimizer is not None:
             raise ValueError(
                 f"the JSON has an optimizer section of type {TYPE} and an optimizer was passed too; DeepSpeed would "
@@ -106,9 +102,10 @@ def _builder(
             )
         if model is None:
             raise ValueError("model is None; parameter groups are built from the names of its modules")
-        options = checked(section.get("params") or {})
+        ds_json.refuse(settings)
+        options = checked(params)
         del settings["optimizer"]
-        _prepare(settings, model)
+        prepare_settings(settings, model)
         given = None if model_parameters is None else list(model_parameters)
 
         def build(_: Any) -> GWTAdamW:
@@ -117,35 +114,24 @@ def _builder(
             return built
 
         return build
-    if settings is not None and isinstance(optimizer, GWTAdamW):
-        if section:
+    if isinstance(optimizer, GWTAdamW):
+        if settings.get("optimizer"):
             raise ValueError(
-                f"the JSON has an optimizer section of type {section.get('type')!r} and a GWTAdamW was passed too; "
-                f"DeepSpeed "
-                f"would ignore the section in silence. Remove one of them"
+                f"the JSON has an optimizer section of type {settings['optimizer'].get('type')!r} and a GWTAdamW was "
+                f"passed too; DeepSpeed would ignore the section in silence. Remove one of them"
             )
-        _prepare(settings, model)
+        ds_json.refuse(settings)
+        prepare_settings(settings, model)
         refuse_stepped(optimizer.state)
         refusals.refuse_groups(settings, optimizer.param_groups)
     return None
 
 
-def _prepare(settings: dict[str, Any], model: nn.Module | None) -> None:
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
+def prepare_settings(settings: dict[str, Any], model: nn.Module | None) -> None:
+    """Refuse what cannot be right, and see that neither DeepSpeed nor a wrapper wants another optimizer."""
     refusals.refuse(settings)
     refusals.refuse_experts([] if model is None else model.named_parameters())
-    if GWTAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(GWTAdamW)
+    support()
     if (settings.get("zero_optimization") or {}).get("offload_optimizer"):
         # True, the default, makes wrappers put DeepSpeedCPUAdam in the place of the optimizer.
         settings["zero_force_ds_cpu_optimizer"] = False
-
-
-def checked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """``optimizer.params`` as keywords of `GWTAdamW` and `param_groups`; raises `ValueError` for an unknown key."""
-    refuse_unknown(params, "optimizer.params", "targets")
-    options = dict(params)
-    if isinstance(options.get("betas"), list):
-        options["betas"] = tuple(options["betas"])
-    return options

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from gwt_dist import ds_json
 from gwt_dist.steps import Group
 
 # Section and key, the values that are refused, and why with the way out.
@@ -104,11 +106,16 @@ def reasons(config: Mapping[str, Any] | Any | None) -> Iterator[str]:
     settings = getattr(config, "_param_dict", config)
     if not isinstance(settings, Mapping):
         return
+    mistaken = list(ds_json.mistakes(settings))
+    yield from mistaken
+    if mistaken:  # what is of another kind cannot be compared
+        return
     for path, wrong, why in _REFUSED:
         value: Any = settings
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None and wrong(value):
+        # DeepSpeed has its own default, which is fine, for null and what a trainer left at "auto".
+        if value not in (None, ds_json.AUTO) and wrong(value):
             yield f"{'.'.join(path)}={value!r} cannot be used with GWTAdamW: {why}"
     autocast = settings.get("torch_autocast") or {}
     if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half"):
@@ -116,7 +123,7 @@ def reasons(config: Mapping[str, Any] | Any | None) -> Iterator[str]:
             "torch_autocast with float16 cannot be used with GWTAdamW: each rank skips overflowing steps by itself, so "
             "ranks would wait for each other; use bfloat16"
         )
-    if (settings.get("fp16") or {}).get("enabled") and not _stage(settings):
+    if (settings.get("fp16") or {}).get("enabled") is True and not _stage(settings):
         yield (
             "fp16 without ZeRO cannot be used with GWTAdamW: at stage 0 DeepSpeed divides the gradients by a loss "
             "scale that it never multiplied in; set zero_optimization.stage to 1, 2 or 3, or use bf16"
@@ -158,20 +165,55 @@ def refuse_experts(named_parameters: Iterable[tuple[str, Any]]) -> None:
 
 
 def refuse_parallel(engine: Any) -> None:
-    """Raise `ValueError` for experts, tensor and pipeline parallelism; `engine` is an engine or its optimizer."""
+    """Raise `ValueError` for experts, tensor and pipeline parallelism; `engine` is an engine or its optimizer.
+
+    Sequence parallelism splits no tensor: the ranks of a sequence have the same weights, and ZeRO shards over all.
+    """
     refuse_experts((name, parameter) for parameter, name in getattr(engine, "param_names", {}).items())
     mpu = getattr(engine, "mpu", None)
+    stages = 1
     if mpu is not None:
-        from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+        from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
-        size = bwc_tensor_model_parallel_world_size(mpu)
+        size, stages = _tensor_parallel(mpu), bwc_pipeline_parallel_world_size(mpu)
         if size > 1:
             raise ValueError(
                 f"the engine splits tensors over {size} ranks (tensor parallelism, from its mpu): each rank would "
                 f"transform its part of a matrix as if it were the whole. Shard with ZeRO alone"
             )
-    if getattr(engine, "pipeline_parallelism", False):
+    _refuse_apart(engine)
+    if stages > 1 or getattr(engine, "pipeline_parallelism", False):
         raise ValueError("pipeline parallelism is not tested with GWTAdamW and refused. Shard with ZeRO alone")
+
+
+def _refuse_apart(engine: Any) -> None:
+    """Raise `ValueError` if the ranks of a sequence are not among those that gradients are summed over."""
+    group = getattr(engine, "seq_data_parallel_group", None) or getattr(engine, "dp_process_group", None)
+    split = getattr(engine, "sequence_parallel_size", 1)
+    if split == 1 or group is None:
+        return
+    from deepspeed.utils import groups
+
+    ranks = dist.get_process_group_ranks(groups._get_sequence_parallel_group())
+    if not set(ranks) <= set(dist.get_process_group_ranks(group)):
+        raise ValueError(
+            f"each sequence is split over {split} ranks ({ranks}), and DeepSpeed does not sum gradients over them: "
+            f"they would train apart in silence. So it is where a device mesh splits them (mesh_param, or "
+            f"data_parallel_size beside sequence_parallel_size in the JSON). Remove it, call "
+            f"initialize_sequence_parallel of deepspeed.runtime.sequence_parallel.parallel_state_sp and pass that "
+            f"module as mpu"
+        )
+
+
+def _tensor_parallel(mpu: Any) -> int:
+    """Ranks that a tensor is split over."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+    # DeepSpeed's own mpu for Ulysses gives its sequence parallel group under the old name of the model parallel one;
+    # DeepSpeed tells it by this function too. An mpu that has tensor parallelism as well says so under the new name.
+    if hasattr(mpu, "initialize_sequence_parallel") and not hasattr(mpu, "get_tensor_model_parallel_world_size"):
+        return 1
+    return int(bwc_tensor_model_parallel_world_size(mpu))
 
 
 def refuse_swapped(optimizer: Sequence[Any], engine: Sequence[Any]) -> None:
@@ -191,4 +233,5 @@ def refuse_swapped(optimizer: Sequence[Any], engine: Sequence[Any]) -> None:
 
 
 def _stage(settings: Mapping[str, Any]) -> int:
-    return int((settings.get("zero_optimization") or {}).get("stage") or 0)
+    stage = (settings.get("zero_optimization") or {}).get("stage")
+    return 0 if stage in (None, ds_json.AUTO) else int(stage)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
+from gwt_dist.engines import section
 from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
 
 
@@ -18,11 +19,17 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     DeepSpeed the layout of the flat buffers is attached. With ``offload_optimizer`` the DeepSpeed JSON needs
     ``"zero_force_ds_cpu_optimizer": false``, or Accelerate swaps the optimizer for DeepSpeedCPUAdam.
 
+    For an optimizer section of type GWTAdamW in the DeepSpeed JSON pass a `DummyOptim`, as Accelerate asks for; the
+    optimizer is then built as `gwt_dist.initialize` does, with levels by ``targets``.
+
     Raises:
         ValueError: If there is not one model and one optimizer, if the DeepSpeed or FSDP that was asked for is not
             on, if FSDP1 is, or if Accelerate put another optimizer in the place of `GWTAdamW`.
         LayoutError: If DeepSpeed lays its buffers out in a way that this version does not know.
     """
+    for thing in objects:
+        if isinstance(thing, nn.Module):
+            section.offer(thing)
     prepared = accelerator.prepare(*objects)
     results = prepared if isinstance(prepared, (tuple, list)) else (prepared,)
     models = [thing for thing in results if isinstance(thing, nn.Module)]

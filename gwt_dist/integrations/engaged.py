@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from gwt_dist import attach
+from gwt_dist import attach, ds_json
 from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import find_optimizer
 from gwt_dist.optimizer import GWTAdamW
@@ -42,6 +42,9 @@ def engage(optimizer: Any, model: nn.Module, asked: str | None) -> str:
             "this is not tested through trainers. Set the version of FSDP to 2 (fsdp_version or fsdp_config.version)"
         )
     zero = _zero_optimizer(optimizer)
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if asked == "DeepSpeed" and file != "none":
+        ds_json.read(file)  # Accelerate takes the last of equal keys
     if asked == "DeepSpeed" and zero is None:
         raise ValueError(
             f"DeepSpeed was asked for and is not on: the optimizer is a {type(optimizer).__name__} around plain "

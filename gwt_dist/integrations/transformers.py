@@ -2,19 +2,23 @@
 
 args = TrainingArguments(..., optim_target_modules=["attn", "mlp"], optim_args="level=2, recipe=energy")
 trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args), callbacks=[AttachCallback()])
+
+With an optimizer section of type GWTAdamW in the DeepSpeed JSON the callback is all there is to pass.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gwt_dist import GWTAdamW, param_groups
+from gwt_dist import GWTAdamW, ds_json, param_groups
+from gwt_dist.engines import section
 from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
 
 Targets = str | Sequence[str] | Mapping[str, int]
@@ -31,15 +35,19 @@ def optimizer_cls_and_kwargs(
     `Trainer.get_decay_parameter_names`. ``optim_target_modules`` says which Linear weights get the level: a list of
     parts of names or regular expressions, one regular expression, or ``"all-linear"``; not set, it is attn and mlp.
 
+    Of a DeepSpeed JSON that has an optimizer section the Trainer takes that, and nothing else may be said here then.
+
     Args:
         args: The arguments of the Trainer; ``optim_args="level=2, recipe=energy"`` are keywords of `GWTAdamW`.
         targets: As in `gwt_dist.param_groups`; in the place of ``optim_target_modules``.
         options: Keywords of `GWTAdamW`; they win over `args`.
 
     Raises:
-        ValueError: For text that is not ``key=value``, a key that `GWTAdamW` does not have, or targets given twice;
-            when the Trainer builds the optimizer, for a target that matches nothing or a value out of range.
+        ValueError: For text that is not ``key=value``, a key that `GWTAdamW` does not have, targets given twice, or
+            what an optimizer section of the JSON says already or otherwise; when the Trainer builds the optimizer,
+            for a target that matches nothing or a value out of range.
     """
+    _refuse_beside_a_section(args, {"targets": targets, **options})
     if targets is not None and args.optim_target_modules is not None:
         raise ValueError(
             f"targets={targets!r} and optim_target_modules={args.optim_target_modules!r} are both given, and one would "
@@ -89,14 +97,26 @@ def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
 class AttachCallback(TrainerCallback):
     """Attaches the optimizer when training begins, and raises if the engine that was asked for is not on.
 
+    Passed as ``callbacks=[AttachCallback()]``, so that it is there when the Trainer is made, it also has an optimizer
+    section of type GWTAdamW in the DeepSpeed JSON built as `gwt_dist.initialize` does: levels by ``targets``, the same
+    decay for all, and "auto" of lr, betas, eps and weight_decay as the Trainer fills it in.
+
     ``held`` then says how the optimizer holds the weights. Under FSDP2 and DDP there is nothing to attach, and it still
     refuses a run that is DDP where FSDP or DeepSpeed was asked for.
     """
 
     held: str | None = None
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises `ValueError` for a JSON that DeepSpeed's own reader would refuse, and for another section."""
+        _read_again(args)
+        _refuse_beside_a_section(args, {})
+        if isinstance(kwargs.get("model"), nn.Module):
+            section.offer(kwargs["model"])
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises `ValueError` as `gwt_dist.integrations.engaged.engage` does."""
+        """Raises `ValueError` as `gwt_dist.integrations.engaged.engage` does, and for a JSON that is not one."""
+        _read_again(args)
         warn_of_one_process()
         # By the arguments first: what transformers tells Accelerate through the environment it may take back.
         asked = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
@@ -119,6 +139,38 @@ class _Factory:
         groups = [group for group in groups if group["params"]]
         level = options.pop("level", inspect.signature(GWTAdamW.__init__).parameters["level"].default)
         return GWTAdamW(param_groups(model, level, targets, params=groups), **options)
+
+
+def _refuse_beside_a_section(args: Any, said: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the Trainer would take the optimizer section of the JSON and leave out what is said."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
+    kind = None if config is None else ds_json.value(config.config, "optimizer.type")
+    if kind is None:
+        return
+    if kind != ds_json.TYPE:
+        raise ValueError(
+            f"the DeepSpeed JSON has an optimizer section of type {kind!r}: the Trainer would step with that and leave "
+            f"optimizer_cls_and_kwargs out in silence. Write {ds_json.TYPE!r}, or remove the section"
+        )
+    said = {**said, **{name: getattr(args, name, None) for name in ("optim_target_modules", "optim_args")}}
+    for name, value in said.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is given, and an optimizer section of type {ds_json.TYPE} in the DeepSpeed JSON "
+                f"too, which the Trainer would take alone; remove one of them"
+            )
+
+
+def _read_again(args: Any) -> None:
+    """Raise `ValueError` for what DeepSpeed's reader would refuse; transformers' takes the last of equal keys."""
+    said = getattr(args, "deepspeed", None)
+    if not isinstance(said, (str, os.PathLike)):
+        return
+    if isinstance(said, str) and said.lstrip().startswith("{"):  # transformers takes text as well
+        ds_json.parse(said, "the DeepSpeed configuration")
+    else:
+        ds_json.read(said)
 
 
 def _split(text: str) -> list[str]:

@@ -98,7 +98,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The one mapping in a `.json`, `.yaml` or `.yml` file.
 
     Raises:
-        ValueError: missing or unreadable file, a key given twice in JSON, or not a mapping.
+        ValueError: missing or unreadable file, a key given twice, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             content = json.loads(text, object_pairs_hook=lambda pairs: _no_duplicates(pairs, path))
         elif path.suffix in (".yaml", ".yml"):
-            content = yaml.safe_load(text)
+            content = yaml.load(text, _OneOfEach)
         else:
             raise ValueError(f"{path} is neither .json nor .yaml; rename it")
     except (json.JSONDecodeError, yaml.YAMLError) as error:
@@ -118,6 +118,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected 'key: value' pairs")
     return content
+
+
+class _OneOfEach(yaml.SafeLoader):
+    """PyYAML's safe loader takes the last of equal keys; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.YAMLError(f"key {key.value!r} stands twice;{key.start_mark} is the second")
+                keys.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:

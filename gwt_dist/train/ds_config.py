@@ -12,64 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gwt_dist import ds_json
+from gwt_dist.ds_json import OPTIMIZER_KEYS, TOP_LEVEL_KEYS
 from gwt_dist.train.config import read_mapping, refuse_unknown_keys
-
-# Every top-level key that DeepSpeed 0.19.8 reads, in the order of its runtime/config.py.
-TOP_LEVEL_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "managed_gradient_accumulation",
-    "steps_per_print",
-    "dump_state",
-    "disable_python_gc",
-    "disable_allgather",
-    "communication_data_type",
-    "seq_parallel_communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "gradient_allreduce_op",
-    "gradient_clipping",
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "activation_checkpointing",
-    "comms_logger",
-    "tensorboard",
-    "wandb",
-    "csv_monitor",
-    "comet",
-    "fp16",
-    "bf16",
-    "bfloat16",
-    "torch_autocast",
-    "optimizer",
-    "scheduler",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "autotuning",
-    "use_data_before_expert_parallelism",
-    "hybrid_engine",
-    "pipeline",
-    "data_efficiency",
-    "checkpoint",
-    "data_types",
-    "aio",
-    "dataloader_drop_last",
-    "log_level",
-    "datastates_ckpt",
-    "weight_quantization",
-    "compile",
-    "timers",
-    "tensor_parallel",
-    "expert_parallel",
-    "sequence_parallel_size",
-    "data_parallel_size",
-    "vocabulary_size",
-)
-
-OPTIMIZER_KEYS = ("type", "params", "legacy_fusion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +39,14 @@ def load(path: Path, world_size: int, begun: Mapping[str, int] | None = None) ->
         ValueError: unknown key or optimizer parameter, a section that the recipe sets itself, batch sizes that do not
             multiply out for `world_size` ranks, or a step that they cannot share evenly.
     """
-    content = read_mapping(path)
+    content = read_mapping(path) if path.suffix in (".yaml", ".yml") else ds_json.read(path)
     refuse_unknown_keys(content, TOP_LEVEL_KEYS, str(path))
+    ds_json.refuse(content, str(path))
+    if (content.get("sequence_parallel_size") or 1) > 1:
+        raise ValueError(
+            f"sequence_parallel_size={content['sequence_parallel_size']} in {path}: the recipe gives each rank "
+            f"sequences of its own and does not split one over ranks; remove it"
+        )
     if "scheduler" in content:
         raise ValueError(
             f"section 'scheduler' in {path}: the learning rate would have two schedules; remove it "
@@ -142,7 +93,8 @@ def batch_sizes(content: dict[str, Any], world_size: int, where: str) -> BatchSi
     """
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     for name in names:
-        value = content.get(name, 1)
+        value = content.get(name)
+        value = 1 if value is None else value  # null is what is not said, as for DeepSpeed
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} in {where} must be a whole number, 1 or more")
     train: int | None
@@ -171,15 +123,12 @@ def batch_sizes(content: dict[str, Any], world_size: int, where: str) -> BatchSi
 
 def zero_stage(content: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed JSON, 0 to 3."""
-    return int(content.get("zero_optimization", {}).get("stage", 0))
+    return int(ds_json.value(content, "zero_optimization.stage", 0))
 
 
 def precision(content: dict[str, Any]) -> str:
     """'bf16', 'fp16' or 'fp32': the storage of the weights that the forward pass uses."""
-    for name, key in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16")):
-        if content.get(key, {}).get("enabled"):
-            return name
-    return "fp32"
+    return ds_json.precision(content)
 
 
 def _check_sections(content: dict[str, Any], path: Path) -> None:
@@ -194,15 +143,10 @@ def _check_sections(content: dict[str, Any], path: Path) -> None:
         "fp16": DeepSpeedFP16Config,
     }
     for section, model in models.items():
-        value = content.get(section, {})
-        if not isinstance(value, dict):
-            raise ValueError(f"section {section!r} in {path} must be a mapping, found {value!r}")
+        value = content.get(section) or {}
         fields = model.model_fields
         known = set(fields) | {item.alias for item in fields.values() if item.alias}
         refuse_unknown_keys(value, known, f"section {section!r} of {path}")
-    stage = content.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ValueError(f"zero_optimization.stage={stage!r} in {path}: expected 0, 1, 2 or 3")
 
 
 def _check_optimizer(content: dict[str, Any], path: Path) -> None:
@@ -213,12 +157,12 @@ def _check_optimizer(content: dict[str, Any], path: Path) -> None:
             '"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.005, "level": 2}}'
         )
     refuse_unknown_keys(section, OPTIMIZER_KEYS, f"section 'optimizer' of {path}")
-    kind, params = section["type"], section.get("params", {})
-    if not isinstance(params, dict):
-        raise ValueError(f"optimizer.params in {path} must be a mapping, found {params!r}")
+    kind, params = section["type"], section.get("params") or {}
     known = _optimizer_parameters(kind, path)
     if known is not None:
         refuse_unknown_keys(params, known, f"optimizer.params of {path} ({kind})")
+    if kind == ds_json.TYPE:
+        ds_json.checked(params)
     lr = params.get("lr")
     if not isinstance(lr, (int, float)) or isinstance(lr, bool) or lr < 0:
         raise ValueError(f"optimizer.params.lr={lr!r} in {path}: expected a number, 0 or more")
@@ -232,7 +176,7 @@ def _optimizer_parameters(kind: str, path: Path) -> set[str] | None:
     from gwt_dist import GWTAdamW, param_groups
     from gwt_dist.keys import of_recipes
 
-    if kind == "GWTAdamW":
+    if kind == ds_json.TYPE:
         return _keywords(GWTAdamW) | _keywords(param_groups) | set(of_recipes())
     if str(kind).lower() in ("adam", "adamw"):
         return _keywords(torch.optim.AdamW) | {"torch_adam", "adam_w_mode"}
