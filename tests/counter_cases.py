@@ -333,3 +333,38 @@ def roads_case(folder: str, pairs: list[tuple[Which, Which]]) -> list[dict[str, 
         second.close()
         results.append(result)
     return results
+
+
+def sharded_case(folder: str, library: str) -> tuple[list[float], list[float], float]:
+    """An optimizer within one that has parameter groups of its own: rates after a save, after its load, and when that
+    has been done without a schedule.
+    """
+    from fairscale.optim import OSS
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def build() -> tuple[nn.Module, Any, Any]:
+        model = net()
+        kind = {"fairscale": OSS, "torch": ZeroRedundancyOptimizer}[library]
+        optimizer = kind(model.parameters(), GWTAdamW, lr=0.1, level=0)
+        return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def rates(model: nn.Module, optimizer: Any, schedule: Any) -> list[float]:
+        found = []
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            found.append(optimizer.optim.param_groups[0]["lr"])
+            schedule.step()
+        return found
+
+    model, optimizer, schedule = build()
+    rates(model, optimizer, schedule)
+    gwt_dist.save(folder, model, optimizer, step=3, scheduler=schedule)
+    expected = rates(model, optimizer, schedule)
+    again = build()
+    gwt_dist.load(folder, *again[:2], scheduler=again[2])
+    found = rates(*again)
+    alone = build()
+    gwt_dist.load(folder, *alone[:2], scheduler=False)
+    return expected, found, rates(*alone)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from counter_cases import counted_case, fused_case, load_case, middle_case, roads_case, save_case, size_of
+from counter_cases import counted_case, fused_case, load_case, middle_case, roads_case, save_case, sharded_case, size_of
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
 
@@ -108,3 +108,11 @@ def test_a_schedule_that_nobody_takes_is_refused(ranks, tmp_path) -> None:
             assert "scheduler=False leaves the schedules" in result["said"]
             assert not result["changed"]
             assert result["loaded"] == result["saved"]  # with scheduler=False
+
+
+@pytest.mark.parametrize("library", ["torch", "fairscale"])
+def test_rates_of_a_sharded_optimizer(ranks, tmp_path, library) -> None:
+    """`ZeroRedundancyOptimizer` and OSS pass their own groups on at each step: these are saved and loaded."""
+    for expected, found, alone in ranks(2, sharded_case, str(tmp_path), library):
+        assert expected == found == [0.0125, 0.00625, 0.003125]
+        assert alone == 0.0125

@@ -51,7 +51,7 @@ def test_run_leaves_curve_checkpoints_and_summary(whole_run: tuple[Path, str]) -
     assert [row[0] for row in validations] == [6, 12]
     # Each predicted token is a byte or the end of a document, which no byte of text stands for.
     assert 1.0 <= validations[-1][2] / (validations[-1][1] / math.log(2)) < 1.02
-    assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-00000008", "step-00000012"]
+    assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-00000007", "step-00000012"]
     index = read_index(find(run / "checkpoints", "latest")[0])
     assert index.extra["model_config"]["intermediate_size"] == MODEL["intermediate_size"]
     assert index.extra["batch"] == {"sequences": SEQUENCES, "ranks": 2} and index.extra["streams"] is None

@@ -166,9 +166,10 @@ def _commit(
                 values = [entry.numbers.get(field.name, 0.0) for entry in entries]
                 state[field.name].view(-1).copy_(torch.tensor(values, dtype=torch.float64))
         run.optimizer.state[one.parameter].update(state)
-    for group, options in zip(run.optimizer.param_groups, fit.options, strict=True):
-        for key, value in options.items():
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = value
+    for groups in run.groups:
+        for group, options in zip(groups, fit.options, strict=True):
+            for key, value in options.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value

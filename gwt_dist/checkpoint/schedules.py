@@ -154,10 +154,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def attempt(found: Sequence[Taker], run: Run) -> None:
     """Have each taker load its state, and then what it had: only it knows what it takes. Raises `CheckpointError`."""
-    groups = [
-        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
-        for group in run.optimizer.param_groups
-    ]
+    options = [(group, dict(group), _tensors(group)) for groups in run.groups for group in groups]
     before = [copy.deepcopy(one.schedule.state_dict()) for one in found]
     try:
         for one in found:
@@ -168,12 +165,15 @@ def attempt(found: Sequence[Taker], run: Run) -> None:
     finally:
         for one, old in zip(found, before, strict=True):
             one.schedule.load_state_dict(old)
-        for group, options in zip(run.optimizer.param_groups, groups, strict=True):
-            for key, value in options.items():  # some schedules set rates where they load
-                if isinstance(value, Tensor):
-                    group[key].copy_(value)
-                else:
-                    group[key] = value
+        for group, same, values in options:  # some schedules set rates where they load
+            group.clear()
+            group.update(same)
+            for key, value in values.items():
+                group[key].copy_(value)
+
+
+def _tensors(group: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}
 
 
 def restore(found: Sequence[Taker]) -> None:

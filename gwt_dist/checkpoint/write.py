@@ -163,7 +163,7 @@ def _report(run: Run, holdings: Sequence[Holding], step: int, keep: int | None) 
             # Only those with elements count: FSDP1 leaves ranks without any out of the steps.
             steps |= {name: (taken, numbers[i]) for i, name in one.held}
     options = []
-    for i, group in enumerate(run.optimizer.param_groups):
+    for i, group in enumerate(run.groups[0]):
         options.append({key: plain(value) for key, value in group.items() if key != "params"})
         for key, value in options[-1].items():
             to_json(value, f"option {key!r} of parameter group {i}")
