@@ -238,6 +238,18 @@ def test_schedules_of_version_2(tmp_path, name) -> None:
     assert again.train(range(BEFORE, 9)) == through.train(range(BEFORE, 9))
 
 
+def test_a_schedule_that_version_2_wrote_twice(tmp_path) -> None:
+    """The engine's own, given to `save` as well, is one schedule."""
+    through, again = Run(TORCH["StepLR"]), Run(TORCH["StepLR"])
+    through.train(range(BEFORE))
+    folder = through.save(tmp_path)
+    index = as_version_2(folder)
+    index["engine"] = {"counters": {"global_steps": 4}, "loss_scale": {}, "lr_scheduler": index["scheduler"]}
+    rewrite(folder, json.dumps(index))
+    again.load(tmp_path)
+    assert again.train(range(BEFORE, 9)) == through.train(range(BEFORE, 9))
+
+
 def as_version_2(folder: Path) -> dict[str, Any]:
     """Write the index of a checkpoint anew, as it was before values had types."""
     index = json.loads((folder / "index.json").read_text())
@@ -394,7 +406,10 @@ def test_equal_rates_go_to_any_groups(tmp_path, order) -> None:
 
 def test_milestones_are_not_rates(tmp_path) -> None:
     """As many as there are groups, and these in another order: they stay."""
-    build = lambda o: S.SequentialLR(o, [S.ExponentialLR(o, f) for f in (0.9, 0.8, 0.7)], [2, 6])  # noqa: E731
+
+    def build(o: Any) -> Any:
+        return S.SequentialLR(o, [S.ExponentialLR(o, factor) for factor in (0.9, 0.8, 0.7)], [2, 6])
+
     through = Run(build, rates=(0.1, 0.1))
     through.train(range(BEFORE))
     through.save(tmp_path)

@@ -15,6 +15,8 @@ def lift_index(content: dict[str, Any]) -> dict[str, Any]:
     """An index of version 1 or 2, which had the engine's schedule among its counters; entries are left as they are."""
     engine = dict(content["engine"] or {})
     schedules = {"engine_schedule": engine.pop("lr_scheduler", None), "scheduler": content["scheduler"]}
+    if schedules["scheduler"] == schedules["engine_schedule"]:
+        schedules["scheduler"] = None  # the engine's own was given to `save`, and written twice
     wrapped = {
         key: None if state is None else {"class": "", "state": _lift_state(state)} for key, state in schedules.items()
     }
