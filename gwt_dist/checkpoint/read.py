@@ -72,7 +72,8 @@ def load(
 
     Raises:
         CheckpointError: On all ranks, if anything is missing, damaged, from a newer version, or does not fit this model
-            and optimizer; the message names the file or the tensor.
+            and optimizer (the message names the file or the tensor), if a schedule would get no state or a state no
+            schedule, or if gradients are accumulated for a step that is not done.
     """
     place, sha256 = together.from_rank_0(lambda: _found(Path(path), which))
     where = Path(place)
