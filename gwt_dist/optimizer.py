@@ -276,3 +276,4 @@ class GWTAdamW(torch.optim.Optimizer):
         self._steps = Steps()
         self._fused: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters updated in the backward pass -> True
         self.is_accumulating = False  # within `accumulating`
+        self.holding: set[Any] = set()  # those among which `fuse_backward` divides them that have gradients to add to

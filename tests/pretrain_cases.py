@@ -79,7 +79,7 @@ def arguments(folder: Path, output: Path, **changes: Any) -> list[str]:
         "eval_every": 6,
         "eval_tokens": 32 * 7,
         "log_every": 1,
-        "save_every": 4,
+        "save_every": 7,  # at a step whose micro-batches are no whole number of steps on 1 rank
         "threads": 1,
     }
     return [f"--{key}={value}" for key, value in (values | changes).items()]

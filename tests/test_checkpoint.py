@@ -182,10 +182,8 @@ def test_what_dead_saves_leave(saved) -> None:
 
 def test_nothing_is_left_of_a_save_that_fails(saved) -> None:
     run = built()
-    with pytest.raises(CheckpointError, match=r"the index cannot be written as JSON.*set"):
-        gwt_dist.save(saved, *run, step=3, extra={1, 2})
-    with pytest.raises(CheckpointError, match="JSON"):
-        gwt_dist.save(saved, *run, step=3, extra=float("nan"))
+    with pytest.raises(CheckpointError, match=r"extra\['data'\]\[1\] is a builtins.object, and a checkpoint could not"):
+        gwt_dist.save(saved, *run, step=3, extra={"data": (1, object())})
     run[1].param_groups[1]["mine"] = object()
     with pytest.raises(CheckpointError, match="option 'mine' of parameter group 1 cannot be written as JSON"):
         gwt_dist.save(saved, *run, step=3)

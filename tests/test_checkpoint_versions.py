@@ -1,4 +1,4 @@
-"""Checkpoints of version 1, which the code of commit 8685465 wrote: they load to the bit, and go on as version 2."""
+"""Checkpoints of version 1, which the code of commit 8685465 wrote: they load to the bit, and go on as version 3."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_version_1(tmp_path, capsys, name) -> None:
     assert differ(name, run) == []
     folder = gwt_dist.save(tmp_path, *run, step=loaded.step)
     index = json.loads((folder / "index.json").read_text())
-    assert index["version"] == 2
+    assert index["version"] == 3
     assert index["tensors"]["attn.bias"]["fields"] == {
         "exp_avg": {"extent": "unit"},
         "exp_avg_sq": {"extent": "unit"},

@@ -15,7 +15,9 @@ import os
 import random
 import re
 import resource
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,16 @@ class Saved:
         self.folder = self.path / STEP
         (folder / "outside.safetensors").write_bytes(b"outside")
         self.build()
-        extra = {"seen": [1, 2.5]}
+        extra = {
+            "seen": [1, 2.5],
+            "place": (1, inf, {2: b"a"}),
+            "of": [Counter("ab"), deque([1], 2), {1}, torch.ones(2)],
+        }
         gwt_dist.save(self.path, self.model, self.optimizer, step=1, scheduler=self.scheduler, extra=extra)
         self.train()  # what is here is not what is there
         self.files = {path: path.read_bytes() for path in (self.path / "latest", *self.folder.iterdir())}
         self.index: dict[str, Any] = json.loads(self.files[self.folder / "index.json"])
-        self.indexes = self.index, version_1(self.index)
+        self.indexes = self.index, version_2(self.index), version_1(version_2(self.index))
 
     def build(self) -> None:
         self.model = nn.ModuleDict({"attn": nn.Linear(6, 5), "mlp": nn.Linear(5, 9, bias=False)})
@@ -96,6 +102,13 @@ class Saved:
         weights = [tensor.clone() for tensor in self.model.state_dict().values()]
         rng = (random.getstate(), torch.get_rng_state())
         return [weights, states, repr(groups), repr(self.scheduler.state_dict()), rng]
+
+
+def version_2(index: dict[str, Any]) -> dict[str, Any]:
+    """What was written of the same checkpoint before values had types."""
+    index = json.loads(json.dumps(index)) | {"version": 2, "extra": {"seen": [1, 2.5]}}
+    del index["engine_schedule"]
+    return index | {"scheduler": index["scheduler"]["state"]}
 
 
 def version_1(index: dict[str, Any]) -> dict[str, Any]:
@@ -191,8 +204,11 @@ HOSTILE: list[Any] = [
     0.0, -0.0, 0.5, 1e308, -1e308, float("nan"), float("inf"), "@1e999",
     "", ".", "..", "../outside.safetensors", "/etc/passwd", f"../{STEP}/{DATA}", DATA, "index.json", "link", "sub/x",
     "\0", "\ud800", "\x1b[31m", "a" * 5000, "F32", "BF16", "BOOL", "haar", "db2", "energy", "weight", "0" * 64,
-    "row", "tensor",
+    "row", "tensor", "$", "value", "tuple", "Counter", "torch.Tensor", "complex64", "-inf",
     [], {}, [[]], [0], [1 << 40, 1 << 40], [0, 1 << 62, 1 << 62], [-1], [1] * 70, {"": 0}, {"params": []}, DEEP, DEEPER,
+    {"$": "tuple"}, {"$": "set", "value": [[], []]}, {"$": "dict", "value": [[{}, 1]]}, {"$": [], "value": 1},
+    {"$": "torch.Tensor", "value": {"dtype": "float32", "shape": [1 << 40], "data": "AAAA"}},
+    {"$": "numpy.ndarray", "value": {"dtype": "|O", "shape": [], "data": "AAAA"}},
 ]  # fmt: skip
 
 
@@ -369,6 +385,14 @@ def grow(stored: dict[str, Any], shape: list[int], stop: int, rows: int) -> None
     stored["pieces"][0].update(start=0, stop=stop, rows=rows)
 
 
+def array(name: str, dtype: str, shape: list[int], data: str = "AAAAAA==") -> dict[str, Any]:
+    return {"$": name, "value": {"dtype": dtype, "shape": shape, "data": data}}
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 1
+
+
 BIAS = ("tensors", "attn.bias")
 FOUND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "betas": (lambda i: set_in(i, 0, "groups", 0, "betas"), "betas=0 in a parameter group"),
@@ -383,11 +407,13 @@ FOUND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda i: set_in(random_states(i), random_states(i)["torch"], "python"),
         "random states are not those of this version|do not lie in its data",
     ),
-    "text for a scheduler": (lambda i: set_in(i, "text", "scheduler"), "schedule does not take the state"),
+    "text for a scheduler": (lambda i: set_in(i, "text", "scheduler", "state"), "load does not take the state in"),
     "half a scheduler": (
-        lambda i: set_in(i, [["gamma", 0.25], [1, 2, 3]], "scheduler"),  # the first is taken before the second is seen
-        "schedule does not take the state",
+        # The first is taken before the second is seen.
+        lambda i: set_in(i, [["gamma", 0.25], [1, 2, 3]], "scheduler", "state"),
+        "load does not take the state in",
     ),
+    "state alone": (lambda i: set_in(i, i["scheduler"]["state"], "scheduler"), "scheduler should have the keys"),
     "huge random state": (lambda i: grow(random_states(i)["python"], [1 << 40], 1 << 40, 1), "do not lie in its data"),
     "very many rows": (
         lambda i: grow(at(i, BIAS)["parts"]["weight"], [1 << 40, 2], 1, 1 << 40),
@@ -395,9 +421,46 @@ FOUND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "list of counters": (lambda i: set_in(i, {"counters": []}, "engine"), "engine should have the keys"),
     "text as a counter": (
-        lambda i: set_in(i, {"counters": {"global_steps": "1"}, "loss_scale": {}, "lr_scheduler": None}, "engine"),
-        "engine.global_steps is '1'",
+        lambda i: set_in(i, {"counters": {"global_steps": "1"}, "loss_scale": {}}, "engine"),
+        "engine.global_steps is no number of things",
     ),
+    "steps before the first": (
+        lambda i: set_in(i, {"counters": {"global_steps": -7}, "loss_scale": {}}, "engine"),
+        "engine.global_steps is no number of things",
+    ),
+    **{
+        f"value {i}": (lambda index, value=value: set_in(index, value, "extra", "seen", 0), message)
+        for i, (value, message) in enumerate(
+            [
+                (
+                    {"$": "tuple"},
+                    r"extra\['seen'\]\[0\] is no 'tuple': it was written by a newer gwt_dist, or is damaged",
+                ),
+                ({"$": "frobnicate", "value": 1}, "is no 'frobnicate': it was written by a newer gwt_dist"),
+                ({"$": "set", "value": [{"$": "set", "value": []}]}, "is no 'set': unhashable"),
+                ({"$": "set", "value": [1, 1]}, "an element twice"),
+                ({"$": "dict", "value": [[1, 2], [1, 3]]}, "a key twice"),
+                ({"$": "Counter", "value": {"a": 1}}, "a dict in the place of a list"),
+                ({"$": "defaultdict", "value": ["print", []]}, "is no 'defaultdict'"),
+                ({"$": "deque", "value": [1 << 70, [1]]}, "is no 'deque'"),
+                ({"$": "float", "value": "1e999"}, "is no 'float'"),
+                ({"$": "str", "value": [1 << 40]}, "is no 'str'"),
+                ({"$": "complex", "value": [1, 2]}, "a int in the place of a float"),
+                ({"$": "bytes", "value": "a"}, "is no 'bytes'"),
+                ({"$": "torch.dtype", "value": "onnx"}, "is no 'torch.dtype'"),
+                ({"$": "torch.device", "value": "nowhere"}, "is no 'torch.device'"),
+                ({"$": "torch.Size", "value": [-1]}, "a shape"),
+                (array("torch.Tensor", "float32", [1 << 40]), "4 bytes for the shape"),
+                (array("torch.Tensor", "float32", [0, 1 << 60]), "a shape"),
+                (array("torch.Tensor", "bool", [4], "AgICAg=="), "neither 0 nor 1"),
+                (array("torch.Tensor", "quint8", [4]), "a dtype 'quint8'"),
+                (array("numpy.ndarray", "|O", []), r"a dtype '\|O'"),
+                (array("numpy.ndarray", "<f4", [1 << 40]), "4 bytes for the shape"),
+                (array("numpy.generic", "<f4", [1]), "a number of shape"),
+                (nested(101), "lies within 100 values"),
+            ]
+        )
+    },
 }
 
 
@@ -412,11 +475,12 @@ def test_found_before(case) -> None:
     assert re.search(message, str(load(here)))
 
 
-def test_version_1_without_changes() -> None:
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_version_without_changes(number) -> None:
     """What the fuzzing starts from is what loads."""
     here = saved()
     here.restore()
-    here.forge(json.dumps(here.indexes[1]).encode())
+    here.forge(json.dumps(here.indexes[number]).encode())
     assert load(here) is None
     assert inspected(here)[0] == 0
     here.build()

@@ -89,7 +89,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "wavelet": {"torch", "pywt"},
     "kernels": {"torch", "triton"},
     "engines": {"torch", "deepspeed", "fairscale"},
-    "checkpoint": {"torch", "safetensors", "huggingface_hub", "transformers"},
+    "checkpoint": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers"},
     "config": {"yaml"},
     "integrations": EVERYTHING,
     "train": EVERYTHING,

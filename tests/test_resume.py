@@ -54,8 +54,9 @@ def test_other_ranks_take_the_same_batches(
     inputs: Path, whole_run: Run, ranks: Ranks, tmp_path: Path, world_size: int
 ) -> None:
     run, whole = tmp_path / "run", whole_run[0]
-    resume = whole / "checkpoints" / "step-00000008"
-    (code, output), *_ = ranks(world_size, fails, arguments(inputs, run, resume=resume), timeout=120)
+    resume = whole / "checkpoints" / "step-00000007"
+    argv = arguments(inputs, run, resume=resume, save_every=4, keep=1)
+    (code, output), *_ = ranks(world_size, fails, argv, timeout=120)
     assert code == 0, output
     assert f"{world_size} ranks go on where 2 saved: micro batch 2, accumulation {6 // world_size}" in output
     keys = ("step", "batch", "tokens", "lr")
@@ -63,6 +64,7 @@ def test_other_ranks_take_the_same_batches(
     for key in ("loss", "validation_loss"):
         found, expected = ([value for (value,) in rows(one, key) if value is not None] for one in (run, whole))
         assert found == pytest.approx(expected, rel=1e-5)
+    assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-00000012"]
 
 
 def test_streamed_run_goes_on_in_another_folder_with_the_same_curve(
@@ -95,7 +97,7 @@ def test_damage_is_named_and_the_checkpoint_before_goes_on(
         (code, error), _ = ranks(2, fails, arguments(inputs, run, resume=resume, steps=20), timeout=120)
         assert (code, error.count("\n")) == (2, 1)
         assert f"{path} is damaged: bytes" in error
-    earlier = run / "checkpoints" / "step-00000008"
+    earlier = run / "checkpoints" / "step-00000007"
     (code, error), _ = ranks(2, fails, arguments(inputs, run, resume=earlier), timeout=120)
     assert code == 2 and "would overwrite the later checkpoint" in error
     results = ranks(2, fails, arguments(inputs, branch, resume=earlier), timeout=120)
@@ -163,7 +165,7 @@ def test_resume_of_another_run_is_refused(
 
 def test_another_zero_stage_goes_on(inputs: Path, whole_run: Run, ranks: Ranks, tmp_path: Path) -> None:
     whole, settings = whole_run[0], engine(tmp_path, "zero3", zero_optimization={"stage": 3})
-    run, resume = tmp_path / "run", whole / "checkpoints" / "step-00000008"
+    run, resume = tmp_path / "run", whole / "checkpoints" / "step-00000007"
     argv = arguments(inputs, run, deepspeed_config=settings, resume=resume)
     assert [code for code, _ in ranks(2, fails, argv, timeout=120)] == [0, 0]
     assert rows(run, "step", "batch", "lr") == rows(whole, "step", "batch", "lr")

@@ -25,15 +25,13 @@ class Fit:
     options: list[dict[str, Any]]  # of each parameter group
 
 
-def check(index: Index, run: Run, scheduler: Any, where: str) -> Fit:
+def check(index: Index, run: Run, where: str) -> Fit:
     """Compare a checkpoint with what is here.
 
     Raises:
         CheckpointError: For tensors that one of both does not have, other shapes, levels, wavelets, recipes or state,
             and states that this engine cannot hold apart.
     """
-    if scheduler is not None and index.scheduler is None:
-        raise CheckpointError(f"{where} has no state of a scheduler, and one was given to load")
     _check_names(index, run, where)
     traits = run.traits()
     for name, entry in index.tensors.items():

@@ -1,4 +1,4 @@
-"""What an index says, as frozen data, and the JSON that is written of it; `parse.py` has the way back. Knows no torch.
+"""What an index says, as frozen data, and the JSON that is written of it; `parse.py` has the way back.
 
 A tensor is stored as flat row-major intervals: the weight in its own shape, a field of its state in that of the whole
 field. Every interval is a chunk: so many bytes at an offset of one file, with a SHA-256 of its own. The chunks of a
@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from gwt_dist.checkpoint.errors import CheckpointError as CheckpointError
+from gwt_dist.checkpoint.values import encode
 from gwt_dist.declare import Extent, Field
 from gwt_dist.layout import Fragment
 
 FORMAT = "gwt_dist checkpoint"
-VERSION = 2
+VERSION = 3
 INDEX = "index.json"
 WEIGHT = "weight"
 # The names of safetensors, and the bytes of an element.
@@ -28,10 +30,6 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 def stored_of(fields: Iterable[Field]) -> list[str]:
     """Names of the fields that are parts of their own; the others are numbers in the index."""
     return [field.name for field in fields if field.extent is not Extent.TENSOR]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, does not fit, or could not be written; the message names the file or tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +92,14 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """The state of a learning-rate schedule."""
+
+    kind: str  # its class and, in brackets, those of the schedules within it; empty before version 3
+    state: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
     """All that a checkpoint says about itself."""
 
@@ -103,8 +109,9 @@ class Index:
     groups: tuple[dict[str, Any], ...]  # options of each parameter group
     files: dict[str, File]
     extra: Any = None  # the user's
-    scheduler: Any = None
+    scheduler: Schedule | None = None  # that was given to `save`
     engine: dict[str, Any] | None = None  # counters of an engine
+    engine_schedule: Schedule | None = None  # that the engine steps by itself
     random: dict[int, dict[str, Stored]] = field(default_factory=dict)  # by rank
     versions: dict[str, str] = field(default_factory=dict)  # who wrote it
 
@@ -148,8 +155,9 @@ def dump(index: Index) -> bytes:
         },
         "random": {str(rank): {k: _dump_stored(s) for k, s in states.items()} for rank, states in index.random.items()},
         "engine": index.engine,
-        "scheduler": index.scheduler,
-        "extra": index.extra,
+        "engine_schedule": _dump_schedule(index.engine_schedule, "the state of the engine's lr_scheduler"),
+        "scheduler": _dump_schedule(index.scheduler, "the state of scheduler"),
+        "extra": encode(index.extra, "extra"),
     }
     return to_json(content, "the index")
 
@@ -164,6 +172,10 @@ def to_json(content: Any, what: str) -> bytes:
             f"mappings with text keys"
         ) from None
     return text.encode()
+
+
+def _dump_schedule(schedule: Schedule | None, what: str) -> dict[str, Any] | None:
+    return None if schedule is None else {"class": schedule.kind, "state": encode(schedule.state, what)}
 
 
 def _dump_stored(stored: Stored) -> dict[str, Any]:

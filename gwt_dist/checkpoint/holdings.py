@@ -16,6 +16,7 @@ from gwt_dist.engines.weights import Local, Weights, clean, read_weights
 from gwt_dist.layout import Fragment
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.plan import Plan
+from gwt_dist.steps import Group
 from gwt_dist.units import level_of
 
 MASTER = "master weight"  # a weight in the precision of the optimizer; stored as the weight
@@ -84,6 +85,8 @@ class Run:
         engine_optimizers = unwrapped(model) if "basic_optimizer" in vars(model) else ()
         self.model = model
         self.optimizer: GWTAdamW = find_optimizer(optimizer)
+        # ZeroRedundancyOptimizer and OSS have groups of their own, which schedules set and each step passes on.
+        self.groups: list[list[Group]] = [w.param_groups for w in wrappers if hasattr(w, "param_groups")]
         self.weights: Weights = read_weights(model, [*wrappers, *engine_optimizers])
         self.stepped: list[Stepped] = list(self._stepped())
 

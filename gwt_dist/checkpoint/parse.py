@@ -1,4 +1,4 @@
-"""The strict way from the JSON of an index to frozen data. Knows no torch, and believes nothing that it reads."""
+"""The strict way from the JSON of an index to frozen data. Believes nothing that it reads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from gwt_dist.checkpoint.format import (
     Entry,
     File,
     Index,
+    Schedule,
     Stored,
     stored_of,
 )
+from gwt_dist.checkpoint.lift import lift_entry, lift_index
+from gwt_dist.checkpoint.values import decode
 from gwt_dist.declare import Extent, Field
 from gwt_dist.exchange import join
 from gwt_dist.layout import Fragment, LayoutError
@@ -54,23 +57,15 @@ def parse(text: bytes, where: str, sizes: Callable[[str], int] | None) -> Index:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{where} is not the index of a checkpoint of gwt_dist")
     version = content.get("version")
-    if version not in (1, VERSION) or isinstance(version, bool):
+    if version not in (1, 2, VERSION) or isinstance(version, bool):
         raise CheckpointError(
             f"{where} has the format version {_shown(version)} and this gwt_dist reads 1 to {VERSION}; load it with "
             f"the gwt_dist that wrote it ({_shown(content.get('versions'))}), or a newer one"
         )
-    return reader.index(content, sizes)
-
-
-def _lifted(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of version 1, which knew two moments and the norm of a limiter, as one of version 2."""
-    norm = entry.pop("limited_norm")
-    fields = {}
-    if entry["step"] is not None:
-        # Only what has a level may be without a second moment.
-        kept = [name for name in ("exp_avg", "exp_avg_sq") if name in entry["parts"] or not entry["level"]]
-        fields = {name: {"extent": "unit"} for name in kept} | {"limited_norm": {"extent": "tensor"}}
-    return entry | {"fields": fields, "numbers": {"limited_norm": norm or 0.0} if fields else {}}
+    try:
+        return reader.index(content, sizes)
+    except RecursionError:
+        raise CheckpointError(f"{where} is nested too deeply") from None
 
 
 def _shown(value: object) -> str:
@@ -135,23 +130,14 @@ class _Reader:
         return value
 
     def index(self, content: dict[str, Any], sizes: Callable[[str], int] | None) -> Index:
-        _, _, step, world, versions, files, groups, tensors, random, engine, scheduler, extra = self.fields(
-            content,
-            "the index",
-            format=str,
-            version=int,
-            step=int,
-            world_size=int,
-            versions=dict,
-            files=dict,
-            groups=list,
-            tensors=dict,
-            random=dict,
-            engine=(dict, type(None)),
-            scheduler=object,
-            extra=object,
-        )
-        self.version = content["version"]
+        optional, self.version = (dict, type(None)), content["version"]
+        kinds: dict[str, Any] = dict(format=str, version=int, step=int, world_size=int, versions=dict, files=dict)
+        kinds |= dict(groups=list, tensors=dict, random=dict, engine=optional)
+        if self.version < VERSION:
+            self.fields(content, "the index", **kinds, scheduler=object, extra=object)
+            content = lift_index(content)
+        found = self.fields(content, "the index", **kinds, engine_schedule=optional, scheduler=optional, extra=object)
+        _, _, step, world, versions, files, groups, tensors, random, engine, theirs, scheduler, extra = found
         for name, value in files.items():
             self.files[name] = self.file(name, value, sizes)
             self.left[name] = self.files[name].bytes - self.files[name].header_bytes
@@ -172,20 +158,31 @@ class _Reader:
             entries,
             tuple(groups),
             self.files,
-            extra,
-            scheduler,
+            self.value(extra, "extra"),
+            self.schedule(scheduler, "scheduler"),
             engine,
+            self.schedule(theirs, "engine_schedule"),
             states,
             {str(k): str(v) for k, v in versions.items()},
         )
 
     def engine(self, value: dict[str, Any]) -> None:
-        counters, scale, _ = self.fields(
-            value, "engine", counters=dict, loss_scale=dict, lr_scheduler=(dict, type(None))
-        )
-        for name, number in [*counters.items(), *scale.items()]:
+        counters, scale = self.fields(value, "engine", counters=dict, loss_scale=dict)
+        for name, number in counters.items():
+            self.natural(number, f"engine.{name}")
+        for name, number in scale.items():
             if isinstance(number, bool) or not isinstance(number, int | float | None):
                 self.fail(f"engine.{name}", f"is {_shown(number)}")
+
+    def value(self, value: Any, path: str) -> Any:
+        # Before version 3 an object with such a key was the user's.
+        return decode(value, f"{self.where}: {path}") if self.version == VERSION else value
+
+    def schedule(self, value: Any, path: str) -> Schedule | None:
+        if value is None:
+            return None
+        kind, state = self.fields(value, path, **{"class": str, "state": object})
+        return Schedule(kind, self.value(state, f"{path}.state"))
 
     def file(self, name: str, value: Any, sizes: Callable[[str], int] | None) -> File:
         if not _NAME.fullmatch(name):
@@ -212,7 +209,7 @@ class _Reader:
         kinds |= dict(step=number, parts=dict)
         if self.version == 1:
             self.fields(value, path, **kinds, limited_norm=(float, type(None)))
-            value = _lifted(value)
+            value = lift_entry(value)
         found = self.fields(value, path, **kinds, fields=dict, numbers=dict)
         shape, dtype, group, level, wavelet, recipe, step, parts, fields, numbers = found
         whole = self.shape(shape, f"{path}.shape")

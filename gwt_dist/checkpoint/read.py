@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gwt_dist.checkpoint import folder, random_states, together
+from gwt_dist.checkpoint import folder, random_states, schedules, together
 from gwt_dist.checkpoint.files import Reader
 from gwt_dist.checkpoint.fit import Fit, check
 from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Chunk, Index, Stored
 from gwt_dist.checkpoint.holdings import Holding, Run
 from gwt_dist.declare import Extent
-from gwt_dist.engines.weights import counters, set_counters
+from gwt_dist.engines.weights import check_boundary, set_counters
 from gwt_dist.layout import Overlap
 
 
@@ -67,25 +65,30 @@ def load(
         model: The model as it is wrapped, or the DeepSpeed engine; attached, where the engine needs it.
         optimizer: Its `GWTAdamW`, or any wrapper that holds it.
         which: ``"latest"``, a step, or the name of a folder in `path`.
-        scheduler: What was given to `save` as such; its ``load_state_dict`` is called.
+        scheduler: The learning-rate schedule that goes on, of the class that was saved: what was given to `save`, or
+            that of a DeepSpeed engine, whichever the checkpoint has. An engine's own need not be given. False leaves
+            all schedules as they are, those in the checkpoint too.
         restore_random: Whether to take the random states.
 
     Raises:
         CheckpointError: On all ranks, if anything is missing, damaged, from a newer version, or does not fit this model
-            and optimizer; the message names the file or the tensor.
+            and optimizer (the message names the file or the tensor), if a schedule would get no state or a state no
+            schedule, or if gradients are accumulated for a step that is not done.
     """
     place, sha256 = together.from_rank_0(lambda: _found(Path(path), which))
     where = Path(place)
     index = together.each(lambda: folder.read_index(where, sha256))
     run = together.each(lambda: Run(model, optimizer))
-    fit = together.each(lambda: check(index, run, scheduler, str(where)))
+    together.each(lambda: check_boundary(model, run.optimizer, "load"))
+    fit = together.each(lambda: check(index, run, str(where)))
+    takers = together.each(lambda: schedules.takers(index, run, scheduler, str(where)))
     tasks = together.each(lambda: _tasks(index, run, fit))
     states = index.random.get(together.rank(), {}) if restore_random else {}
     random = together.each(lambda: _random(where, index, states))
     together.each(lambda: _verify(where, index, tasks))
-    together.each(lambda: _schedules(index, model, scheduler))
+    together.each(lambda: schedules.attempt(takers, run))
     try:
-        together.each(lambda: _commit(where, index, run, fit, tasks))
+        together.each(lambda: _commit(where, index, run, fit, tasks, takers))
         if random:
             random_states.restore(random)
     except CheckpointError as error:
@@ -144,7 +147,11 @@ def _verify(where: Path, index: Index, tasks: list[_Task]) -> None:
             reader.verify(task.stored, task.chunk, task.what)
 
 
-def _commit(where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task]) -> None:
+def _commit(
+    where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task], takers: Sequence[schedules.Taker]
+) -> None:
+    schedules.restore(takers)
+    set_counters(run.model, index.engine, index.step)
     with Reader(where, index.files) as reader:
         for task in tasks:
             reader.read(task.stored, task.chunk, task.places)
@@ -160,26 +167,10 @@ def _commit(where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task]) -
                 values = [entry.numbers.get(field.name, 0.0) for entry in entries]
                 state[field.name].view(-1).copy_(torch.tensor(values, dtype=torch.float64))
         run.optimizer.state[one.parameter].update(state)
-    for group, options in zip(run.optimizer.param_groups, fit.options, strict=True):
-        for key, value in options.items():
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = value
-
-
-def _schedules(index: Index, model: Any, scheduler: Any) -> None:
-    """The states of schedules and the counters of an engine, or nothing of them: only they know what they take."""
-    restores: list[tuple[Callable[[Any], None], Any, Any]] = []  # how, what, and what was there before
-    if scheduler is not None:
-        restores.append((scheduler.load_state_dict, index.scheduler, copy.deepcopy(scheduler.state_dict())))
-    before = counters(model)
-    if index.engine is not None and before is not None:
-        restores.append((partial(set_counters, model), index.engine, copy.deepcopy(before)))
-    for i, (restore, value, _) in enumerate(restores):
-        try:
-            restore(copy.deepcopy(value))
-        except Exception as error:
-            for undo, _, old in restores[: i + 1]:
-                undo(old)
-            raise CheckpointError(f"the schedule does not take the state in the checkpoint: {error!r}") from error
+    for groups in run.groups:
+        for group, options in zip(groups, fit.options, strict=True):
+            for key, value in options.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_dist.checkpoint import folder, together
+from gwt_dist.checkpoint import folder, schedules, together
 from gwt_dist.checkpoint.dtypes import safetensors_dtype
 from gwt_dist.checkpoint.files import Part, split, write_file
 from gwt_dist.checkpoint.format import (
@@ -29,7 +29,7 @@ from gwt_dist.checkpoint.format import (
 )
 from gwt_dist.checkpoint.holdings import MASTER, Holding, Run, Traits
 from gwt_dist.checkpoint.random_states import capture
-from gwt_dist.engines.weights import counters
+from gwt_dist.engines.weights import check_boundary, counters
 from gwt_dist.exchange import join
 from gwt_dist.layout import Fragment
 
@@ -89,8 +89,10 @@ def save(
         model: The model as it is wrapped, or the DeepSpeed engine.
         optimizer: The `GWTAdamW`, or any wrapper that holds it.
         step: Optimizer steps done.
-        extra: What you want to get back: anything that JSON can hold, such as the place in the data. Rank 0's counts.
-        scheduler: A learning-rate scheduler, or anything with a ``state_dict`` that JSON can hold.
+        extra: What you want to get back, such as the place in the data: None, numbers, text, bytes, lists, tuples,
+            sets, mappings, and small tensors and NumPy arrays. It comes back equal, types included. Rank 0's counts.
+        scheduler: A learning-rate scheduler, or anything with ``state_dict`` and ``load_state_dict``, of such values.
+            That which a DeepSpeed engine steps is saved without being given.
         keep: Leave the `keep` newest checkpoints up to this one; None leaves all.
         random_states: Keep the random states of Python and torch of each rank.
 
@@ -98,9 +100,13 @@ def save(
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: On all ranks, if any of them cannot write its part or the parts make up no whole.
+        CheckpointError: On all ranks, if any of them cannot write its part or the parts make up no whole, if gradients
+            are accumulated for a step that is not done, or for a value in `extra` or in the state of the scheduler that
+            would not come back as it is (the message has its keys).
     """
     run = together.each(lambda: Run(model, optimizer))
+    together.each(lambda: check_boundary(model, run.optimizer, "save"))
+    beside = together.each(lambda: _beside(model, scheduler, extra) if together.rank() == 0 else {})
     holdings = together.each(run.holdings)
     reports = together.gather(together.each(lambda: _report(run, holdings, step, keep)))
     mine = together.each(lambda: _assign(reports))[together.rank()]
@@ -114,9 +120,8 @@ def save(
             tensors=_entries(reports, written),
             groups=tuple(reports[0].groups),
             files=dict(one.file for one in written),
-            extra=extra,
-            scheduler=None if scheduler is None else scheduler.state_dict(),
             engine=counters(model),
+            **beside,
             random={rank: one.random for rank, one in enumerate(written) if one.random},
             versions=_versions(),
         )
@@ -129,6 +134,14 @@ def save(
         if together.rank() == 0:
             shutil.rmtree(saving, ignore_errors=True)  # a full disk is none for whoever comes next
         raise
+
+
+def _beside(model: Any, scheduler: Any, extra: Any) -> dict[str, Any]:
+    """What is the user's; tried before anything is written, as it may be what no index can hold."""
+    states = schedules.read(model, scheduler)
+    found = {"scheduler": states.get("scheduler"), "engine_schedule": states.get("engine"), "extra": extra}
+    dump(Index(0, 0, {}, (), {}, **found))
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -150,7 +163,7 @@ def _report(run: Run, holdings: Sequence[Holding], step: int, keep: int | None) 
             # Only those with elements count: FSDP1 leaves ranks without any out of the steps.
             steps |= {name: (taken, numbers[i]) for i, name in one.held}
     options = []
-    for i, group in enumerate(run.optimizer.param_groups):
+    for i, group in enumerate(run.groups[0]):
         options.append({key: plain(value) for key, value in group.items() if key != "params"})
         for key, value in options[-1].items():
             to_json(value, f"option {key!r} of parameter group {i}")

@@ -13,6 +13,7 @@ import typer
 
 from gwt_dist.checkpoint import CheckpointError, Index, NoCheckpoint, locate, read_index
 from gwt_dist.checkpoint.format import ITEM_BYTES, WEIGHT, Entry
+from gwt_dist.checkpoint.values import encode
 from gwt_dist.checkpoint.verify import Damage, damages
 
 GOOD, DAMAGED = 0, 1
@@ -90,7 +91,7 @@ def describe(folder: Path, index: Index) -> dict[str, Any]:
         "files": _written(index),
         "scheduler": index.scheduler is not None,
         "random_states_of_ranks": sorted(index.random),
-        "extra": index.extra,
+        "extra": encode(index.extra, "extra"),
     }
 
 

@@ -31,27 +31,58 @@ def partition(parameter: Any, name: str) -> tuple[Fragment, Tensor, Tensor | Non
     return fragment, parameter.ds_tensor.detach().reshape(-1)[: stop - start], parameter if gathered else None
 
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """Steps and samples of an engine, the state of its loss scale, and that of its learning-rate schedule."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    schedule = engine.lr_scheduler
+    """Steps and samples of an engine, and the state of its loss scale where that changes by itself.
+
+    Not the micro-batches: how many a step has is a matter of ranks and settings, see `set_counters`.
+    """
+    scaler = _dynamic_scaler(engine)
     return {
         "counters": {key: getattr(engine, key) for key in _COUNTERS},
-        "loss_scale": {key: getattr(scaler, key) for key in _SCALE if hasattr(scaler, key)},
-        "lr_scheduler": schedule.state_dict() if hasattr(schedule, "state_dict") else None,
+        "loss_scale": {} if scaler is None else {key: getattr(scaler, key) for key in _SCALE},
     }
 
 
-def set_counters(engine: Any, values: Mapping[str, Any]) -> None:
-    """Put `counters` of another engine into this one."""
+def set_counters(engine: Any, values: Mapping[str, Any] | None, step: int) -> None:
+    """Let an engine count as one that has done the same steps with this engine's accumulation.
+
+    `values` are the `counters` of another engine; None: no engine counted, and `step` steps were done.
+    """
+    saved = (values or {}).get("counters", {})
+    steps = saved.get("global_steps", step)
+    engine.global_steps = steps
+    engine.global_samples = saved.get("global_samples", steps * engine.train_batch_size())
+    engine.skipped_steps = saved.get("skipped_steps", 0)
+    # DeepSpeed takes a step when it has counted a multiple of its accumulation, so another's count is of no use.
+    engine.micro_steps = steps * engine.gradient_accumulation_steps()
+    scale, scaler = (values or {}).get("loss_scale", {}), _dynamic_scaler(engine)
+    if scaler is not None and scale.keys() == set(_SCALE):
+        for key, value in scale.items():
+            setattr(scaler, key, value)
+
+
+def _dynamic_scaler(engine: Any) -> Any:
+    """What adapts the loss scale of fp16; None where it is a setting (fp16 with a fixed one) or 1 (bf16, fp32)."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for target, key, known in ((engine, "counters", _COUNTERS), (scaler, "loss_scale", _SCALE)):
-        for name, value in values.get(key, {}).items():
-            if name in known and hasattr(target, name):
-                setattr(target, name, value)
-    if values.get("lr_scheduler") is not None and hasattr(engine.lr_scheduler, "load_state_dict"):
-        engine.lr_scheduler.load_state_dict(values["lr_scheduler"])
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def accumulated(engine: Any) -> str:
+    """What an engine has of a step that it has not taken, in words; empty between two steps."""
+    micro, each = engine.micro_steps, engine.gradient_accumulation_steps()
+    # Else the caller says when a step ends, and the engine counts calls of `step`.
+    counts = engine.managed_gradient_accumulation() and engine._is_gradient_accumulation_boundary is None
+    if counts and micro % each:
+        return f"{micro % each} of the {each} micro-batches of a step"
+    zero, waiting = engine.optimizer, False
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3 counts a backward pass when the next forward begins
+        waiting = zero.micro_step_id > 0 or zero._epilogue_ran_this_backward
+    elif hasattr(zero, "micro_step_id"):
+        waiting = zero.micro_step_id >= 0
+    if waiting or any(parameter.grad is not None for parameter in engine.module.parameters()):
+        return "gradients of a backward pass"
+    return ""

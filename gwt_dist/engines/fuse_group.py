@@ -13,14 +13,15 @@ class Group:
 
     def __init__(self, optimizer: Any, members: Sequence[Tensor]) -> None:
         self._optimizer, self.members = optimizer, members
-        self._taken = self._held = False
+        self._taken = False
         optimizer.register_step_pre_hook(self._end)
 
     @property
     def accumulates(self) -> bool:
         """Whether the gradient that has just been reduced is one of an earlier micro-batch; asked once for each."""
-        self._held = self._optimizer.is_accumulating
-        return self._held
+        holding = self._optimizer.holding
+        (holding.add if self._optimizer.is_accumulating else holding.discard)(self)
+        return self in holding
 
     def update(self) -> None:
         """Take the gradients of all members in and free them; raises `ValueError` if that has been done."""
@@ -40,7 +41,7 @@ class Group:
             parameter.grad = None
 
     def _end(self, *_: Any) -> None:
-        if self._held:
+        if self in self._optimizer.holding:
             raise ValueError(
                 f"{len(self.members)} parameters have gradients that were only accumulated: this step would leave them "
                 f"out. Run the last backward pass of a step outside of optimizer.accumulating()"

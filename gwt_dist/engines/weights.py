@@ -6,7 +6,7 @@ the copies that must follow when a master is loaded; and the counters of an engi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from gwt_dist import dtensor
 from gwt_dist.engines import deepspeed, deepspeed_state, fairscale, fsdp1
 from gwt_dist.layout import Fragment
+from gwt_dist.optimizer import GWTAdamW
 
 # What wrappers put into the names of the modules that they wrap.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module")
@@ -136,10 +137,33 @@ def _at_start(fragment: Fragment) -> Fragment:
 
 def counters(model: Any) -> dict[str, Any] | None:
     """What a DeepSpeed engine counts, as plain numbers; None for any other model."""
-    return deepspeed_state.counters(model) if "basic_optimizer" in vars(model) else None
+    return deepspeed_state.counters(model) if _is_engine(model) else None
 
 
-def set_counters(model: Any, values: dict[str, Any]) -> None:
-    """Give a DeepSpeed engine the counters of another; nothing is done to any other model."""
-    if "basic_optimizer" in vars(model):
-        deepspeed_state.set_counters(model, values)
+def set_counters(model: Any, values: Mapping[str, Any] | None, step: int) -> None:
+    """Give a DeepSpeed engine the counters of another, or those of `step` steps; nothing is done to any other model."""
+    if _is_engine(model):
+        deepspeed_state.set_counters(model, values, step)
+
+
+def check_boundary(model: Any, optimizer: GWTAdamW, what: str) -> None:
+    """Raise `ValueError` where gradients are held that no step has taken: `what`, said in the message, has no place
+    for them. Gradients of a loop that accumulates by itself, without the engine or `accumulating`, are not seen.
+    """
+    held = deepspeed_state.accumulated(model) if _is_engine(model) else ""
+    if optimizer.holding:
+        held = "micro-batches that ran under optimizer.accumulating()"
+    if held:
+        raise ValueError(
+            f"{what} in the middle of a step: {held} are accumulated, and no checkpoint holds gradients, so the next "
+            f"step would be another one. Finish the step first (the remaining micro-batches and step())"
+        )
+
+
+def schedule_of(model: Any) -> Any:
+    """The learning-rate schedule that a DeepSpeed engine steps by itself; None for any other model."""
+    return model.lr_scheduler if _is_engine(model) else None
+
+
+def _is_engine(model: Any) -> bool:
+    return "basic_optimizer" in vars(model)
