@@ -109,7 +109,7 @@ def void(_: object) -> None:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda i: i.update(version=3), "has the format version 3 and this gwt_dist reads 1 to 2"),
+    "newer": (lambda i: i.update(version=4), "has the format version 4 and this gwt_dist reads 1 to 3"),
     "another format": (lambda i: i.update(format="x"), "is not the index of a checkpoint"),
     "a list": (lambda i: [1], "is not the index of a checkpoint"),
     "not JSON": (lambda i: b"{", "is not JSON"),

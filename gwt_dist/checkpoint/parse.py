@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite, prod
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +17,7 @@ from gwt_dist.checkpoint.format import (
     CheckpointError,
     Chunk,
     Entry,
+    Excluded,
     File,
     Index,
     Stored,
@@ -54,7 +55,7 @@ def parse(text: bytes, where: str, sizes: Callable[[str], int] | None) -> Index:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{where} is not the index of a checkpoint of gwt_dist")
     version = content.get("version")
-    if version not in (1, VERSION) or isinstance(version, bool):
+    if version not in range(1, VERSION + 1) or isinstance(version, bool):
         raise CheckpointError(
             f"{where} has the format version {_shown(version)} and this gwt_dist reads 1 to {VERSION}; load it with "
             f"the gwt_dist that wrote it ({_shown(content.get('versions'))}), or a newer one"
@@ -135,21 +136,27 @@ class _Reader:
         return value
 
     def index(self, content: dict[str, Any], sizes: Callable[[str], int] | None) -> Index:
-        _, _, step, world, versions, files, groups, tensors, random, engine, scheduler, extra = self.fields(
-            content,
-            "the index",
-            format=str,
-            version=int,
-            step=int,
-            world_size=int,
-            versions=dict,
-            files=dict,
-            groups=list,
-            tensors=dict,
-            random=dict,
-            engine=(dict, type(None)),
-            scheduler=object,
-            extra=object,
+        if content["version"] < 3:
+            content = content | {"excluded": {}, "tied": {}}
+        _, _, step, world, versions, files, groups, tensors, excluded, tied, random, engine, scheduler, extra = (
+            self.fields(
+                content,
+                "the index",
+                format=str,
+                version=int,
+                step=int,
+                world_size=int,
+                versions=dict,
+                files=dict,
+                groups=list,
+                tensors=dict,
+                excluded=dict,
+                tied=dict,
+                random=dict,
+                engine=(dict, type(None)),
+                scheduler=object,
+                extra=object,
+            )
         )
         self.version = content["version"]
         for name, value in files.items():
@@ -177,7 +184,23 @@ class _Reader:
             engine,
             states,
             {str(k): str(v) for k, v in versions.items()},
+            *self.absent(excluded, tied, entries),
         )
+
+    def absent(
+        self, excluded: dict[str, Any], tied: dict[str, Any], entries: Mapping[str, Entry]
+    ) -> tuple[dict[str, Excluded], dict[str, str]]:
+        left_out = {}
+        for name, value in excluded.items():
+            shape, dtype = self.fields(value, f"excluded.{name}", shape=list, dtype=str)
+            left_out[name] = Excluded(self.shape(shape, f"excluded.{name}.shape"), dtype)
+        for name in left_out.keys() & entries:
+            self.fail(f"excluded.{name}", "is among the tensors too")
+        known = {**entries, **left_out}
+        for name, first in tied.items():
+            if name in known or not isinstance(first, str) or first not in known:
+                self.fail(f"tied.{name}", f"is {_shown(first)}, and no other name of a tensor")
+        return left_out, tied
 
     def engine(self, value: dict[str, Any]) -> None:
         counters, scale, _ = self.fields(
