@@ -166,11 +166,10 @@ def weight_holdings(locals_: Iterable[Local], kind: str, leave: Container[str] =
     Raises `ValueError` for tensors that checkpoints do not hold.
     """
     for local in locals_:
-        buffer = flat(local.buffer)
-        for fragment in local.fragments:
-            if fragment.fqn in leave:
-                continue
-            _check_storable(buffer, fragment.fqn)
+        wanted = [fragment for fragment in local.fragments if fragment.fqn not in leave]
+        for fragment in wanted:
+            _check_storable(local.buffer, fragment.fqn)  # before anything else is asked of it
+            buffer = flat(local.buffer)
             if fragment.offset + fragment.numel > buffer.numel():
                 raise CheckpointError(
                     f"the part of {fragment.fqn!r} that this rank holds is not where it was: call this outside of "
