@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.checkpoint import folder
-from gwt_dist.checkpoint.dtypes import torch_dtype
+from gwt_dist.checkpoint.dtypes import in_files, torch_dtype
 from gwt_dist.checkpoint.exclude import shown
 from gwt_dist.checkpoint.files import Reader
 from gwt_dist.checkpoint.format import FLOATS, WEIGHT, CheckpointError, Entry, Index
@@ -77,6 +77,9 @@ def export_model(
     assert found is not None
     names, model_config = _plan(index, found, str(where))
     dtypes = {name: _dtype(index.tensors[name], dtype) for name in names.values()}
+    for name in dtypes:
+        if in_files(index.tensors[name].dtype)[0] == "U8" != index.tensors[name].dtype:
+            raise CheckpointError(f"{name!r} is {index.tensors[name].dtype}, which safetensors files do not have")
     model_config.dtype = str(_main(index, dtypes)).removeprefix("torch.")
     writing = out.with_name(f".{out.name}.exporting")
     out.parent.mkdir(parents=True, exist_ok=True)

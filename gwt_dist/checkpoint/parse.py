@@ -136,29 +136,26 @@ class _Reader:
         return value
 
     def index(self, content: dict[str, Any], sizes: Callable[[str], int] | None) -> Index:
-        if content["version"] < 3:
-            content = content | {"excluded": {}, "tied": {}}
-        _, _, step, world, versions, files, groups, tensors, excluded, tied, random, engine, scheduler, extra = (
-            self.fields(
-                content,
-                "the index",
-                format=str,
-                version=int,
-                step=int,
-                world_size=int,
-                versions=dict,
-                files=dict,
-                groups=list,
-                tensors=dict,
-                excluded=dict,
-                tied=dict,
-                random=dict,
-                engine=(dict, type(None)),
-                scheduler=object,
-                extra=object,
-            )
-        )
         self.version = content["version"]
+        newer: dict[str, type] = {"excluded": dict, "tied": dict} if self.version >= 3 else {}
+        _, _, step, world, versions, files, groups, tensors, random, engine, scheduler, extra, *rest = self.fields(
+            content,
+            "the index",
+            format=str,
+            version=int,
+            step=int,
+            world_size=int,
+            versions=dict,
+            files=dict,
+            groups=list,
+            tensors=dict,
+            random=dict,
+            engine=(dict, type(None)),
+            scheduler=object,
+            extra=object,
+            **newer,
+        )
+        excluded, tied = rest or ({}, {})
         for name, value in files.items():
             self.files[name] = self.file(name, value, sizes)
             self.left[name] = self.files[name].bytes - self.files[name].header_bytes
