@@ -12,7 +12,7 @@ from torch import nn
 import gwt_dist
 from checkpoint_runs import built, content, same, saved_run, steps, train
 from gwt_dist import CheckpointError, GWTAdamW
-from weights_only_cases import expected, grown_case, inner_module_case, start_case, unlike
+from weights_only_cases import expected, grown_case, inner_module_case, start_case, unlike, whole_tensors_case
 from zero_cases import Net
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
@@ -35,6 +35,14 @@ def test_every_engine_starts_from_the_weights(ranks, saved, adamw) -> None:
             assert wrong == [[], [], [], []], kind
             assert told == (2, {"tokens": 7}, False, False), kind
             assert (taken, rates, unmoved) == (set(), {0.0}, set()), kind
+
+
+@pytest.mark.matrix
+def test_whole_tensors_and_fairscale(ranks, saved) -> None:
+    for result in ranks(2, whole_tensors_case, str(saved)):
+        assert result == {k: [] for k in ("zro", "oss", "sdp")} | {
+            k: ["frozen.weight"] for k in ("flat", "modules", "tensors")
+        }
 
 
 def test_a_second_stage_with_frozen_weights(ranks, saved) -> None:

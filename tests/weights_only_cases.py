@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import fairscale_cases
 import gwt_dist
 from fsdp1_cases import unit_options
 from fsdp2_cases import shard
@@ -165,6 +166,28 @@ def grown_case(folder: str, kinds: Sequence[str]) -> dict[str, Any]:
         told = (left.in_checkpoint, left.in_model, dict(left.other_shape), left.excluded)
         results[kind] = (untouched, messages, told, wrong)
         started.close()
+    return results
+
+
+def whole_tensors_case(folder: str) -> dict[str, Any]:
+    """ZeroRedundancyOptimizer and fairscale, in float64: wrong weights after a load."""
+    from whole_tensor_cases import built, fresh_model
+
+    right, results = expected(folder), {}
+    for kind in ("zro", "oss", "sdp"):
+        engine = built(kind, 1, "energy")
+        for parameter in engine.module.parameters():
+            parameter.data.fill_(UNLIKE)
+        gwt_dist.load(folder, engine.model, engine.optimizer, weights_only=True)
+        results[kind] = unlike({n: p.detach() for n, p in engine.module.named_parameters()}, right)
+    with fairscale_cases.streams_on_cpu():
+        for kind in ("flat", "modules", "tensors"):
+            model = fairscale_cases.shard(fresh_model(), kind)  # has no frozen weight
+            optimizer = torch.optim.AdamW(model.parameters())
+            loaded = gwt_dist.load(folder, model, optimizer, weights_only=True, strict=False)
+            with model.summon_full_params():
+                results[kind] = unlike({n: p.detach() for n, p in model.named_parameters()}, right)
+            results[kind] += [*loaded.left.in_checkpoint, *loaded.left.in_model]
     return results
 
 

@@ -15,6 +15,8 @@ from gwt_dist.keys import KEYS
 from gwt_dist.plan import Form
 from gwt_dist.recipes import RECIPES, check_group, meaning, program_of, resolved, rule_of
 
+_AS_IT_WAS = "Build the optimizer as it was, or start from the weights alone (weights_only=True)"
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -38,23 +40,23 @@ def check(index: Index, run: Run, scheduler: Any, where: str) -> Fit:
         if about is None:
             if entry.step is not None:
                 raise CheckpointError(
-                    f"{where} has moments of {name!r}, which this optimizer does not step, so they would be lost. Give "
-                    f"the optimizer the parameters that it had"
+                    f"{where} has moments of {name!r}, which this optimizer does not step, so they would be lost. "
+                    f"{_AS_IT_WAS}"
                 )
         elif entry.group is not None:
             found, here = (entry.level, entry.wavelet), (about.level, about.wavelet)
             if found != here and (entry.level or about.level):
                 raise CheckpointError(
                     f"{name!r} has level={found[0]}, wavelet={found[1]!r} in {where} and level={here[0]}, "
-                    f"wavelet={here[1]!r} in this optimizer; its moments would mean something else. Build "
-                    f"the optimizer as it was"
+                    f"wavelet={here[1]!r} in this optimizer; its moments would mean something else. "
+                    f"{_AS_IT_WAS}"
                 )
             if entry.level:
                 _check_recipe(name, index.groups[entry.group], run.optimizer.param_groups[about.group], where)
             if entry.step is not None and set(entry.fields) != set(about.fields):
                 raise CheckpointError(
                     f"{name!r} has the state {_shown(entry.fields)} in {where}, and this optimizer (recipe "
-                    f"{about.recipe!r}) needs {_shown(about.fields)}. Build the optimizer as it was"
+                    f"{about.recipe!r}) needs {_shown(about.fields)}. {_AS_IT_WAS}"
                 )
     return Fit([(one, _state(index, run, one, where)) for one in run.stepped], list(_options(index, run, where)))
 
@@ -75,8 +77,8 @@ def _check_recipe(name: str, saved: Mapping[str, Any], mine: Mapping[str, Any], 
     for key, (then, here) in differ.items():
         raise CheckpointError(
             f"{name!r} was trained with {key}={then!r} (recipe {recipe!r}) in {where} and this optimizer has "
-            f"{key}={here!r} (recipe {mine['recipe']!r}); its moments would mean something else. Build the "
-            f"optimizer as it was"
+            f"{key}={here!r} (recipe {mine['recipe']!r}); its moments would mean something else. "
+            f"{_AS_IT_WAS}"
         )
 
 
@@ -134,7 +136,7 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
             if then != now:
                 raise CheckpointError(
                     f"with the options of a parameter group in {where} this optimizer ({now}) would have other state "
-                    f"({then}). Build the optimizer as it was"
+                    f"({then}). {_AS_IT_WAS}"
                 )
             for key, value in options.items():
                 if isinstance(group.get(key), Tensor):

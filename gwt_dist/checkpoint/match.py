@@ -56,7 +56,10 @@ def match(index: Index, weights: Weights, where: str, *, strict: bool, weights_o
     pairs = ((name, _source(name, saved, index, weights, weights_only)) for name in here)
     found = {name: source for name, source in pairs if source is not None}
     alone, missing = sorted(saved.keys() - found.values()), sorted(here.keys() - found)
-    way_out = "; with strict=False such tensors are left as they are here" if weights_only else ""
+    way_out = (
+        "strict=False leaves" if weights_only else "weights_only=True with strict=False takes the weights and leaves"
+    )
+    way_out = f"; {way_out} such tensors as they are here"
     if strict:
         for names, lacks in ((alone, "this model"), (missing, where)):
             if names:
