@@ -88,14 +88,14 @@ def levels_by_pattern(targets: str | Sequence[str] | Mapping[str, int], level: i
     if not patterns:
         raise ValueError("targets is empty, so every weight would be AdamW; name modules, or use torch.optim.AdamW")
     for pattern in patterns:
-        checked_pattern(pattern, "target")
+        checked_pattern(pattern, "target", "module name")
     return patterns
 
 
-def checked_pattern(pattern: object, what: str) -> str:
-    """A pattern that `matches` takes; raises `ValueError` for anything else, which it calls `what`."""
+def checked_pattern(pattern: object, what: str, whose: str) -> str:
+    """A pattern that `matches` takes; raises `ValueError`, in which it is a `what` for a `whose`, for anything else."""
     if not isinstance(pattern, str) or not pattern:
-        raise ValueError(f"{what} {pattern!r} must be a part of a name or a regular expression")
+        raise ValueError(f"{what} {pattern!r} must be a part of a {whose} or a regular expression")
     try:
         re.compile(pattern)
     except re.error as error:

@@ -31,7 +31,7 @@ def excluded(run: Run, exclude: str | Iterable[str]) -> dict[str, Excluded]:
             names = [name for name, is_parameter in parameters.items() if is_parameter and name not in trained]
             _check_frozen(names, run.weights.requires_grad)
         else:
-            names = [name for name in tensors if matches(checked_pattern(pattern, "exclude"), name)]
+            names = [name for name in tensors if matches(checked_pattern(pattern, "exclude", "name"), name)]
             _check_untrained(pattern, names, trained)
         if not names:
             raise CheckpointError(
