@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from gwt_dist.checkpoint import CheckpointError, load, save
+    from gwt_dist.checkpoint import CheckpointError, full_state, load, save
     from gwt_dist.engines import attach, fuse_backward, initialize
     from gwt_dist.groups import param_groups
     from gwt_dist.layout import Fragment, LayoutError
@@ -23,6 +23,7 @@ __all__ = [
     "GWTAdamW",
     "LayoutError",
     "attach",
+    "full_state",
     "fuse_backward",
     "initialize",
     "load",
@@ -35,6 +36,7 @@ _HOMES = {
     "GWTAdamW": "optimizer",
     "LayoutError": "layout",
     "attach": "engines",
+    "full_state": "checkpoint",
     "fuse_backward": "engines",
     "initialize": "engines",
     "load": "checkpoint",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -46,6 +46,8 @@ class Shard:
     row_groups: tuple[ProcessGroup, ...]  # the same for the ranks that hold the rest of this one's cut units
     peers: Peers
     local_shape: tuple[int, ...] | None = None  # shape of the local part, where it is that of one tensor
+    # The model's parameters, one a tensor, where an engine steps on other tensors in their place; else none.
+    owners: tuple[Tensor, ...] = field(default=(), compare=False)
 
     @classmethod
     def whole(cls, fqn: str, shape: tuple[int, ...]) -> Shard:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gwt_dist import state
+from gwt_dist import replaced, state
 from gwt_dist.comm import Shard
 from gwt_dist.plan import Plan
 from gwt_dist.recipes import DEFAULT, check_group
+from gwt_dist.shards import is_flat
 from gwt_dist.steps import Group, Steps
 
 
@@ -113,7 +114,11 @@ class GWTAdamW(torch.optim.Optimizer):
 
     @property
     def shards(self) -> Mapping[Tensor, Shard]:
-        """What this rank holds of each flat parameter, as `attach` read it."""
+        """What this rank holds of each flat parameter, as `attach` read it.
+
+        Raises `ValueError` for a copy of an attached optimizer: nobody knows what its parameters hold.
+        """
+        self._refuse_copy()
         return self._steps.shards
 
     def plan_of(self, parameter: Tensor, group: int) -> Plan | None:
@@ -121,27 +126,37 @@ class GWTAdamW(torch.optim.Optimizer):
 
         None for a buffer of an engine that was never given to this optimizer. Raises `ValueError` as `step` does.
         """
+        self._refuse_copy()
         return self._steps.plan_of(parameter, group, self.param_groups)
 
     def attach(self, shards: Mapping[Tensor, Shard]) -> None:
         """Take the layout of flat parameters as an engine adapter read it: parameter to what this rank holds of it.
 
         Users call `gwt_dist.attach`, which reads and checks the layout first. Raises `ValueError` if a parameter
-        already has state in another layout.
+        already has state in another layout, or there is state of parameters that are not held any more.
         """
         for parameter, shard in shards.items():
-            if self.state.get(parameter):
+            if self.state.get(parameter) and self._steps.copied.get(parameter) != state.layout_of(shard):
                 raise ValueError(
                     f"the parameter that holds {shard.tensors[0].fqn!r} already has optimizer state; attach before the "
-                    f"first step and before loading a checkpoint, or its moments would belong to other elements"
+                    f"first step and before loading a checkpoint, or its moments would belong to other elements. "
+                    f"{replaced.CARRY}"
                 )
+        replaced.refuse_left_state(self.state, [*self._parameters(), *shards, *self._steps.shards])
+        for parameter, shard in shards.items():
             self._steps.attach(parameter, shard)
+        owners = {id(owner) for shard in shards.values() for owner in shard.owners}
+        if owners:
+            frozen = [p for p in self._steps.given if not p.requires_grad and id(p) not in owners]
+            self._steps.frozen.leave_out(frozen)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         A parameter that ranks share joins its collectives whatever its gradient, so that all make the same calls.
+        Parameters whose update is fused into the backward pass have no gradient any more; if any has one, which
+        somebody set, they take part as the others.
 
         Args:
             closure: Evaluates the model again and returns the loss, which is returned.
@@ -154,12 +169,15 @@ class GWTAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_copy()
         if self._fused and getattr(self, "grad_scale", None) is not None:
             raise ValueError(
                 "a GradScaler drives an optimizer whose update was fused into the backward pass: the update has taken "
                 "the scaled gradient already. Train in bfloat16 without a scaler, or without fuse_backward"
             )
-        fused = {id(parameter) for parameter in self._fused}
+        # A backward pass leaves none of them: somebody set it, as torch does where it wants state to be there.
+        by_hand = any(parameter.grad is not None for parameter in self._fused)
+        fused = set() if by_hand else {id(parameter) for parameter in self._fused}
         members = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if id(p) not in fused]
         self._steps.take(members, self.param_groups, self.state)
         return loss
@@ -167,6 +185,7 @@ class GWTAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
         """One step of `parameters` alone; ranks that share them pass the same ones in the same order of calls."""
+        self._refuse_copy()
         members = self._steps.numbered(parameters, self.param_groups)
         self._steps.take(members, self.param_groups, self.state)
 
@@ -192,32 +211,66 @@ class GWTAdamW(torch.optim.Optimizer):
     def state_dict(self) -> Group:
         """State as torch has it; tensors and plain numbers only, DTensors where the parameters are DTensors.
 
+        Where flat parameters are attached it has ``layouts`` beside what torch has: which elements their states are of,
+        so that `load_state_dict` refuses those of another rank.
+
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
-        checkpoint would keep one rank's as if they were everyone's.
+        checkpoint would keep one rank's as if they were everyone's. And for state of parameters that are in no group,
+        as those of ZeRO-3 between steps; and where a function of torch asks that would gather flat buffers.
         """
-        state.check_writable(self.state, self._steps)
-        return super().state_dict()
+        state.check_writable(self.state, self.param_groups, self._steps)
+        state.refuse_gathering(self._steps.shards.values())
+        told = state.layouts(self.param_groups, self._steps)
+        return super().state_dict() | ({state.LAYOUTS: told} if told else {})
 
     def load_state_dict(self, state_dict: Group) -> None:
         """Load what `state_dict` returned; moments keep their own precision whatever the dtype of the parameter.
 
-        Raises `ValueError`, before anything is changed, if levels, wavelets or what is kept differ from this
-        optimizer's, or a moment does not have the size that this layout needs.
+        Raises `ValueError`, before anything is changed, if levels, wavelets, the recipe or what is kept differ from
+        this optimizer's, a value is out of range, or a moment is not what this rank keeps in this layout: another size,
+        placement or mesh, the elements of another rank, a whole tensor where ranks have parts of it, or the reverse.
         """
+        self._refuse_copy()
         parameters = state.check_loadable(state_dict, self.param_groups, self._steps)
         super().load_state_dict(state.completed(state_dict, self.param_groups))
         for key, values in state_dict["state"].items():
             if key in parameters:
                 state.put_back(self.state[parameters[key]], values, parameters[key])
 
+    def __getstate__(self) -> Group:
+        given = [p for p in self._parameters() if p in self._steps.given and p not in self._steps.shards]
+        flat = [p for p in given if is_flat(p)]  # which a copy of the parameter does not say
+        return {
+            **super().__getstate__(),
+            "_given": [p for p in given if not is_flat(p)],
+            "_attached": [*((p, state.layout_of(shard)) for p, shard in self._steps.shards.items()),
+                          *((p, []) for p in flat), *self._steps.copied.items()],
+        }  # fmt: skip
+
     def __setstate__(self, pickled: Group) -> None:
+        given, attached = pickled.pop("_given", None), pickled.pop("_attached", ())
         super().__setstate__(pickled)
         state.fill_keys(self.param_groups)
         if "_steps" not in self.__dict__:  # unpickled or deep-copied, rather than loading a state_dict
             self._forget_layout()
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    self._steps.given[parameter] = True
+            if given is None:  # pickled before it said so
+                given, attached = state.given_of(self.param_groups, self.state)
+            for parameter in given:
+                self._steps.given[parameter] = True
+            for parameter, layout in attached:
+                self._steps.copied[parameter] = layout
+
+    def _refuse_copy(self) -> None:
+        if self._steps.copied:
+            raise ValueError(
+                f"this optimizer was copied or unpickled from one that was attached to a sharding engine, and "
+                f"{len(self._steps.copied)} flat parameters of the copy have rows that are unknown here. Without them "
+                f"a step would be another optimizer. Call gwt_dist.attach(optimizer, engine) with the engine that "
+                f"holds these very parameters. {replaced.CARRY}"
+            )
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _forget_layout(self) -> None:
         self._steps = Steps()

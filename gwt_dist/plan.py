@@ -82,13 +82,14 @@ class Plan:
             shapes={field.name: _shape(shard, form, field, kept) for field in fields},
         )
 
-    def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """State before the first step, on the device of `parameter` and sharded as it is."""
-        state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
+    def fresh_state(self, parameter: Tensor, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """State before the first step, sharded as `parameter` is; on its device, if no other is named."""
+        device = parameter.device if device is None else device
+        state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
         shape = self.shard.tensors[0].shape
         for field in self.fields:
             dtype = math_dtype(parameter.dtype)
-            zeros = torch.zeros(self.shapes[field.name], dtype=dtype, device=parameter.device)
+            zeros = torch.zeros(self.shapes[field.name], dtype=dtype, device=device)
             if field.extent in extents.SHARDED and self.shard.local_shape is not None:
                 units = extents.units_along(field.extent, shape, self.form.units(shape))
                 zeros = dtensor.wrap(zeros, parameter, _whole(field.extent, shape, self.form), units)

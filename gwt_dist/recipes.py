@@ -186,6 +186,31 @@ def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key, about in KEYS.items() if about.meaning}
 
 
+def check_meaning(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, where: str) -> None:
+    """Raise `ValueError` if moments of level > 0 that were made in group `saved` mean something else in group `mine`.
+
+    `what` was trained in `saved`, which was found in `where`. Every road on which state comes back asks this.
+    """
+    recipe = saved.get("recipe")
+    if recipe not in list(RECIPES):
+        raise ValueError(
+            f"{what} was trained with the recipe {recipe!r} in {where}, which is none of {', '.join(RECIPES)}; "
+            f"import what registers it before loading"
+        )
+    now, read = meaning(mine), resolved(mine)[0].keys
+    differ = {key: (then, now[key]) for key, then in meaning(saved).items() if key in read and then != now[key]}
+    before, after = program_of(saved, 1), program_of(mine, 1)
+    if before.fields == after.fields and (before.formula, before.detail) != (after.formula, after.detail):
+        # The same state of another meaning.
+        differ.setdefault("formula", (f"{before.formula}, {before.detail}", f"{after.formula}, {after.detail}"))
+    for key, (then, here) in differ.items():
+        raise ValueError(
+            f"{what} was trained with {key}={then!r} (recipe {recipe!r}) in {where} and this optimizer has "
+            f"{key}={here!r} (recipe {mine['recipe']!r}); its moments would mean something else. Build the "
+            f"optimizer as it was"
+        )
+
+
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` naming the key, its value and the legal range, for the first key of `group` that is wrong."""
     check_keys(group, where)

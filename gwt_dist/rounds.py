@@ -28,8 +28,7 @@ class Holder:
     """A parameter of which tensors travel, and what this rank holds of them."""
 
     plan: Plan
-    parts: tuple[Part, ...]  # of the tensors that travel; none without a gradient
-    moves: bool  # it has a gradient; without one it sends zeros and keeps nothing of what comes back
+    parts: tuple[Part, ...]  # of the tensors that travel; none of those without a gradient, or frozen
     dtype: torch.dtype  # of its moments
     group: int  # number of its parameter group
     levels: frozenset[bool]  # whether tensors with level > 0 travel, the others, or both
@@ -76,7 +75,7 @@ class Rounds:
         slots = [
             (bucket.parts[slot.matrix][slot.part], slot, outgoing.narrow(0, slot.start, slot.length))
             for slot in its.slots
-            if bucket.holders[slot.matrix].moves
+            if bucket.parts[slot.matrix]  # else it sends zeros, and keeps nothing of what comes back
         ]
         for part, slot, elements in slots:
             share = eager.share(part, self._work, tensors, sums)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from gwt_dist.stages import Maker, Run, Stage
 from gwt_dist.sums import Entry, lay_out
 from gwt_dist.units import level_of
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -32,9 +34,12 @@ class Member:
     plan: Plan
     group: int  # number of its parameter group
     dtype: torch.dtype
-    moves: bool  # it has a gradient; without one it takes part in collectives alone
+    moves: bool  # it has a gradient and is not frozen; else it takes part in collectives alone
     leveled: Program  # of its tensors with level > 0
     plain: Program  # of the others
+    shape: tuple[int, ...] = ()  # of the local part
+    is_dtensor: bool = False
+    frozen: frozenset[str] = frozenset()  # names of its tensors that stay as they are
 
     def entries(self, number: int) -> Iterator[Entry]:
         """Its programs, whichever rank holds the tensors that they step, so that all ranks agree on sums."""
@@ -43,7 +48,7 @@ class Member:
             level = bool(level_of(tensor.shape, self.plan.form.level))
             levels.setdefault(self.leveled if level else self.plain, set()).add(level)
         for program, its in levels.items():
-            yield Entry(number, self.plan, program, frozenset(its))
+            yield Entry(number, self.plan, program, frozenset(its), self.frozen)
 
 
 class Schedule:
@@ -63,6 +68,8 @@ class Schedule:
             for i, member in enumerate(members)
             if member.moves and member.plan.exchange.sends
         ]
+        self._groups = [member.group for member in members]
+        self._has_dtensors = any(member.is_dtensor for member in members)
         moves = [member.moves for member in members]
         self._counting = _counting(members, device)
         make = Maker([m.dtype for m in members], [m.group for m in members], moves, self._first_slot, device)
@@ -87,44 +94,68 @@ class Schedule:
         rules: Sequence[Rule],  # one a group
     ) -> None:
         """One step, counted; for members without a gradient weights, gradients and states may be anything."""
-        for kernel, members in self._counting:
-            kernel.count([states[i]["step"] for i in members])
-        exchange = self._completed(gradients)
+        exchange = torch.zeros(self._first_slot[-1], dtype=self._exchange_dtype, device=self._device)
 
         def tensors(run: Run) -> Tensors:
+            its = _of(run, states)
             return Tensors(
-                [weights[i] for i in run.members],
-                [gradients[i] for i in run.members],
-                {name: _local([states[i][name] for i in run.members]) for name in run.work.program.names()},
-                [states[i]["step"] for i in run.members],
-                [rules[self.members[i].group] for i in run.members],
+                _of(run, weights),
+                _of(run, gradients),
+                {name: self._local([state[name] for state in its]) for name in run.work.program.names()},
+                [state["step"] for state in its],
+                [rules[group] for group in _of(run, self._groups)],
                 exchange,
             )
 
-        for run in self.local:
-            run.kernel.step(run.work, tensors(run))
-        given = [[(run, tensors(run)) for run in stage.runs] for stage in self._stages]
+        try:
+            local = [(run, tensors(run)) for run in self.local]
+            given = [[(run, tensors(run)) for run in stage.runs] for stage in self._stages]
+        except KeyError as error:
+            raise self._lacking(states, error) from None
+        for run, its in chain(local, *given):
+            run.kernel.check(run.work, its)
+        for kernel, members in self._counting:
+            kernel.count([states[i]["step"] for i in members])
+        self._complete(exchange, gradients)
+        for run, its in local:
+            run.kernel.step(run.work, its)
         sums: list[Tensor] = []
         for phase, laid in enumerate(self._sums):
             sums.append(torch.zeros(laid.length, dtype=torch.float64, device=self._device))
-            for stage, its in zip(self._stages, given, strict=True):
-                stage.phase(phase, its, sums, rules)
+            for stage, runs in zip(self._stages, given, strict=True):
+                stage.phase(phase, runs, sums, rules)
             sum_over_ranks(sums[-1], *laid.over)
             for stage in self._stages:
                 stage.settle(phase, sums[-1], states, rules)
 
-    def _completed(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _lacking(self, states: Sequence[Mapping[str, Any]], error: KeyError) -> ValueError:
+        """For state that was taken out of the optimizer's, and is no state any more."""
+        for member, state in zip(self.members, states, strict=True):
+            lacks = [name for name in ("step", *member.plan.shapes) if name not in state] if member.moves else []
+            if lacks:
+                return ValueError(
+                    f"the state of {member.plan.shard.tensors[0].fqn} has no {lacks[0]}, only {', '.join(state)}: it "
+                    f"is not that of this recipe. Nothing was changed. Build the optimizer as it was, or clear all "
+                    f"of its state"
+                )
+        return ValueError(f"the state of the optimizer has no {error}")
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The parts of DTensors that this rank holds; other tensors, and those that no kernel takes, as they are."""
+        if not self._has_dtensors:
+            return tensors
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+    def _complete(self, exchange: Tensor, gradients: Sequence[Tensor]) -> None:
         """The elements of all cut units, completed by one sum for each process group; none if nothing is cut."""
-        buffer = torch.zeros(self._first_slot[-1], dtype=self._exchange_dtype, device=self._device)
         for i, sources, slots in self._sends:
-            buffer[slots] = gradients[i].view(-1)[sources].to(buffer.dtype)
-        sum_over_ranks(buffer, self._lengths, self._row_groups)
-        return buffer
+            exchange[slots] = gradients[i].view(-1)[sources].to(exchange.dtype)
+        sum_over_ranks(exchange, self._lengths, self._row_groups)
 
 
-def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of DTensors that this rank holds, other tensors as they are."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+def _of(run: Run, values: Sequence[T]) -> list[T]:
+    """Those of the members of a run."""
+    return list(values) if len(run.members) == len(values) else [values[i] for i in run.members]
 
 
 def _counting(members: Sequence[Member], device: torch.device) -> list[tuple[Kernel, list[int]]]:

@@ -11,6 +11,12 @@ from gwt_dist import dtensor
 from gwt_dist.comm import Shard
 
 
+def is_flat(parameter: Tensor) -> bool:
+    """Whether FSDP1 or fairscale says of a parameter that it is flat; DeepSpeed's buffers do not say so."""
+    marks = hasattr(parameter, "_fsdp_flattened"), hasattr(parameter, "_param_shapes")
+    return any(marks) or bool(getattr(parameter, "_is_sharded", False))
+
+
 def shard_of(parameter: Tensor, attached: Mapping[Tensor, Shard], given: Container[Tensor], where: str) -> Shard | None:
     """The shard of a parameter; `given` are those that the user passed, `where` is its name for messages.
 
@@ -31,7 +37,7 @@ def shard_of(parameter: Tensor, attached: Mapping[Tensor, Shard], given: Contain
             f"{where} is a part of a flat parameter of FSDP1, and the rows of its tensors are unknown. Without "
             f"them this step would be another optimizer. Add gwt_dist.attach(optimizer, model) after both are built"
         )
-    if getattr(parameter, "_is_sharded", False) or hasattr(parameter, "_param_shapes"):
+    if is_flat(parameter):
         raise ValueError(
             f"{where} is a flat parameter of fairscale's FullyShardedDataParallel, {parameter.numel()} elements of "
             f"tensors whose rows are unknown here. Without them this step would be another optimizer. Add "

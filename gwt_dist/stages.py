@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ class Maker:
         parts = [part for n, entry in enumerate(entries) for part in self._parts(n, entry, sums)]
         program, members = entries[0].program, tuple(entry.member for entry in entries)
         lengths = tuple(tuple(stop - start for start, stop in map(its.span, entries)) for its in sums)
-        return Run(kernel, members, Work(tuple(parts), program, lengths, tuple(its.length for its in sums)))
+        sizes = tuple(its.length for its in sums)
+        numels = {name: tuple(prod(e.plan.shapes[name]) for e in entries) for name in program.names()}
+        return Run(kernel, members, Work(tuple(parts), program, lengths, sizes, numels))
 
     def runs(self, entries: Sequence[Entry], sums: Sequence[Sums]) -> list[Run]:
         """A run a kernel."""
@@ -157,7 +160,6 @@ def _holders(entries: Sequence[Entry], run: Run, make: Maker) -> list[Holder]:
         Holder(
             entry.plan,
             tuple(parts.get(entry.member, ())),
-            make.moves[entry.member],
             math_dtype(make.dtypes[entry.member]),
             make.groups[entry.member],
             entry.levels,

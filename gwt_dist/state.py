@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gwt_dist import dtensor
 from gwt_dist.comm import Shard
 from gwt_dist.extents import SHARDED
-from gwt_dist.keys import KEYS
+from gwt_dist.keys import KEYS, within
 from gwt_dist.piece import math_dtype
 from gwt_dist.plan import Form, Plan
-from gwt_dist.recipes import rule_of
+from gwt_dist.recipes import check_group, check_meaning, rule_of
+from gwt_dist.shards import shard_of
 from gwt_dist.steps import Group, Steps
+from gwt_dist.units import level_of
 
 STEP = "step"
+LAYOUTS = "layouts"  # the key of a state_dict that says which elements the states of flat parameters are of
+Layout = list[list[Any]]
+# `FullyShardedDataParallel.optim_state_dict` and its brothers, and `get_optimizer_state_dict`.
+_GATHERERS = "torch.distributed.fsdp.fully_sharded_data_parallel", "torch.distributed.checkpoint.state_dict"
+_WAY_OUT = (
+    "gwt_dist.save and gwt_dist.load move state between ranks and engines; torch's set_optimizer_state_dict with "
+    "full_state_dict=True shards that of whole tensors for DTensors"
+)
 
 
-def check_writable(states: Mapping[Tensor, Group], steps: Steps) -> None:
-    """Raise `ValueError` for state that is no DTensor and should be: one rank's would be kept as everyone's."""
+def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], steps: Steps) -> None:
+    """Raise `ValueError` for state that is no DTensor and should be: one rank's would be kept as everyone's.
+
+    And for state of parameters that are in no group, to which torch gives no key.
+    """
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    left = [parameter for parameter in states if id(parameter) not in held]
+    if left:
+        raise ValueError(
+            f"{len(left)} parameters have state and are in no group of the optimizer, so a state_dict has no place for "
+            f"it: ZeRO-3 takes them out between steps, or somebody did. Use gwt_dist.save, or the engine's own "
+            f"save_checkpoint"
+        )
     for parameter, state in states.items():
         if not isinstance(parameter, DTensor) or parameter not in steps.plans:
             continue
@@ -36,32 +60,70 @@ def check_writable(states: Mapping[Tensor, Group], steps: Steps) -> None:
             )
 
 
+def refuse_gathering(shards: Iterable[Shard]) -> None:
+    """Raise `ValueError` if a function of torch is asking that gathers the state of flat parameters.
+
+    It cuts moments by the sizes of the weights, and fails on some of the ranks while others wait. That it is asking can
+    be seen from the stack alone, and what it does cannot be hooked into.
+    """
+    if all(shard.local_shape is not None for shard in shards):
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _GATHERERS:
+            raise ValueError(
+                f"{frame.f_code.co_name} of torch gathers the state of flat parameters and takes it to be as large as "
+                f"the weights, and moments of GWTAdamW are smaller. Use gwt_dist.save and gwt_dist.load (or torch.save "
+                f"of state_dict() on each rank, for the same engine and number of ranks); gwt_dist.full_state returns "
+                f"the state of one tensor"
+            )
+        frame = frame.f_back
+
+
 def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> dict[Any, Tensor]:
     """The parameters of a state to load, by its keys.
 
-    Raises `ValueError` if levels, wavelets or fields of state differ from this optimizer's, or a state tensor has not
-    the size that this layout needs.
+    Raises `ValueError` if levels, wavelets, recipes or fields of state differ from this optimizer's, a value is out of
+    range, or a state tensor is not the one that this rank keeps in this layout.
     """
     by_id: dict[Any, Tensor] = {}
+    tags = state_dict.get(LAYOUTS, {})
     for i, (mine, theirs) in enumerate(zip(groups, state_dict["param_groups"], strict=False)):
+        saved = {**mine, **theirs}
         for key in ("level", "wavelet"):
-            if theirs.get(key, mine[key]) != mine[key]:
+            if saved[key] != mine[key]:
                 raise ValueError(
                     f"{key} of parameter group {i} is {theirs[key]!r} in the state to load and {mine[key]!r} in "
                     f"this optimizer; its moments would mean something else. Build the optimizer with "
                     f"{key}={theirs[key]!r}"
                 )
-        then, now = (rule_of({**mine, **theirs}).of(mine["level"]), rule_of(mine).of(mine["level"]))
+        check_group(saved, f"parameter group {i} of the state to load")
+        then, now = (rule_of(group).of(mine["level"]) for group in (saved, mine))
         if then.fields != now.fields:
             raise ValueError(
                 f"parameter group {i} has the state {', '.join(then.names())} in what is to be loaded (recipe "
                 f"{theirs.get('recipe')!r}) and {', '.join(now.names())} in this optimizer (recipe "
                 f"{mine['recipe']!r}); its moments would mean something else. Build the optimizer as it was"
             )
+        if any(_has_level(parameter, mine["level"], steps) for parameter in mine["params"]):
+            check_meaning(saved, mine, f"parameter group {i}", "the state to load")
         for key, parameter in zip(theirs["params"], mine["params"], strict=False):
             by_id[key] = parameter
-            _check_sizes(state_dict["state"].get(key, {}), parameter, mine, i, steps)
+            _check_state(state_dict["state"].get(key, {}), tags.get(key), parameter, mine, i, steps)
     return by_id
+
+
+def layouts(groups: Sequence[Group], steps: Steps) -> dict[int, Layout]:
+    """Which elements the state of each flat parameter is of, by the keys that torch gives the states."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return {i: layout_of(steps.shards[p]) for i, p in enumerate(parameters) if p in steps.shards}
+
+
+def layout_of(shard: Shard) -> Layout:
+    """What this rank holds: place of the tensor, its shape, first and last element; plain lists, as files hold them."""
+    places = {tensor.fqn: i for i, tensor in enumerate(shard.tensors)}
+    held = [fragment for fragment in shard.fragments if fragment.numel]
+    return [[places[f.fqn], list(f.shape), f.start, f.stop, f.rows] for f in held]
 
 
 def completed(state_dict: Group, groups: Sequence[Group]) -> Group:
@@ -92,22 +154,88 @@ def fill_keys(groups: Sequence[Group]) -> None:
             group.setdefault(name, None if key.of_recipe else key.default)
 
 
-def _check_sizes(state: Mapping[str, Any], parameter: Tensor, group: Group, i: int, steps: Steps) -> None:
+def given_of(
+    groups: Sequence[Group], states: Mapping[Tensor, Group]
+) -> tuple[list[Tensor], list[tuple[Tensor, Layout]]]:
+    """Of an optimizer that was pickled before it said so: parameters that a user gave, and those of an engine.
+
+    A vector may be a flat buffer, but for one whose state is that of a whole tensor: one number of it is 0-d.
+    """
+    given: list[Tensor] = []
+    attached: list[tuple[Tensor, Layout]] = []
+    held = [parameter for group in groups for parameter in group["params"]]
+    for parameter in dict.fromkeys([*held, *states]):
+        numbers = [value for name, value in states.get(parameter, {}).items() if name != STEP]
+        if parameter.dim() != 1 or any(value.dim() == 0 for value in numbers):
+            given.append(parameter)
+        elif numbers:
+            attached.append((parameter, []))
+    return given, attached
+
+
+def _has_level(parameter: Tensor, level: int, steps: Steps) -> bool:
+    """Whether any tensor that a parameter stands for has details; a buffer that was not attached yet may."""
     if parameter in steps.shards:
-        shard = steps.shards[parameter]
-    elif parameter in steps.given and not isinstance(parameter, DTensor):
-        shard = Shard.whole("", tuple(parameter.shape))
-    else:
+        return any(level_of(tensor.shape, level) for tensor in steps.shards[parameter].tensors)
+    if isinstance(parameter, DTensor) or parameter in steps.given:
+        return bool(level_of(tuple(parameter.shape), level))
+    return level > 0
+
+
+def _check_state(
+    state: Mapping[str, Any], tag: Layout | None, parameter: Tensor, group: Group, i: int, steps: Steps
+) -> None:
+    where = f"a parameter of shape {tuple(parameter.shape)} in group {i}"
+    shard = shard_of(parameter, steps.shards, steps.given, where) if state else None
+    if shard is None:  # nothing to load, or a buffer of an engine that is attached later
         return
     plan = Plan.of(shard, Form.of(group["level"], group["wavelet"], rule_of(group)))
-    if state and state.keys() != {STEP, *plan.shapes}:
+    if state.keys() != {STEP, *plan.shapes}:
         raise ValueError(
             f"a parameter in group {i} has {', '.join(state)} in the state to load and needs {STEP}, "
             f"{', '.join(plan.shapes)} here; it was saved by another optimizer or recipe. Build the optimizer as it was"
         )
-    for name, expected in plan.shapes.items():
-        if name in state and tuple(state[name].shape) != expected:
-            raise ValueError(
-                f"{name} of a parameter in group {i} has shape {tuple(state[name].shape)} in the state to load and "
-                f"needs {expected} here; it was saved with another level, model, world size or engine"
-            )
+    if tag is not None and tag != layout_of(shard):
+        raise ValueError(
+            f"the state to load is of other elements than this rank holds of {where} ({shard.tensors[0].fqn!r} and "
+            f"{len(shard.tensors) - 1} more tensors): it was saved by another rank, or under another engine or number "
+            f"of ranks. {_WAY_OUT}"
+        )
+    for name, needed in plan.fresh_state(parameter, "meta").items():
+        if name == STEP:
+            if not within(state[STEP], 0, math.inf):
+                raise ValueError(
+                    f"{STEP} of a parameter in group {i} is {state[STEP]!r} in the state to load: no count"
+                )
+        else:
+            _check_tensor(name, state[name], needed, f"a parameter in group {i}")
+
+
+def _check_tensor(name: str, found: Any, needed: Tensor, where: str) -> None:
+    if not isinstance(found, Tensor) or found.shape != needed.shape:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"{name} of {where} has shape {shape} in the state to load and needs {tuple(needed.shape)} here; it was "
+            f"saved with another level, model, world size or engine. {_WAY_OUT}"
+        )
+    # The shape of a DTensor is that of the whole tensor, so it says nothing of what this rank has of it.
+    if _placed(found) != _placed(needed) or dtensor.local(found).shape != dtensor.local(needed).shape:
+        raise ValueError(
+            f"{name} of {where} is {_told(found)} in the state to load and needs to be {_told(needed)} here: ranks "
+            f"would take each other's elements. {_WAY_OUT}"
+        )
+
+
+def _placed(tensor: Tensor) -> Any:
+    """Ranks and placements of a DTensor, and which part it is: that of the rank that pickled it, if one did."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh = tensor.device_mesh
+    return mesh.mesh.tolist(), tensor.placements, tuple(mesh.get_coordinate() or ())
+
+
+def _told(tensor: Tensor) -> str:
+    if not isinstance(tensor, DTensor):
+        return f"a tensor of its own on each rank, of shape {tuple(tensor.shape)}"
+    ranks, placements, part = _placed(tensor)
+    return f"a DTensor with placements {placements} on the ranks {ranks}, the part at {part}"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gwt_dist import dtensor
+from gwt_dist import dtensor, replaced
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Rule
+from gwt_dist.frozen import Frozen
+from gwt_dist.keys import COMMON
 from gwt_dist.plan import Form, Plan
-from gwt_dist.recipes import rule_of
+from gwt_dist.recipes import check_group, rule_of
 from gwt_dist.schedule import Member, Schedule
 from gwt_dist.shards import shard_of
 
@@ -30,14 +34,21 @@ class Steps:
     def __init__(self) -> None:
         self.shards: MutableMapping[Tensor, Shard] = WeakIdKeyDictionary()  # attached parameters
         self.given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters that the user passed
+        # Of a copy: parameters that were attached where it was made, and what this rank held there
+        self.copied: dict[Tensor, list[list[Any]]] = {}
         self.plans: MutableMapping[Tensor, Plan] = WeakIdKeyDictionary()
+        self.frozen = Frozen()
+        self._shapes: MutableMapping[Tensor, tuple[int, ...]] = WeakIdKeyDictionary()  # of local parts, when planned
         # What is in a step -> its parameters and its schedules, one a device, with the numbers of their members
         self._schedules: dict[Any, tuple[list[Any], list[tuple[Schedule, list[int]]]]] = {}
+        self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
     def attach(self, parameter: Tensor, shard: Shard) -> None:
         """Take the layout of a parameter."""
         self.shards[parameter] = shard
+        self.copied.pop(parameter, None)
+        self._shapes[parameter] = tuple(parameter.shape)
         self.plans.pop(parameter, None)
         self._schedules.clear()
 
@@ -57,20 +68,55 @@ class Steps:
 
     def take(self, members: Sequence[Numbered], groups: Sequence[Group], states: MutableMapping[Tensor, Group]) -> None:
         """One step of `members`; state that is not there yet is made."""
-        rules = [rule_of(group) for group in groups]
-        for schedule, numbers in self._scheduled(members, groups, rules):
-            _run(schedule, [members[i][1] for i in numbers], states, rules)
+        rules = [self._rule(number, group) for number, group in enumerate(groups)]
+        frozen = self.frozen.among([parameter for _, parameter in members], self.shards)
+        gradients = [parameter.grad for _, parameter in members]
+        for schedule, numbers in self._scheduled(members, gradients, groups, rules, frozen, states):
+            _run(schedule, [members[i][1] for i in numbers], [gradients[i] for i in numbers], states, rules)
+            for member, i in zip(schedule.members, numbers, strict=True) if frozen else ():
+                if member.moves and member.frozen:
+                    self.frozen.pass_by(members[i][1], member.frozen)
+
+    def _rule(self, number: int, group: Group) -> Rule:
+        """The rule of a group, whose options may change from step to step, and are checked when they do.
+
+        Raises `ValueError` for options that make no sense.
+        """
+        lr = group.get("lr")
+        said = [value for key, value in group.items() if key not in ("params", "lr")]
+        known = self._rules.get(number)
+        if known is None or known[0] != said or not isinstance(lr, (float, Real, Tensor)):
+            lacks = [key for key in COMMON if key not in group]
+            if lacks:
+                raise ValueError(f"parameter group {number} has no {', '.join(lacks)}; put back what was taken out")
+            check_group(group, f"parameter group {number}")
+            known = self._rules[number] = said, rule_of(group)
+        rule = known[1]
+        return Rule(rule.program, rule.plain, lr, rule.numbers)
 
     def _scheduled(
-        self, members: Sequence[Numbered], groups: Sequence[Group], rules: Sequence[Rule]
+        self,
+        members: Sequence[Numbered],
+        gradients: Sequence[Tensor | None],
+        groups: Sequence[Group],
+        rules: Sequence[Rule],
+        frozen: Mapping[int, frozenset[str]],  # id of a parameter -> the tensors in it that are not trained
+        states: Mapping[Tensor, Group],
     ) -> list[tuple[Schedule, list[int]]]:
         key = (
+            tuple(frozen.items()),
             tuple((g["level"], g["wavelet"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)),
-            tuple((id(p), p.grad is None, p.dtype, p.device) for _, p in members),
+            tuple([(id(p), g is None, p.dtype, p.device) for (_, p), g in zip(members, gradients, strict=True)]),
         )
         known = self._schedules.get(key)
         if known is not None and all(reference() is p for reference, (_, p) in zip(known[0], members, strict=True)):
             return known[1]
+        if len({id(p) for _, p in members}) < len(members):
+            raise ValueError(
+                "a parameter is in the parameter groups twice, so a step would change it twice, in an order that "
+                "nothing decides. Take it out of one of them"
+            )
+        replaced.refuse([parameter for _, parameter in members], groups, states, self.given, self.shards)
         by_device: dict[torch.device, list[tuple[int, Member]]] = {}
         dry_run = False
         for i, (number, parameter) in enumerate(members):
@@ -78,8 +124,18 @@ class Steps:
             if plan is None:
                 dry_run = True
             else:
-                rule = rules[number]
-                member = Member(plan, number, parameter.dtype, parameter.grad is not None, rule.program, rule.plain)
+                rule, still = rules[number], frozen.get(id(parameter), frozenset())
+                member = Member(
+                    plan,
+                    number,
+                    parameter.dtype,
+                    parameter.grad is not None and len(still) < len(plan.shard.tensors),
+                    rule.program,
+                    rule.plain,
+                    self._shapes[parameter],
+                    isinstance(parameter, DTensor),
+                    still,
+                )
                 by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
         schedules = [
             (Schedule([member for _, member in found], device), [i for i, _ in found])
@@ -103,6 +159,7 @@ class Steps:
             if shard is None:
                 return None
             plan = self.plans[parameter] = Plan.of(shard, form)
+            self._shapes.setdefault(parameter, tuple(dtensor.local(parameter.detach()).shape))
         if plan.form != form:
             raise ValueError(
                 f"{form} of {self._where(parameter, number, groups)} differ from {plan.form} at its first step; its "
@@ -119,34 +176,41 @@ class Steps:
 def _run(
     schedule: Schedule,
     parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     known: MutableMapping[Tensor, Group],
     rules: Sequence[Rule],
 ) -> None:
     """One step of the members of a schedule."""
     states: list[Mapping[str, Any]] = []
-    weights, gradients = [], []
-    for member, parameter in zip(schedule.members, parameters, strict=True):
-        if parameter.grad is None:
+    weights, given = [], []
+    for member, parameter, gradient in zip(schedule.members, parameters, gradients, strict=True):
+        if gradient is None or not member.moves:
             states.append(_NO_STATE)
             weights.append(parameter)
-            gradients.append(parameter)
+            given.append(parameter)
             continue
+        weight = parameter
+        if member.is_dtensor:
+            weight, gradient = dtensor.local(weight), dtensor.local(gradient, like=parameter)
+        if weight.shape != member.shape:
+            raise _changed_shape(member, weight)
         state = known[parameter]
         if not state:
             state.update(member.plan.fresh_state(parameter))
         states.append(state)
-        weight = dtensor.local(parameter)
-        gradient = dtensor.local(parameter.grad, like=parameter)
-        if gradient.numel() != weight.numel():
-            raise ValueError(
-                f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
-                f"parameter of {member.plan.shard.tensors[0].fqn!r}: the step would use those of other elements. "
-                f"It was not reduced; run the last backward pass before step() outside of no_sync()"
-            )
         weights.append(weight)
-        gradients.append(gradient)
+        given.append(gradient)
     dense = [weight.contiguous() for weight in weights]
-    schedule.run(dense, [gradient.contiguous() for gradient in gradients], states, rules)
+    schedule.run(dense, [gradient.contiguous() for gradient in given], states, rules)
     for weight, copy in zip(weights, dense, strict=True):
         if copy is not weight:
             weight.copy_(copy)
+
+
+def _changed_shape(member: Member, weight: Tensor) -> ValueError:
+    """For a parameter of another shape than its plan's."""
+    return ValueError(
+        f"the parameter of {member.plan.shard.tensors[0].fqn!r} has the shape {tuple(weight.shape)} here and had "
+        f"{member.shape} when its layout was read: its state belongs to the tensor as it was, and a step would read "
+        f"past its end. Build a new optimizer for the parameters as they are now"
+    )

@@ -30,6 +30,7 @@ class Entry:
     plan: Plan
     program: Program
     levels: frozenset[bool]  # whether it steps tensors with level > 0, the others, or both
+    frozen: frozenset[str] = frozenset()  # names of the tensors that stay as they are; all ranks sum over them too
 
     @property
     def key(self) -> tuple[int, int]:
@@ -37,8 +38,12 @@ class Entry:
         return self.member, id(self.program)
 
     def pieces(self) -> list[tuple[int, Piece]]:
-        """Its pieces of which this rank holds anything, and their numbers in the plan."""
-        return [(i, p) for i, p in enumerate(self.plan.pieces) if p.touched and bool(p.level) in self.levels]
+        """Its pieces that it steps, of which this rank holds anything, and their numbers in the plan."""
+        return [
+            (i, p)
+            for i, p in enumerate(self.plan.pieces)
+            if p.touched and bool(p.level) in self.levels and p.fragment.fqn not in self.frozen
+        ]
 
     def sums(self, phase: int) -> tuple[Sum, ...]:
         """Of phase number `phase`; none where the program has fewer phases."""

@@ -192,6 +192,8 @@ def groups_case(folder: str, kind: str, members: Sequence[Sequence[int]]) -> Any
     torch.manual_seed(100 * mine + dist.get_rank(group))
     gwt_dist.save(path, part.model, part.optimizer, step=2, process_group=group)
     expected = float(torch.rand(()))
+    state = gwt_dist.full_state(part.model, part.optimizer, "attn_q.weight", process_group=group)
+    assert (float(state["step"]), tuple(state["exp_avg"].shape)) == (2.0, (66, 25))
     part.close()
     again = Part(kind, Adapted(9.0), group)
     loaded = gwt_dist.load(path, again.model, again.optimizer, process_group=group)
@@ -207,6 +209,7 @@ def _messages(folder: str, model: Any, optimizer: Any, group: Any) -> Iterator[s
     for call in (
         lambda: gwt_dist.save(folder, model, optimizer, step=1, process_group=group),
         lambda: gwt_dist.load(folder, model, optimizer, process_group=group),
+        lambda: gwt_dist.full_state(model, optimizer, "attn_q.weight", process_group=group),
     ):
         try:
             call()

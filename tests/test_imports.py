@@ -22,7 +22,8 @@ LINES = 400  # aim at 300; at this length a module does two things
 DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
-RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "steps", "state", "optimizer"}
+RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
+RUNTIME |= {"replaced", "steps", "state", "optimizer"}
 STATE = {"checkpoint", "memory", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
@@ -46,9 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": {"declare", "exchange", "piece", "formulas", "kernels", "rounds", "sums"},
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
-    "steps": {"comm", "declare", "dtensor", "plan", "recipes", "schedule", "shards"},
-    "state": {"comm", "extents", "keys", "piece", "plan", "recipes", "steps"},
-    "optimizer": {"comm", "keys", "plan", "recipes", "steps", "state"},
+    "frozen": {"comm"},
+    "replaced": set(),
+    "steps": {"comm", "declare", "dtensor", "frozen", "keys", "plan", "recipes", "replaced", "schedule", "shards"},
+    "state": {"units", "comm", "dtensor", "extents", "keys", "piece", "plan", "recipes", "shards", "steps"},
+    "optimizer": {"comm", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
     "engines": MATH | RUNTIME,
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {

@@ -7,6 +7,7 @@ from gwt_dist.checkpoint.folder import NoCheckpoint, checkpoints, find, locate, 
 from gwt_dist.checkpoint.format import CheckpointError, Index
 from gwt_dist.checkpoint.match import Left
 from gwt_dist.checkpoint.read import Loaded, load
+from gwt_dist.checkpoint.whole import full_state
 from gwt_dist.checkpoint.write import save
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "NoCheckpoint",
     "checkpoints",
     "find",
+    "full_state",
     "load",
     "locate",
     "read_index",

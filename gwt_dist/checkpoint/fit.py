@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from gwt_dist.checkpoint.holdings import Run, Stepped
 from gwt_dist.declare import Field
 from gwt_dist.keys import KEYS
 from gwt_dist.plan import Form
-from gwt_dist.recipes import RECIPES, check_group, meaning, program_of, resolved, rule_of
+from gwt_dist.recipes import check_group, check_meaning, rule_of
 
 _AS_IT_WAS = "Build the optimizer as it was, or start from the weights alone (weights_only=True)"
 
@@ -52,34 +52,13 @@ def check(index: Index, run: Run, scheduler: Any, where: str) -> Fit:
                     f"{_AS_IT_WAS}"
                 )
             if entry.level:
-                _check_recipe(name, index.groups[entry.group], run.optimizer.param_groups[about.group], where)
+                check_meaning(index.groups[entry.group], run.optimizer.param_groups[about.group], repr(name), where)
             if entry.step is not None and set(entry.fields) != set(about.fields):
                 raise CheckpointError(
                     f"{name!r} has the state {_shown(entry.fields)} in {where}, and this optimizer (recipe "
                     f"{about.recipe!r}) needs {_shown(about.fields)}. {_AS_IT_WAS}"
                 )
     return Fit([(one, _state(index, run, one, where)) for one in run.stepped], list(_options(index, run, where)))
-
-
-def _check_recipe(name: str, saved: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
-    recipe = saved.get("recipe")
-    if recipe not in list(RECIPES):
-        raise CheckpointError(
-            f"{name!r} was trained with the recipe {recipe!r} in {where}, which is none of {', '.join(RECIPES)}; "
-            f"import what registers it before loading"
-        )
-    now, read = meaning(mine), resolved(mine)[0].keys
-    differ = {key: (then, now[key]) for key, then in meaning(saved).items() if key in read and then != now[key]}
-    before, after = program_of(saved, 1), program_of(mine, 1)
-    if before.fields == after.fields and (before.formula, before.detail) != (after.formula, after.detail):
-        # The same state of another meaning.
-        differ.setdefault("formula", (f"{before.formula}, {before.detail}", f"{after.formula}, {after.detail}"))
-    for key, (then, here) in differ.items():
-        raise CheckpointError(
-            f"{name!r} was trained with {key}={then!r} (recipe {recipe!r}) in {where} and this optimizer has "
-            f"{key}={here!r} (recipe {mine['recipe']!r}); its moments would mean something else. "
-            f"{_AS_IT_WAS}"
-        )
 
 
 def _shown(fields: Iterable[Field]) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from gwt_dist.comm import Peers, Shard, alone
-from gwt_dist.engines import deepspeed, fairscale, fsdp1, refusals
+from gwt_dist.engines import deepspeed, deepspeed_by_name, fairscale, fsdp1, refusals
 from gwt_dist.engines.flat import FlatBuffer
 from gwt_dist.exchange import join
 from gwt_dist.layout import Fragment, LayoutError
 from gwt_dist.optimizer import GWTAdamW
+from gwt_dist.replaced import CARRY
 
 
 def attach(optimizer: Any, engine: Any) -> None:
@@ -44,7 +46,9 @@ def attach(optimizer: Any, engine: Any) -> None:
         for adapter in (deepspeed, fsdp1, fairscale):
             buffers = adapter.read(wrapper)
             if buffers is not None:
+                _refuse_left_out(inner, buffers, wrapper)
                 attach_buffers(inner, buffers)
+                deepspeed_by_name.refuse_states(wrapper)
                 return
 
 
@@ -78,6 +82,24 @@ def attach_buffers(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer]) -> None:
     optimizer.attach(shards)
 
 
+def _refuse_left_out(optimizer: GWTAdamW, buffers: Sequence[FlatBuffer], model: Any) -> None:
+    """Raise `ValueError` where a unit was wrapped after the optimizer was built, which still holds what it took in.
+
+    An optimizer that holds none of the units is `attach_buffers`'s to refuse.
+    """
+    its = {id(parameter) for parameter in (model.parameters() if isinstance(model, nn.Module) else ())}
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    loose = Counter(tuple(p.shape) for p in held.values() if id(p) not in its)
+    for buffer in buffers if any(id(buffer.parameter) in held for buffer in buffers) else ():
+        taken_in = Counter(fragment.shape for fragment in buffer.fragments)
+        if id(buffer.parameter) not in held and buffer.parameter.requires_grad and loose and taken_in <= loose:
+            raise ValueError(
+                f"the optimizer does not hold the flat parameter of {buffer.fragments[0].fqn!r} but parameters of the "
+                f"shapes of its tensors, which the model does not have: it was wrapped after the optimizer was built, "
+                f"and would not move. Build the optimizer after the model is wrapped. {CARRY}"
+            )
+
+
 def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[Shard]:
     mine = ([b.fragments for b in buffers], _mismatch(buffers))
     everyone: list[Any] = [mine]
@@ -96,6 +118,7 @@ def _joined(buffers: Sequence[FlatBuffer], group: ProcessGroup | None) -> list[S
             row_groups=groups,
             peers=_peers([fragments[i] for fragments, _ in everyone], group),
             local_shape=_whole_shape(buffer),
+            owners=buffer.owners,
         )
         for i, buffer in enumerate(buffers)
     ]

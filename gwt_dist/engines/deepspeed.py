@@ -42,7 +42,7 @@ def _read_stage_0(unfused: Any) -> list[FlatBuffer]:
     for parameters, masters in zip(unfused.fp16_groups, unfused.fp32_groups, strict=True):
         for parameter, master in zip(parameters, masters, strict=True):
             fragment = Fragment(names[parameter], tuple(parameter.shape), 0, parameter.numel())
-            buffers.append(FlatBuffer(master, (fragment,), (parameter.detach().reshape(-1),), None))
+            buffers.append(FlatBuffer(master, (fragment,), (parameter.detach().reshape(-1),), None, (parameter,)))
     return buffers
 
 
@@ -95,7 +95,7 @@ def _concatenated(
     ranks     |   rank 0    |   rank 1        |
     """
     low = 0 if group is None else dist.get_rank(group) * flat.numel()
-    fragments, weights = [], []
+    fragments, weights, owners = [], [], []
     for parameter, begin in zip(parameters, begins, strict=False):
         start = max(begin, low) - begin
         stop = min(begin + parameter.numel(), low + flat.numel()) - begin
@@ -103,7 +103,8 @@ def _concatenated(
         start, stop, offset = (start, stop, begin + start - low) if start < stop else (0, 0, 0)
         fragments.append(Fragment(names[parameter], tuple(parameter.shape), start, stop, offset))
         weights.append(parameter.detach().reshape(-1)[start:stop])
-    return FlatBuffer(flat, tuple(fragments), tuple(weights), group)
+        owners.append(parameter)
+    return FlatBuffer(flat, tuple(fragments), tuple(weights), group, tuple(owners))
 
 
 def _read_stage_3(zero: Any) -> list[FlatBuffer]:
@@ -124,5 +125,5 @@ def _read_stage_3(zero: Any) -> list[FlatBuffer]:
             fragments.append(Fragment(zero.param_names[parameter], tuple(parameter.ds_shape), start, stop, offset))
             weights.append(parameter.ds_tensor.detach().reshape(-1)[: stop - start])
             offset += slot
-        buffers.append(FlatBuffer(flat, tuple(fragments), tuple(weights), group))
+        buffers.append(FlatBuffer(flat, tuple(fragments), tuple(weights), group, tuple(zero.fp16_groups[i])))
     return buffers

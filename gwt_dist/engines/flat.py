@@ -20,6 +20,7 @@ class FlatBuffer:
     fragments: tuple[Fragment, ...]  # this rank's; padding belongs to none
     weights: tuple[Tensor, ...]  # per fragment, 1-D: the same elements as the model holds them
     group: ProcessGroup | None  # the ranks that hold the rest
+    owners: tuple[Tensor, ...] = ()  # per fragment, the model's parameter, where the engine keeps it beside the buffer
 
 
 def cut(tensors: Iterable[tuple[str, tuple[int, ...]]], low: int, high: int) -> tuple[Fragment, ...]:

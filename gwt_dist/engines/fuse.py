@@ -33,7 +33,8 @@ def fuse_backward(optimizer: Any, model: nn.Module) -> None:
     these are held for all groups. Call ``optimizer.step()`` after each last one as ever: it ends the step.
 
     Gradients are gone after the backward pass, so what needs all of them at once cannot be combined with it: clipping
-    by the norm (``clip_grad_norm_`` finds nothing to clip) and a GradScaler (refused at its first step).
+    by the norm (``clip_grad_norm_`` finds nothing to clip) and a GradScaler (refused at its first step). Gradients that
+    are set by hand, as torch's `get_optimizer_state_dict` sets them, are stepped by ``optimizer.step()``.
 
     Args:
         optimizer: The `GWTAdamW`, or a wrapper that holds it as ``.optimizer``.

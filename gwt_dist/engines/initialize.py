@@ -15,6 +15,7 @@ from gwt_dist.engines.attach import attach
 from gwt_dist.groups import param_groups
 from gwt_dist.keys import refuse_unknown
 from gwt_dist.optimizer import GWTAdamW
+from gwt_dist.replaced import refuse_stepped
 
 TYPE = "GWTAdamW"
 
@@ -124,6 +125,7 @@ def _builder(
                 f"would ignore the section in silence. Remove one of them"
             )
         _prepare(settings, model)
+        refuse_stepped(optimizer.state)
         refusals.refuse_groups(settings, optimizer.param_groups)
     return None
 

@@ -15,6 +15,7 @@ from gwt_dist import attach
 from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import find_optimizer
 from gwt_dist.optimizer import GWTAdamW
+from gwt_dist.replaced import refuse_left_state
 
 
 def engage(optimizer: Any, model: nn.Module, asked: str | None) -> str:
@@ -115,4 +116,6 @@ def _attach_loaded(inner: GWTAdamW, optimizer: Any, zero: Any) -> None:
     loaded = dict(inner.state)
     inner.state.clear()
     attach(optimizer, zero)
+    held = [parameter for group in inner.param_groups for parameter in group["params"]]
+    refuse_left_state(loaded, [*held, *inner.shards])
     inner.state.update(loaded)

@@ -26,6 +26,9 @@ MAX_LEVEL = 8  # of the compiled kernels: 256 elements a unit, one instance of t
 class Kernel(Protocol):
     """The functions of a module of kernels."""
 
+    def check(self, work: Work, tensors: Tensors) -> None:
+        """See `eager.check`."""
+
     def count(self, steps: list[Tensor]) -> None:
         """See `eager.count`."""
 

@@ -147,6 +147,29 @@ void* data(const at::Tensor& t, bool bf16_too) {
   return t.data_ptr();
 }
 
+bool readable(const at::Tensor& t, int64_t numel, bool bf16_too) {
+  return t.defined() && !t.unsafeGetTensorImpl()->is_python_dispatch() && t.layout() == at::kStrided && t.is_cpu() &&
+         t.numel() == numel && (t.scalar_type() == at::kFloat || (bf16_too && t.scalar_type() == at::kBFloat16)) &&
+         t.is_contiguous();
+}
+
+// Whether `step` may read and write all of these: of each field of state as many numbers as `needed` says, and of a
+// gradient as many as of its weight.
+bool fits(const at::Tensor& needed, const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& gradients,
+          const std::vector<at::Tensor>& steps, const std::vector<std::vector<at::Tensor>>& state) {
+  const int64_t* numels = needed.const_data_ptr<int64_t>();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!readable(weights[i], weights[i].numel(), true) || !readable(gradients[i], weights[i].numel(), true) ||
+        !readable(steps[i], 1, false)) {
+      return false;
+    }
+    for (const std::vector<at::Tensor>& its : state) {
+      if (!readable(its[i], *numels++, false)) return false;
+    }
+  }
+  return true;
+}
+
 void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, const std::vector<at::Tensor>& weights,
           const std::vector<at::Tensor>& gradients, const std::vector<at::Tensor>& exp_avg,
           const std::vector<at::Tensor>& exp_avg_sq, const std::vector<at::Tensor>& steps,
@@ -198,5 +221,6 @@ void count(const std::vector<at::Tensor>& steps) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("step", &step);
   m.def("count", &count);
+  m.def("fits", &fits);
   m.attr("lanes") = V;
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Pass, Program, Rule
+from gwt_dist.kernels import guard
 from gwt_dist.kernels.build import library_of, load
 from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
@@ -24,6 +25,24 @@ CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of f
 _STEP = (True, True)
 _NONE = torch.empty(0, dtype=torch.float64)
 _NO_BATCHES = torch.empty((0, 4), dtype=torch.int64)
+
+
+def check(work: Work, tensors: Tensors) -> None:
+    """As `eager.check`, without a call of torch for each tensor."""
+    state = tensors.state
+    try:
+        fits = _library(work.program).fits(
+            work.needed("exp_avg", "exp_avg_sq", *(["limited_norm"] if work.norms else [])),
+            tensors.weights,
+            tensors.gradients,
+            tensors.steps,
+            [state["exp_avg"], state["exp_avg_sq"], *([state["limited_norm"]] if work.norms else [])],
+        )
+    except TypeError:  # one of them is no tensor
+        fits = False
+    if not fits:
+        guard.check(work, tensors)  # says which
+        raise ValueError("the C++ kernels take dense fp32 or bf16 tensors on the CPU; GWT_DIST_KERNEL=eager takes more")
 
 
 def count(steps: list[Tensor]) -> None:

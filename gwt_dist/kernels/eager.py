@@ -10,8 +10,14 @@ from torch import Tensor
 from gwt_dist.declare import Extent, Pass, Program, Rule
 from gwt_dist.formulas import FORMULAS, WRITES, Share
 from gwt_dist.formulas.weights import decay_factor
+from gwt_dist.kernels import guard
 from gwt_dist.kernels.work import Part, Place, Tensors, Work
 from gwt_dist.piece import math_dtype
+
+
+def check(work: Work, tensors: Tensors) -> None:
+    """Raise `ValueError` for a tensor that is not as its plan says; comes before all else, and changes nothing."""
+    guard.check(work, tensors)
 
 
 def count(steps: list[Tensor]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Pass, Program, Rule
-from gwt_dist.kernels import eager
+from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.kept import Kept
 from gwt_dist.kernels.variant import PASSES, parts
@@ -32,6 +32,15 @@ _TURNS = 4  # of a program whose places are not plain: all at once would take mo
 _PARTIALS = 1024  # partial norms and ...
 _SIZES = 32  # ... step sizes that a program takes at once
 _FLOATS = (torch.float32, torch.bfloat16)
+
+
+def check(work: Work, tensors: Tensors) -> None:
+    """As `eager.check`, of sizes alone; what else is asked of tensors is asked when they have moved, see `_check`."""
+    sizes = [[weight.numel() for weight in tensors.weights], *(work.numels[name] for name in work.program.names())]
+    found = [tensors.gradients, *(tensors.state[name] for name in work.program.names())]
+    for expected, its in zip(sizes, found, strict=True):
+        if [tensor.numel() for tensor in its] != list(expected):
+            guard.check(work, tensors)
 
 
 def count(steps: list[Tensor]) -> None:

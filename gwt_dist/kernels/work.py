@@ -108,13 +108,21 @@ class Work:
     program: Program
     lengths: tuple[tuple[int, ...], ...]  # of each phase, how many numbers a tensor each parameter has in its sums
     sizes: tuple[int, ...] = ()  # of each phase, the length of the vector of its sums
+    numels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of each field, the numbers of each parameter
     _tables: dict[int, Tensor] = field(default_factory=dict, init=False)
     _batches: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
+    _needed: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False)
 
     @property
     def norms(self) -> tuple[int, ...]:
         """Of each parameter, its numbers in the sums of the first phase; none where it has none."""
         return self.lengths[0] if self.lengths and any(self.lengths[0]) else ()
+
+    def needed(self, *names: str) -> Tensor:
+        """The numbers that each parameter has of these fields, int64 ``[parameters, fields]``."""
+        if names not in self._needed:
+            self._needed[names] = torch.tensor([self.numels[name] for name in names], dtype=torch.int64).T.contiguous()
+        return self._needed[names]
 
     def table(self, chunk: int) -> Tensor:
         """The items of all parts in order of their norms, int64 ``[items, 13]``.
