@@ -88,13 +88,24 @@ def levels_by_pattern(targets: str | Sequence[str] | Mapping[str, int], level: i
     if not patterns:
         raise ValueError("targets is empty, so every weight would be AdamW; name modules, or use torch.optim.AdamW")
     for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern:
-            raise ValueError(f"target {pattern!r} must be a part of a module name or a regular expression")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from error
+        checked_pattern(pattern, "target", "module name")
     return patterns
+
+
+def checked_pattern(pattern: object, what: str, whose: str) -> str:
+    """A pattern that `matches` takes; raises `ValueError`, in which it is a `what` for a `whose`, for anything else."""
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"{what} {pattern!r} must be a part of a {whose} or a regular expression")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern is a part of a name, or a regular expression that matches all of it."""
+    return pattern in name or re.fullmatch(pattern, name) is not None
 
 
 def _given_groups(model: nn.Module, params: Iterable[Tensor] | Iterable[Group] | None) -> list[Group]:
@@ -109,7 +120,7 @@ def first_match(patterns: Iterable[str], name: str | None) -> str | None:
     if name is None:
         return None
     for pattern in patterns:
-        if pattern == "all-linear" or pattern in name or re.fullmatch(pattern, name):
+        if pattern == "all-linear" or matches(pattern, name):
             return pattern
     return None
 

@@ -1,4 +1,4 @@
-"""Checkpoints of version 1, which the code of commit 8685465 wrote: they load to the bit, and go on as version 3."""
+"""Checkpoints of version 1, which the code of commit 8685465 wrote: they load to the bit, and go on as the newest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 import gwt_dist
 from checkpoint_runs import Run
 from gwt_dist.checkpoint import find, read_index
+from gwt_dist.checkpoint.format import VERSION
 from gwt_dist.cli.app import main
 from trajectories import content, trained
 from zero_cases import settings
@@ -43,7 +44,7 @@ def test_version_1(tmp_path, capsys, name) -> None:
     assert differ(name, run) == []
     folder = gwt_dist.save(tmp_path, *run, step=loaded.step)
     index = json.loads((folder / "index.json").read_text())
-    assert index["version"] == 3
+    assert index["version"] == VERSION
     assert index["tensors"]["attn.bias"]["fields"] == {
         "exp_avg": {"extent": "unit"},
         "exp_avg_sq": {"extent": "unit"},

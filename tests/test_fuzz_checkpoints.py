@@ -117,6 +117,7 @@ def version_1(index: dict[str, Any]) -> dict[str, Any]:
     for entry in index["tensors"].values():
         del entry["fields"]
         entry["limited_norm"] = entry.pop("numbers").get("limited_norm")
+    del index["excluded"], index["tied"]
     return index
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gwt_dist.checkpoint import folder
-from gwt_dist.checkpoint.dtypes import torch_dtype
+from gwt_dist.checkpoint.dtypes import in_files, torch_dtype
+from gwt_dist.checkpoint.exclude import shown
 from gwt_dist.checkpoint.files import Reader
 from gwt_dist.checkpoint.format import FLOATS, WEIGHT, CheckpointError, Entry, Index
 
@@ -61,6 +62,12 @@ def export_model(
         raise ValueError(f"{out} exists and is no empty folder; nothing in it is overwritten: name another one")
     where, sha256 = folder.locate(Path(checkpoint))
     index = folder.read_index(where, sha256)
+    if index.excluded:
+        raise CheckpointError(
+            f"{where} was saved without {shown(index.excluded)} (exclude=), so it is no whole model. Load it with "
+            f"gwt_dist.load(..., weights_only=True) into the model that has them, and save that by its own means "
+            f"(save_pretrained; of adapters peft's). What is here is in the safetensors files of that folder"
+        )
     found = config if config is not None else (index.extra or {}).get(CONFIG) if _mapping(index.extra) else None
     if not _mapping(found):
         raise CheckpointError(
@@ -70,6 +77,9 @@ def export_model(
     assert found is not None
     names, model_config = _plan(index, found, str(where))
     dtypes = {name: _dtype(index.tensors[name], dtype) for name in names.values()}
+    for name in dtypes:
+        if in_files(index.tensors[name].dtype)[0] == "U8" != index.tensors[name].dtype:
+            raise CheckpointError(f"{name!r} is {index.tensors[name].dtype}, which safetensors files do not have")
     model_config.dtype = str(_main(index, dtypes)).removeprefix("torch.")
     writing = out.with_name(f".{out.name}.exporting")
     out.parent.mkdir(parents=True, exist_ok=True)

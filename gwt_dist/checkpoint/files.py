@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gwt_dist.checkpoint.dtypes import torch_dtype
+from gwt_dist.checkpoint.dtypes import in_files, torch_dtype
+from gwt_dist.checkpoint.elements import copy, flat, is_flat
 from gwt_dist.checkpoint.folder import open_file
 from gwt_dist.checkpoint.format import ITEM_BYTES, CheckpointError, Chunk, File, Stored
 from gwt_dist.layout import Fragment, Overlap
@@ -27,7 +28,7 @@ _HASH_BYTES = 1 << 20  # read at a time to be hashed: what was read is still in 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A chunk to be written: `fragment`, dense, of stored tensor `name`, out of a local buffer that holds `held`."""
+    """A chunk to be written: `fragment`, dense, of stored tensor `name`, out of a buffer (see `flat`) with `held`."""
 
     name: str
     kind: str
@@ -44,21 +45,13 @@ class Part:
     def dense(self) -> Tensor:
         """Its elements, 1-D on the CPU; a view of the buffer where that is dense."""
         overlaps = self.held.intersect(self.fragment)
-        if len(overlaps) == 1 and (overlaps[0].rows == 1 or overlaps[0].columns == overlaps[0].source_stride):
+        dense = len(overlaps) == 1 and (overlaps[0].rows == 1 or overlaps[0].columns == overlaps[0].source_stride)
+        if dense and is_flat(self.buffer):
             return self.buffer.narrow(0, overlaps[0].source, self.fragment.numel).cpu()
         scratch = torch.empty(self.fragment.numel, dtype=self.buffer.dtype, device=self.buffer.device)
         for overlap in overlaps:
             copy(scratch, self.buffer, overlap)
         return scratch.cpu()
-
-
-def copy(destination: Tensor, source: Tensor, overlap: Overlap) -> None:
-    """Copy what `overlap` says from one 1-D buffer to another, cast to the dtype of the destination."""
-    size = (overlap.rows, overlap.columns)
-    to = destination.as_strided(
-        size, (overlap.destination_stride, 1), destination.storage_offset() + overlap.destination
-    )
-    to.copy_(source.as_strided(size, (overlap.source_stride, 1), source.storage_offset() + overlap.source))
 
 
 def split(fragment: Fragment, item_bytes: int) -> Iterator[Fragment]:
@@ -84,9 +77,10 @@ def write_file(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]) -
     for i in order:
         part = parts[i]
         rows, width = part.fragment.rows, part.fragment.stop - part.fragment.start
+        dtype, factor = in_files(part.dtype)
         content[f"{part.name}:{part.kind}:{part.fragment.start}"] = {
-            "dtype": part.dtype,
-            "shape": [rows, width] if rows > 1 else [width],
+            "dtype": dtype,
+            "shape": [rows, width * factor] if rows > 1 else [width * factor],
             "data_offsets": [offset, offset + part.bytes],
         }
         offsets[i] = offset
@@ -145,7 +139,7 @@ class Reader:
             self._compare(hashlib.sha256(raw.numpy().data).hexdigest(), stored, chunk, what)
             held = Fragment(chunk.fragment.fqn, stored.shape, 0, result.numel())
             for overlap in chunk.fragment.intersect(held):
-                copy(result, raw.view(result.dtype), overlap)
+                copy(flat(result), raw.view(result.dtype), overlap)
         return result
 
     def _compare(self, sha256: str, stored: Stored, chunk: Chunk, what: str) -> None:
@@ -163,7 +157,7 @@ class Reader:
         size, dtype = ITEM_BYTES[stored.dtype], torch_dtype(stored.dtype)
         buffer, whole = overlaps[0]
         dense = whole.rows == 1 or whole.columns == whole.source_stride == whole.destination_stride
-        if len(overlaps) == 1 and dense and buffer.dtype == dtype and buffer.device.type == "cpu":
+        if len(overlaps) == 1 and dense and is_flat(buffer) and buffer.dtype == dtype and buffer.device.type == "cpu":
             place = buffer.narrow(0, whole.destination, high - low).view(torch.uint8)  # nothing in between
             self._fill(chunk.file, chunk.offset + low * size, place)
             return

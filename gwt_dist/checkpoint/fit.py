@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gwt_dist.checkpoint.dtypes import safetensors_dtype
-from gwt_dist.checkpoint.format import FLOATS, WEIGHT, CheckpointError, Index
+from gwt_dist.checkpoint.format import CheckpointError, Index
 from gwt_dist.checkpoint.holdings import Run, Stepped
 from gwt_dist.declare import Field
 from gwt_dist.keys import KEYS
 from gwt_dist.plan import Form
 from gwt_dist.recipes import check_group, check_meaning, rule_of
+
+_AS_IT_WAS = "Build the optimizer as it was, or start from the weights alone (weights_only=True)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,59 +27,36 @@ class Fit:
 
 
 def check(index: Index, run: Run, where: str) -> Fit:
-    """Compare a checkpoint with what is here.
+    """Compare a checkpoint with what is here, names and shapes being right already (`match`).
 
     Raises:
-        CheckpointError: For tensors that one of both does not have, other shapes, levels, wavelets, recipes or state,
-            and states that this engine cannot hold apart.
+        CheckpointError: For other levels, wavelets, recipes or state, and states that this engine cannot hold apart.
     """
-    _check_names(index, run, where)
     traits = run.traits()
     for name, entry in index.tensors.items():
         about = traits.get(name)
         if about is None:
             if entry.step is not None:
                 raise CheckpointError(
-                    f"{where} has moments of {name!r}, which this optimizer does not step, so they would be lost. Give "
-                    f"the optimizer the parameters that it had"
+                    f"{where} has moments of {name!r}, which this optimizer does not step, so they would be lost. "
+                    f"{_AS_IT_WAS}"
                 )
         elif entry.group is not None:
             found, here = (entry.level, entry.wavelet), (about.level, about.wavelet)
             if found != here and (entry.level or about.level):
                 raise CheckpointError(
                     f"{name!r} has level={found[0]}, wavelet={found[1]!r} in {where} and level={here[0]}, "
-                    f"wavelet={here[1]!r} in this optimizer; its moments would mean something else. Build "
-                    f"the optimizer as it was"
+                    f"wavelet={here[1]!r} in this optimizer; its moments would mean something else. "
+                    f"{_AS_IT_WAS}"
                 )
             if entry.level:
                 check_meaning(index.groups[entry.group], run.optimizer.param_groups[about.group], repr(name), where)
             if entry.step is not None and set(entry.fields) != set(about.fields):
                 raise CheckpointError(
                     f"{name!r} has the state {_shown(entry.fields)} in {where}, and this optimizer (recipe "
-                    f"{about.recipe!r}) needs {_shown(about.fields)}. Build the optimizer as it was"
+                    f"{about.recipe!r}) needs {_shown(about.fields)}. {_AS_IT_WAS}"
                 )
     return Fit([(one, _state(index, run, one, where)) for one in run.stepped], list(_options(index, run, where)))
-
-
-def _check_names(index: Index, run: Run, where: str) -> None:
-    here: dict[str, tuple[int, ...]] = {}
-    for local in [*run.weights.model, *run.weights.masters]:
-        for fragment in local.fragments:
-            here[fragment.fqn] = fragment.shape
-            stored = index.tensors[fragment.fqn].parts[WEIGHT].dtype if fragment.fqn in index.tensors else ""
-            dtype = safetensors_dtype(local.buffer.dtype)
-            if stored and stored != dtype and not {stored, dtype} <= FLOATS:
-                raise CheckpointError(f"{fragment.fqn!r} is {stored} in {where} and {dtype} here, which is no rounding")
-    for names, lacks in ((index.tensors.keys() - here, "this model"), (here.keys() - index.tensors, where)):
-        if names:
-            shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise CheckpointError(f"{lacks} does not have {shown}: the checkpoint is of another model")
-    for name, shape in here.items():
-        if index.tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{name!r} has shape {index.tensors[name].shape} in {where} and {shape} in this model: the "
-                f"checkpoint is of another model"
-            )
 
 
 def _shown(fields: Iterable[Field]) -> str:
@@ -87,7 +65,7 @@ def _shown(fields: Iterable[Field]) -> str:
 
 def _state(index: Index, run: Run, one: Stepped, where: str) -> dict[str, Tensor] | None:
     """The state to fill: what is there, or fresh and not yet the optimizer's."""
-    steps = {index.tensors[name].step: name for name in one.names}
+    steps = {index.tensors[name].step if name in index.tensors else None: name for name in one.names}
     if len(steps) > 1:
         (a, first), (b, second), *_ = steps.items()
         raise CheckpointError(
@@ -111,7 +89,7 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
         chosen: dict[str, Any] | None = None
         first = ""
         for name in names:
-            number = index.tensors[name].group
+            number = index.tensors[name].group if name in index.tensors else None  # else it was left out
             if number is None:
                 continue
             options = {key: value for key, value in index.groups[number].items() if key not in stay}
@@ -135,7 +113,7 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
             if then != now:
                 raise CheckpointError(
                     f"with the options of a parameter group in {where} this optimizer ({now}) would have other state "
-                    f"({then}). Build the optimizer as it was"
+                    f"({then}). {_AS_IT_WAS}"
                 )
             for key, value in options.items():
                 if isinstance(group.get(key), Tensor):

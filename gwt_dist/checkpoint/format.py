@@ -22,9 +22,13 @@ FORMAT = "gwt_dist checkpoint"
 VERSION = 3
 INDEX = "index.json"
 WEIGHT = "weight"
-# The names of safetensors, and the bytes of an element.
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-FLOATS = {"F64", "F32", "F16", "BF16"}
+# The names of safetensors, and the bytes of an element. C128 and C32 are ours; an element of F4 is two numbers.
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+    **{"U64": 8, "U32": 4, "U16": 2, "C128": 16, "C64": 8, "C32": 4, "F4": 1},
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
+}
+FLOATS = {"F64", "F32", "F16", "BF16"}  # rounded into each other; all others only load as what they were
 
 
 def stored_of(fields: Iterable[Field]) -> list[str]:
@@ -83,6 +87,14 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Excluded:
+    """A tensor of the model that was left out of the save."""
+
+    shape: tuple[int, ...]
+    dtype: str  # any that torch has
+
+
+@dataclass(frozen=True, slots=True)
 class File:
     """A safetensors file: its length, and length and checksum of its header (the 8 bytes before it included)."""
 
@@ -114,6 +126,8 @@ class Index:
     engine_schedule: Schedule | None = None  # that the engine steps by itself
     random: dict[int, dict[str, Stored]] = field(default_factory=dict)  # by rank
     versions: dict[str, str] = field(default_factory=dict)  # who wrote it
+    excluded: dict[str, Excluded] = field(default_factory=dict)  # by name: what was left out
+    tied: dict[str, str] = field(default_factory=dict)  # further name of a tensor -> the name that it has here
 
     def stored(self) -> Iterable[tuple[str, Stored]]:
         """Everything that has chunks, with a name to show."""
@@ -153,6 +167,8 @@ def dump(index: Index) -> bytes:
             }
             for entry in index.tensors.values()
         },
+        "excluded": {name: {"shape": list(one.shape), "dtype": one.dtype} for name, one in index.excluded.items()},
+        "tied": index.tied,
         "random": {str(rank): {k: _dump_stored(s) for k, s in states.items()} for rank, states in index.random.items()},
         "engine": index.engine,
         "engine_schedule": _dump_schedule(index.engine_schedule, "the state of the engine's lr_scheduler"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gwt_dist import dtensor, extents
+from gwt_dist.checkpoint.dtypes import safetensors_dtype
+from gwt_dist.checkpoint.elements import flat
 from gwt_dist.checkpoint.format import WEIGHT, CheckpointError
 from gwt_dist.declare import Extent, Field
 from gwt_dist.engines.attach import find_optimizer, unwrapped
@@ -24,7 +27,7 @@ MASTER = "master weight"  # a weight in the precision of the optimizer; stored a
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Elements of a stored tensor in a 1-D buffer of this rank."""
+    """Elements of a stored tensor in a buffer of this rank, as `flat` returned it, counted in row-major order."""
 
     kind: str  # WEIGHT, MASTER, or the name of a field of state
     fragment: Fragment  # in the index space of the stored tensor, at its offset in `buffer`
@@ -81,13 +84,11 @@ class Run:
     """
 
     def __init__(self, model: Any, optimizer: Any) -> None:
-        wrappers = list(unwrapped(optimizer))
-        engine_optimizers = unwrapped(model) if "basic_optimizer" in vars(model) else ()
         self.model = model
         self.optimizer: GWTAdamW = find_optimizer(optimizer)
         # ZeroRedundancyOptimizer and OSS have groups of their own, which schedules set and each step passes on.
-        self.groups: list[list[Group]] = [w.param_groups for w in wrappers if hasattr(w, "param_groups")]
-        self.weights: Weights = read_weights(model, [*wrappers, *engine_optimizers])
+        self.groups: list[list[Group]] = [w.param_groups for w in unwrapped(optimizer) if hasattr(w, "param_groups")]
+        self.weights: Weights = weights_of(model, optimizer)
         self.stepped: list[Stepped] = list(self._stepped())
 
     def _stepped(self) -> Iterator[Stepped]:
@@ -130,18 +131,6 @@ class Run:
                 found[name] = Traits(one.group, level, group["wavelet"], group["recipe"], one.fields(i))
         return found
 
-    def weight_holdings(self, locals_: list[Local], kind: str) -> Iterator[Holding]:
-        """Weights of the model, or masters."""
-        for local in locals_:
-            buffer = flat(local.buffer)
-            for fragment in local.fragments:
-                if fragment.offset + fragment.numel > buffer.numel():
-                    raise CheckpointError(
-                        f"the part of {fragment.fqn!r} that this rank holds is not where it was: call this outside of "
-                        f"the forward and backward pass, and of contexts that gather the weights"
-                    )
-                yield Holding(kind, fragment, fragment, buffer, local.common)
-
     def state_holdings(self, one: Stepped, state: Mapping[str, Tensor]) -> Iterator[Holding]:
         """The state of an optimizer parameter, without its step and the fields that are one number a tensor."""
         for field in one.plan.fields:
@@ -155,21 +144,54 @@ class Run:
                     owned = extents.owned(field.extent, piece.fragment, piece.units)
                     yield Holding(field.name, replace(kept, fqn=name), replace(owned, fqn=name), buffer)
 
-    def holdings(self) -> list[Holding]:
-        """Everything that this rank could write."""
-        found = [*self.weight_holdings(self.weights.model, WEIGHT), *self.weight_holdings(self.weights.masters, MASTER)]
+    def holdings(self, leave: Container[str] = ()) -> list[Holding]:
+        """Everything that this rank could write, without the weights of these names."""
+        found = list(weight_holdings(self.weights.model, WEIGHT, leave))
+        found += weight_holdings(self.weights.masters, MASTER, leave)
         for one in self.stepped:
             if self.optimizer.state.get(one.parameter):
                 found += self.state_holdings(one, self.optimizer.state[one.parameter])
         return found
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """One dimension, of the same memory; raises `CheckpointError` for a layout of its own."""
-    try:
-        return tensor.detach().view(-1)
-    except RuntimeError:
+def weights_of(model: Any, optimizer: Any) -> Weights:
+    """The weights of a model or engine, whatever its optimizer is; `optimizer` may be None.
+
+    Raises `ValueError` for a layout that cannot be read, and masters that cannot be found.
+    """
+    engine_optimizers = unwrapped(model) if "basic_optimizer" in vars(model) else ()
+    return read_weights(model, [*unwrapped(optimizer), *engine_optimizers])
+
+
+def weight_holdings(locals_: Iterable[Local], kind: str, leave: Container[str] = ()) -> Iterator[Holding]:
+    """Weights of a model, or masters, without those of these names.
+
+    Raises `ValueError` for tensors that checkpoints do not hold.
+    """
+    for local in locals_:
+        wanted = [fragment for fragment in local.fragments if fragment.fqn not in leave]
+        for fragment in wanted:
+            _check_storable(local.buffer, fragment.fqn)  # before anything else is asked of it
+            buffer = flat(local.buffer)
+            if fragment.offset + fragment.numel > buffer.numel():
+                raise CheckpointError(
+                    f"the part of {fragment.fqn!r} that this rank holds is not where it was: call this outside of "
+                    f"the forward and backward pass, and of contexts that gather the weights"
+                )
+            yield Holding(kind, fragment, fragment, buffer, local.common)
+
+
+def _check_storable(tensor: Tensor, name: str) -> None:
+    what = ""
+    if tensor.layout != torch.strided:
+        what = f"is of layout {str(tensor.layout).removeprefix('torch.')} and not dense"
+    elif tensor.is_meta:
+        what = "is on the meta device and has no elements"
+    elif tensor.is_nested or hasattr(type(tensor), "__tensor_flatten__"):
+        what = f"is a {type(tensor).__name__}, which is made of other tensors"
+    if what:
         raise CheckpointError(
-            f"a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous in memory; "
-            f"make it so before the engine and the optimizer are built"
-        ) from None
+            f"{name!r} {what}, which checkpoints do not hold. Make it a plain tensor with memory, or leave it out "
+            f"of the save with exclude="
+        )
+    safetensors_dtype(tensor.dtype, name)

@@ -20,7 +20,7 @@ def lift_index(content: dict[str, Any]) -> dict[str, Any]:
     wrapped = {
         key: None if state is None else {"class": "", "state": _lift_state(state)} for key, state in schedules.items()
     }
-    return content | wrapped | {"engine": engine or None}
+    return content | wrapped | {"engine": engine or None, "excluded": {}, "tied": {}}
 
 
 def _lift_state(state: Any) -> Any:

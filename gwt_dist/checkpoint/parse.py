@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite, prod
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +17,7 @@ from gwt_dist.checkpoint.format import (
     CheckpointError,
     Chunk,
     Entry,
+    Excluded,
     File,
     Index,
     Schedule,
@@ -57,7 +58,7 @@ def parse(text: bytes, where: str, sizes: Callable[[str], int] | None) -> Index:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{where} is not the index of a checkpoint of gwt_dist")
     version = content.get("version")
-    if version not in (1, 2, VERSION) or isinstance(version, bool):
+    if version not in range(1, VERSION + 1) or isinstance(version, bool):
         raise CheckpointError(
             f"{where} has the format version {_shown(version)} and this gwt_dist reads 1 to {VERSION}; load it with "
             f"the gwt_dist that wrote it ({_shown(content.get('versions'))}), or a newer one"
@@ -136,8 +137,10 @@ class _Reader:
         if self.version < VERSION:
             self.fields(content, "the index", **kinds, scheduler=object, extra=object)
             content = lift_index(content)
-        found = self.fields(content, "the index", **kinds, engine_schedule=optional, scheduler=optional, extra=object)
-        _, _, step, world, versions, files, groups, tensors, random, engine, theirs, scheduler, extra = found
+        kinds |= dict(engine_schedule=optional, scheduler=optional, extra=object, excluded=dict, tied=dict)
+        found = self.fields(content, "the index", **kinds)
+        _, _, step, world, versions, files, groups, tensors, random, engine, theirs, scheduler, extra = found[:-2]
+        excluded, tied = found[-2:]
         for name, value in files.items():
             self.files[name] = self.file(name, value, sizes)
             self.left[name] = self.files[name].bytes - self.files[name].header_bytes
@@ -164,7 +167,23 @@ class _Reader:
             self.schedule(theirs, "engine_schedule"),
             states,
             {str(k): str(v) for k, v in versions.items()},
+            *self.absent(excluded, tied, entries),
         )
+
+    def absent(
+        self, excluded: dict[str, Any], tied: dict[str, Any], entries: Mapping[str, Entry]
+    ) -> tuple[dict[str, Excluded], dict[str, str]]:
+        left_out = {}
+        for name, value in excluded.items():
+            shape, dtype = self.fields(value, f"excluded.{name}", shape=list, dtype=str)
+            left_out[name] = Excluded(self.shape(shape, f"excluded.{name}.shape"), dtype)
+        for name in left_out.keys() & entries:
+            self.fail(f"excluded.{name}", "is among the tensors too")
+        known = {**entries, **left_out}
+        for name, first in tied.items():
+            if name in known or not isinstance(first, str) or first not in known:
+                self.fail(f"tied.{name}", f"is {_shown(first)}, and no other name of a tensor")
+        return left_out, tied
 
     def engine(self, value: dict[str, Any]) -> None:
         counters, scale = self.fields(value, "engine", counters=dict, loss_scale=dict)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from gwt_dist.checkpoint import folder, random_states, schedules, together
+from gwt_dist.checkpoint import folder, random_states, schedules
+from gwt_dist.checkpoint.elements import are_distinct, can_take, put
 from gwt_dist.checkpoint.files import Reader
 from gwt_dist.checkpoint.fit import Fit, check
 from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Chunk, Index, Stored
-from gwt_dist.checkpoint.holdings import Holding, Run
+from gwt_dist.checkpoint.holdings import Holding, Run, weight_holdings, weights_of
+from gwt_dist.checkpoint.match import Left, Match, match, tell
+from gwt_dist.checkpoint.together import Together
 from gwt_dist.declare import Extent
-from gwt_dist.engines.weights import check_boundary, set_counters
+from gwt_dist.engines.weights import Weights, check_boundary, set_counters
 from gwt_dist.layout import Overlap
 
 
@@ -28,6 +32,7 @@ class Loaded:
     extra: Any  # what `save` was given
     folder: Path
     random_restored: bool  # whether this rank's number had random states in the checkpoint
+    left: Left  # tensors that it did not touch
 
 
 @dataclass(slots=True)
@@ -43,11 +48,14 @@ class _Task:
 def load(
     path: str | Path,
     model: Any,
-    optimizer: Any,
+    optimizer: Any = None,
     *,
     which: str | int = "latest",
     scheduler: Any = None,
     restore_random: bool = True,
+    weights_only: bool = False,
+    strict: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Loaded:
     """Put a checkpoint into a model and its optimizer, under any engine and number of ranks. A collective.
 
@@ -60,35 +68,54 @@ def load(
     ``wavelet`` and the recipe must be the same already. A rank takes the random states of its own number; one whose
     number the saved run did not have keeps those that it has.
 
+    What the save left out (``exclude=``) must be in the model, in the shape that it had, and stays as it is there.
+
+    With `weights_only` it is a start from the weights: parameters, their masters here and persistent buffers, from any
+    checkpoint, whatever optimizer, recipe, levels and groups there were and are. The optimizer is left as it is, with
+    the state and options that it has; so are schedules, counters of an engine and random states.
+
     Args:
         path: Folder of the run's checkpoints, as given to `save`.
         model: The model as it is wrapped, or the DeepSpeed engine; attached, where the engine needs it.
-        optimizer: Its `GWTAdamW`, or any wrapper that holds it.
+        optimizer: Its `GWTAdamW`, or any wrapper that holds it. With `weights_only` any optimizer of the model, or
+            None; where an engine keeps masters in it, the engine or that optimizer must be given.
         which: ``"latest"``, a step, or the name of a folder in `path`.
         scheduler: The learning-rate schedule that goes on, of the class that was saved: what was given to `save`, or
             that of a DeepSpeed engine, whichever the checkpoint has. An engine's own need not be given. False leaves
             all schedules as they are, those in the checkpoint too.
         restore_random: Whether to take the random states.
+        weights_only: Whether to take the weights and nothing else.
+        strict: False, with `weights_only`, leaves tensors as they are here which only the model or only the checkpoint
+            has, or which have another shape; logs them on rank 0, and says them in ``Loaded.left``.
+        process_group: The ranks that load, if they are not all: those that train this model, and nobody else calls it.
+            Ranks are numbered as in this group.
 
     Raises:
         CheckpointError: On all ranks, if anything is missing, damaged, from a newer version, or does not fit this model
             and optimizer (the message names the file or the tensor), if a schedule would get no state or a state no
-            schedule, or if gradients are accumulated for a step that is not done.
+            schedule, or if gradients are accumulated for a step that is not done. On one rank, if that is not in
+            `process_group`.
     """
+    together = Together.of(process_group, "gwt_dist.load")
+    together.agree((weights_only, strict), "weights_only and strict")
+    together.each(lambda: _check_arguments(optimizer, scheduler, weights_only, strict))
     place, sha256 = together.from_rank_0(lambda: _found(Path(path), which))
     where = Path(place)
     index = together.each(lambda: folder.read_index(where, sha256))
-    run = together.each(lambda: Run(model, optimizer))
-    together.each(lambda: check_boundary(model, run.optimizer, "load"))
-    fit = together.each(lambda: check(index, run, str(where)))
-    takers = together.each(lambda: schedules.takers(index, run, scheduler, str(where)))
-    tasks = together.each(lambda: _tasks(index, run, fit))
-    states = index.random.get(together.rank(), {}) if restore_random else {}
+    run = together.each(lambda: None if weights_only else _between_steps(model, optimizer))
+    weights = together.each(lambda: weights_of(model, optimizer) if run is None else run.weights)
+    matched = together.each(lambda: match(index, weights, str(where), strict=strict, weights_only=weights_only))
+    fit = together.each(lambda: None if run is None else check(index, run, str(where)))
+    takers = together.each(lambda: [] if run is None else schedules.takers(index, run, scheduler, str(where)))
+    holdings = together.each(lambda: list(_holdings(weights, run, fit, matched)))
+    tasks = together.each(lambda: _tasks(index, holdings, matched))
+    shared = together.each(lambda: _shared(where, index, holdings, matched))
+    states = index.random.get(together.rank(), {}) if restore_random and not weights_only else {}
     random = together.each(lambda: _random(where, index, states))
     together.each(lambda: _verify(where, index, tasks))
-    together.each(lambda: schedules.attempt(takers, run))
+    together.each(lambda: schedules.attempt(takers, run.groups if run is not None else ()))
     try:
-        together.each(lambda: _commit(where, index, run, fit, tasks, takers))
+        together.each(lambda: _commit(where, index, run, fit, tasks, shared, takers))
         if random:
             random_states.restore(random)
     except CheckpointError as error:
@@ -96,7 +123,32 @@ def load(
             f"{error}. It had been checked, so something changed meanwhile; model and optimizer now hold parts of two "
             f"states: load again before going on"
         ) from error
-    return Loaded(index.step, index.extra, where, bool(states))
+    if not strict and together.rank() == 0:
+        tell(matched.left, str(where))
+    return Loaded(index.step, index.extra, where, bool(states), matched.left)
+
+
+def _check_arguments(optimizer: Any, scheduler: Any, weights_only: bool, strict: bool) -> None:
+    if weights_only and scheduler is not None and scheduler is not False:
+        raise CheckpointError(
+            "load got a scheduler and weights_only=True, which takes no state of a schedule: leave one of both out"
+        )
+    if not weights_only and optimizer is None:
+        raise CheckpointError(
+            "load got no optimizer, so the state in the checkpoint would be lost: pass the optimizer, or say "
+            "weights_only=True to start from the weights"
+        )
+    if not weights_only and not strict:
+        raise CheckpointError(
+            "strict=False is for weights_only=True alone: a run that goes on with a part of its state is another run. "
+            "Say weights_only=True to start from the weights that fit"
+        )
+
+
+def _between_steps(model: Any, optimizer: Any) -> Run:
+    run = Run(model, optimizer)
+    check_boundary(model, run.optimizer, "load")
+    return run
 
 
 def _found(path: Path, which: str | int) -> tuple[str, str]:
@@ -104,11 +156,13 @@ def _found(path: Path, which: str | int) -> tuple[str, str]:
     return str(place), sha256
 
 
-def _tasks(index: Index, run: Run, fit: Fit) -> list[_Task]:
+def _tasks(index: Index, holdings: Iterable[Holding], matched: Match) -> list[_Task]:
     """Every chunk of which this rank needs anything, in the order of the files."""
     tasks: dict[Chunk, _Task] = {}
-    for holding in _holdings(run, fit):
-        name = holding.fragment.fqn
+    for holding in holdings:
+        if not are_distinct(holding.buffer):
+            continue  # see `_shared`
+        name = matched.sources[holding.fragment.fqn]
         stored = index.tensors[name].parts[holding.kind]
         if stored.shape != holding.fragment.shape:
             raise CheckpointError(
@@ -123,13 +177,33 @@ def _tasks(index: Index, run: Run, fit: Fit) -> list[_Task]:
     return sorted(tasks.values(), key=lambda task: (task.chunk.file, task.chunk.offset))
 
 
-def _holdings(run: Run, fit: Fit) -> Iterator[Holding]:
+def _holdings(weights: Weights, run: Run | None, fit: Fit | None, matched: Match) -> Iterator[Holding]:
     """All that is to be filled: weights, masters and other copies of weights, state."""
-    weights = run.weights
-    yield from run.weight_holdings([*weights.model, *weights.copies, *weights.masters], WEIGHT)
-    for one, state in fit.states:
-        if state is not None:
-            yield from run.state_holdings(one, state)
+    copies = [*weights.model, *weights.copies, *weights.masters]
+    leave = {fragment.fqn for local in copies for fragment in local.fragments} - matched.sources.keys()
+    yield from weight_holdings(copies, WEIGHT, leave)
+    if run is not None and fit is not None:
+        for one, state in fit.states:
+            if state is not None:
+                yield from run.state_holdings(one, state)
+
+
+def _shared(where: Path, index: Index, holdings: Iterable[Holding], matched: Match) -> list[tuple[Tensor, Tensor]]:
+    """Tensors whose elements may share memory, as after `expand`, and what goes into them, in memory and checked."""
+    found = []
+    with Reader(where, index.files) as reader:
+        for holding in holdings:
+            if are_distinct(holding.buffer):
+                continue
+            name = holding.fragment.fqn
+            whole = reader.whole(index.tensors[matched.sources[name]].parts[holding.kind], f"weight of {name!r},")
+            if whole.shape != holding.buffer.shape or not can_take(holding.buffer, whole):
+                raise CheckpointError(
+                    f"{name!r} has strides {holding.buffer.stride()} here, so elements share memory which have values "
+                    f"of their own in {where}, and some would be lost. Make it a tensor of its own (clone, contiguous)"
+                )
+            found.append((holding.buffer, whole))
+    return found
 
 
 def _random(where: Path, index: Index, states: Mapping[str, Stored]) -> dict[str, Tensor]:
@@ -148,13 +222,27 @@ def _verify(where: Path, index: Index, tasks: list[_Task]) -> None:
 
 
 def _commit(
-    where: Path, index: Index, run: Run, fit: Fit, tasks: list[_Task], takers: Sequence[schedules.Taker]
+    where: Path,
+    index: Index,
+    run: Run | None,
+    fit: Fit | None,
+    tasks: list[_Task],
+    shared: Iterable[tuple[Tensor, Tensor]],
+    takers: Sequence[schedules.Taker],
 ) -> None:
-    schedules.restore(takers)
-    set_counters(run.model, index.engine, index.step)
     with Reader(where, index.files) as reader:
         for task in tasks:
             reader.read(task.stored, task.chunk, task.places)
+    for tensor, whole in shared:
+        put(tensor, whole)
+    if run is not None and fit is not None:
+        schedules.restore(takers)
+        set_counters(run.model, index.engine, index.step)
+        _put_state(index, run, fit)
+
+
+def _put_state(index: Index, run: Run, fit: Fit) -> None:
+    """The state that is no elements, and the options."""
     for one, state in fit.states:
         if state is None:
             run.optimizer.state.pop(one.parameter, None)

@@ -152,9 +152,12 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def attempt(found: Sequence[Taker], run: Run) -> None:
-    """Have each taker load its state, and then what it had: only it knows what it takes. Raises `CheckpointError`."""
-    options = [(group, dict(group), _tensors(group)) for groups in run.groups for group in groups]
+def attempt(found: Sequence[Taker], optimizers: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Have each taker load its state, and then what it had: only it knows what it takes. Raises `CheckpointError`.
+
+    `optimizers` are the parameter groups of the optimizer and of what wraps it.
+    """
+    options = [(group, dict(group), _tensors(group)) for groups in optimizers for group in groups]
     before = [copy.deepcopy(one.schedule.state_dict()) for one in found]
     try:
         for one in found:

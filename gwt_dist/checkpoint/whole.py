@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from gwt_dist.checkpoint import together
-from gwt_dist.checkpoint.files import Part, copy
+from gwt_dist.checkpoint.elements import copy
+from gwt_dist.checkpoint.files import Part
 from gwt_dist.checkpoint.format import CheckpointError
 from gwt_dist.checkpoint.holdings import Run, Stepped
+from gwt_dist.checkpoint.together import Together
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent
 from gwt_dist.layout import Fragment
@@ -21,8 +23,10 @@ from gwt_dist.plan import Plan
 _Parts = tuple[float | None, dict[str, float], list[tuple[str, Fragment, Tensor]]]
 
 
-def full_state(model: Any, optimizer: Any, name: str) -> dict[str, Tensor]:
-    """The state of the tensor `name` as one process has it, whichever ranks hold it. A collective over all ranks.
+def full_state(
+    model: Any, optimizer: Any, name: str, *, process_group: ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """The state of the tensor `name` as one process has it, whichever ranks hold it. A collective.
 
     For a look at the moments of one tensor in a run; `gwt_dist.save` stores all of them without gathering any.
 
@@ -30,6 +34,7 @@ def full_state(model: Any, optimizer: Any, name: str) -> dict[str, Tensor]:
         model: The model as it is wrapped, or the DeepSpeed engine; attached, where the engine needs it.
         optimizer: Its `GWTAdamW`, or any wrapper that holds it.
         name: Of the parameter, as the model had it before it was wrapped.
+        process_group: The ranks that train this model, if they are not all; nobody else calls it.
 
     Returns:
         On every rank the same tensors on the CPU, copies: ``step`` (0-d fp32) and the fields of the tensor's recipe, in
@@ -38,8 +43,9 @@ def full_state(model: Any, optimizer: Any, name: str) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: On all ranks, if the optimizer steps no tensor of that name on any of them, or a layout cannot
-            be read.
+            be read. On one rank, if that is not in `process_group`.
     """
+    together = Together.of(process_group, "gwt_dist.full_state")
     run = together.each(lambda: Run(model, optimizer))
     one, place = together.each(lambda: _find(run, name))
     everyone: list[_Parts] = together.gather(together.each(lambda: _parts(run, one, place, name)))

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from gwt_dist.checkpoint import folder, schedules, together
+from gwt_dist.checkpoint import folder, schedules
 from gwt_dist.checkpoint.dtypes import safetensors_dtype
+from gwt_dist.checkpoint.exclude import excluded, shown
 from gwt_dist.checkpoint.files import Part, split, write_file
 from gwt_dist.checkpoint.format import (
     ITEM_BYTES,
     WEIGHT,
     CheckpointError,
     Entry,
+    Excluded,
     File,
     Index,
     Stored,
@@ -29,6 +32,7 @@ from gwt_dist.checkpoint.format import (
 )
 from gwt_dist.checkpoint.holdings import MASTER, Holding, Run, Traits
 from gwt_dist.checkpoint.random_states import capture
+from gwt_dist.checkpoint.together import Together
 from gwt_dist.engines.weights import check_boundary, counters
 from gwt_dist.exchange import join
 from gwt_dist.layout import Fragment
@@ -57,6 +61,7 @@ class _Report:
     traits: dict[str, Traits]
     steps: dict[str, tuple[int, dict[str, float]]]
     groups: list[dict[str, Any]]
+    excluded: dict[str, Excluded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,10 @@ def save(
     scheduler: Any = None,
     keep: int | None = None,
     random_states: bool = True,
+    exclude: str | Iterable[str] = (),
+    process_group: ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint that any number of ranks under any engine can load. A collective over all ranks.
+    """Write a checkpoint that any number of ranks under any engine can load. A collective.
 
     Each rank writes what it owns, every element is written once, and nothing is gathered. What is written gets its name
     when all of it is on the disk; an error, a full disk or a killed rank leaves the checkpoints before it as they were.
@@ -95,20 +102,29 @@ def save(
             That which a DeepSpeed engine steps is saved without being given.
         keep: Leave the `keep` newest checkpoints up to this one; None leaves all.
         random_states: Keep the random states of Python and torch of each rank.
+        exclude: Pattern or patterns of names of parameters and buffers to leave out, each a part of the name or a
+            regular expression that matches all of it; ``"all-frozen"`` is every parameter that is not trained. The
+            index says what was left out, and `load` then leaves it as it is in the model.
+        process_group: The ranks that save, if they are not all: those that train this model, and nobody else calls it.
+            Ranks are numbered as in this group. Groups that save at once need a folder each.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: On all ranks, if any of them cannot write its part or the parts make up no whole, if gradients
-            are accumulated for a step that is not done, or for a value in `extra` or in the state of the scheduler that
-            would not come back as it is (the message has its keys).
+        CheckpointError: On all ranks, if any of them cannot write its part or the parts make up no whole; if gradients
+            are accumulated for a step that is not done; for a value in `extra` or in the state of the scheduler that
+            would not come back as it is (the message has its keys); for a pattern that matches nothing or a tensor that
+            the optimizer steps; for a tensor of a kind that is not stored. On one rank, if that is not in
+            `process_group`.
     """
+    together = Together.of(process_group, "gwt_dist.save")
     run = together.each(lambda: Run(model, optimizer))
     together.each(lambda: check_boundary(model, run.optimizer, "save"))
     beside = together.each(lambda: _beside(model, scheduler, extra) if together.rank() == 0 else {})
-    holdings = together.each(run.holdings)
-    reports = together.gather(together.each(lambda: _report(run, holdings, step, keep)))
+    left_out = together.each(lambda: excluded(run, exclude))
+    holdings = together.each(lambda: run.holdings(left_out))
+    reports = together.gather(together.each(lambda: _report(run, holdings, left_out, step, keep)))
     mine = together.each(lambda: _assign(reports))[together.rank()]
     saving = Path(together.from_rank_0(lambda: str(folder.start(Path(path), step)), Path(path)))
     file = saving / folder.file_of(together.rank())
@@ -124,11 +140,14 @@ def save(
             **beside,
             random={rank: one.random for rank, one in enumerate(written) if one.random},
             versions=_versions(),
+            excluded=left_out,
+            tied=run.weights.tied,
         )
         return str(folder.finish(saving, dump(index), keep))
 
     try:
-        written = together.gather(together.each(lambda: _write(file, holdings, mine, step, random_states), file))
+        random = f"random:{together.rank()}" if random_states else ""
+        written = together.gather(together.each(lambda: _write(file, holdings, mine, step, random), file))
         return Path(together.from_rank_0(finish, saving))
     except CheckpointError:
         if together.rank() == 0:
@@ -152,7 +171,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _report(run: Run, holdings: Sequence[Holding], step: int, keep: int | None) -> _Report:
+def _report(
+    run: Run, holdings: Sequence[Holding], left_out: dict[str, Excluded], step: int, keep: int | None
+) -> _Report:
     if not 0 <= step < 10**12 or (keep is not None and keep < 1):
         raise CheckpointError(f"step={step} must be at least 0, and keep={keep} at least 1 or None")
     steps: dict[str, tuple[int, dict[str, float]]] = {}
@@ -167,13 +188,13 @@ def _report(run: Run, holdings: Sequence[Holding], step: int, keep: int | None) 
         options.append({key: plain(value) for key, value in group.items() if key != "params"})
         for key, value in options[-1].items():
             to_json(value, f"option {key!r} of parameter group {i}")
-    return _Report(step, [_offer(holding) for holding in holdings], run.traits(), steps, options)
+    return _Report(step, [_offer(holding) for holding in holdings], run.traits(), steps, options, left_out)
 
 
 def _offer(holding: Holding) -> _Offer:
     owned = holding.owned
     interval = (owned.start, owned.stop, owned.rows) if owned.numel else (0, 0, 1)
-    dtype = safetensors_dtype(holding.buffer.dtype)
+    dtype = safetensors_dtype(holding.buffer.dtype, owned.fqn)
     return _Offer(holding.kind, owned.fqn, owned.shape, interval, dtype, holding.common)
 
 
@@ -189,6 +210,11 @@ def _assign(reports: Sequence[_Report]) -> list[set[tuple[str, str, _Interval]]]
     """
     if len({report.step for report in reports}) > 1:
         raise CheckpointError(f"ranks save different steps: {[report.step for report in reports]}")
+    if any(report.excluded != reports[0].excluded for report in reports):
+        told = [shown(report.excluded) for report in reports]
+        raise CheckpointError(
+            f"ranks leave out different tensors: {'; '.join(told)}. Give all of them the same exclude="
+        )
     holders: dict[tuple[str, str], dict[_Interval, list[int]]] = {}
     offered: dict[tuple[str, str], _Offer] = {}
     for rank, report in enumerate(reports):
@@ -224,8 +250,9 @@ def _write(
     holdings: Sequence[Holding],
     mine: set[tuple[str, str, _Interval]],
     step: int,
-    random_states: bool,
+    random: str,
 ) -> _Written:
+    """Write the file of this rank, with its random states under the name `random` if there is one."""
     parts, left = [], set(mine)
     for holding in holdings:
         offer = _offer(holding)
@@ -236,10 +263,10 @@ def _write(
             for fragment in split(holding.owned, ITEM_BYTES[offer.dtype]):
                 parts.append(Part(offer.name, kind, offer.dtype, fragment, holding.fragment, holding.buffer))
     assert not left, "a rank writes what it offered"
-    states = capture() if random_states else {}
+    states = capture() if random else {}
     for kind, state in states.items():
         fragment = Fragment(kind, (state.numel(),), 0, state.numel())
-        parts.append(Part(f"random:{together.rank()}", kind, "U8", fragment, fragment, state))
+        parts.append(Part(random, kind, "U8", fragment, fragment, state))
     name = path.name
     file, chunks = write_file(path, parts, {"format": "gwt_dist", "step": str(step), "file": name})
     stored: dict[tuple[str, str], Stored] = {}
@@ -247,7 +274,7 @@ def _write(
         before = stored.get((part.kind, part.name))
         earlier = before.chunks if before else ()
         stored[part.kind, part.name] = Stored(part.dtype, part.fragment.shape, (*earlier, chunk))
-    kept = {kind: stored.pop((kind, f"random:{together.rank()}")) for kind in states}
+    kept = {kind: stored.pop((kind, random)) for kind in states}
     return _Written((name, file), stored, kept)
 
 

@@ -78,6 +78,7 @@ def _files(path: Path) -> dict[str, int]:
 def describe(folder: Path, index: Index) -> dict[str, Any]:
     """All that is shown, as plain data."""
     tensors = [_tensor(entry) for entry in index.tensors.values()]
+    left_out = index.excluded.items()
     keys = ("weight_bytes", "master_bytes", "moment_bytes", "adamw_moment_bytes")
     return {
         "folder": str(folder),
@@ -91,6 +92,7 @@ def describe(folder: Path, index: Index) -> dict[str, Any]:
         "files": _written(index),
         "scheduler": index.scheduler is not None,
         "random_states_of_ranks": sorted(index.random),
+        "excluded": [{"name": name, "shape": list(one.shape), "dtype": one.dtype} for name, one in left_out],
         "extra": encode(index.extra, "extra"),
     }
 
@@ -152,6 +154,9 @@ def _show(console: Any, told: dict[str, Any]) -> None:
         cells = [one["name"], "x".join(map(str, one["shape"])) or "scalar", one["dtype"]]
         cells += ["-" if one[key] is None else str(one[key]) for key in ("level", "wavelet", "recipe", "step")]
         table.add_row(*map(printable, cells), *_bytes(one))
+    for one in told["excluded"]:
+        shape = "x".join(map(str, one["shape"])) or "scalar"
+        table.add_row(*map(printable, (one["name"], shape, one["dtype"])), *["-"] * 4, "left out")
     table.add_section()
     table.add_row("total", *[""] * 6, *_bytes(told["totals"]), style="bold")
     _print_whole(console, table)

@@ -30,6 +30,8 @@ def read(wrapper: Any) -> list[FlatBuffer] | None:
         return _read_bf16_optimizer(wrapper)
     if hasattr(wrapper, "fp32_groups"):
         return _read_stage_0(wrapper)
+    if hasattr(wrapper, "fp32_groups_flat"):
+        return _read_fused(wrapper)
     return None
 
 
@@ -42,6 +44,14 @@ def _read_stage_0(unfused: Any) -> list[FlatBuffer]:
             fragment = Fragment(names[parameter], tuple(parameter.shape), 0, parameter.numel())
             buffers.append(FlatBuffer(master, (fragment,), (parameter.detach().reshape(-1),), None, (parameter,)))
     return buffers
+
+
+def _read_fused(fused: Any) -> list[FlatBuffer]:
+    """16 bits without ZeRO, with an optimizer of DeepSpeed's own (`FP16_Optimizer`): each group's tensors, whole."""
+    return [
+        _concatenated(flat, parameters, _ends(parameters), None, fused.deepspeed.param_names)
+        for flat, parameters in zip(fused.fp32_groups_flat, fused.fp16_groups, strict=True)
+    ]
 
 
 def _read_bf16_optimizer(zero: Any) -> list[FlatBuffer]:
@@ -73,14 +83,18 @@ def _ends(parameters: Sequence[Tensor]) -> list[int]:
 
 
 def _concatenated(
-    flat: Tensor, parameters: Sequence[Tensor], begins: Sequence[int], group: ProcessGroup, names: Mapping[Tensor, str]
+    flat: Tensor,
+    parameters: Sequence[Tensor],
+    begins: Sequence[int],
+    group: ProcessGroup | None,
+    names: Mapping[Tensor, str],
 ) -> FlatBuffer:
     """The part `flat` of tensors that are concatenated, each from its element in `begins` on, and cut into equal parts.
 
     tensors   |-- a --|---- b ----|- c -| pad |
     ranks     |   rank 0    |   rank 1        |
     """
-    low = dist.get_rank(group) * flat.numel()
+    low = 0 if group is None else dist.get_rank(group) * flat.numel()
     fragments, weights, owners = [], [], []
     for parameter, begin in zip(parameters, begins, strict=False):
         start = max(begin, low) - begin

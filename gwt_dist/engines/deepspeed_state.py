@@ -17,8 +17,13 @@ def group_numbers(zero: Any) -> list[int]:
         return [zero.sub_group_to_group_id[i] for i in range(len(zero.fp32_partitioned_groups_flat))]
     if hasattr(zero, "fp32_groups"):
         return [i for i, group in enumerate(zero.fp32_groups) for _ in group]
-    flats = getattr(zero, "single_partition_of_fp32_groups", None)
-    return list(range(len(zero.fp32_groups_flat_partition if flats is None else flats)))
+    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_groups_flat")
+    return list(range(len(next(getattr(zero, name) for name in names if hasattr(zero, name)))))
+
+
+def has_master(parameter: Any) -> bool:
+    """Whether a ZeRO optimizer steps a copy of a parameter of the module, of which the module alone knows nothing."""
+    return getattr(parameter, "_hp_mapping", None) is not None or hasattr(parameter, "_z3_optimizer")
 
 
 def partition(parameter: Any, name: str) -> tuple[Fragment, Tensor, Tensor | None]:

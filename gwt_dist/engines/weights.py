@@ -42,6 +42,8 @@ class Weights:
     flat: set[int] = field(default_factory=set)  # ids of the model's flat parameters
     names: dict[int, str] = field(default_factory=dict)  # id of a parameter that is one tensor -> its name
     group_of: dict[int, int] = field(default_factory=dict)  # id of a flat parameter -> its group, where that hides it
+    requires_grad: set[str] = field(default_factory=set)  # names of the parameters that do
+    tied: dict[str, str] = field(default_factory=dict)  # further name of a parameter -> its name here
 
 
 def clean(name: str) -> str:
@@ -72,9 +74,9 @@ def unwrap(model: Any) -> nn.Module:
 def read_weights(model: Any, optimizers: Iterable[Any]) -> Weights:
     """The weights of a model or DeepSpeed engine, and the masters in any of `optimizers` (wrappers of each other).
 
-    Raises `ValueError` for parameters whose layout cannot be read.
+    Raises `ValueError` for parameters whose layout cannot be read, and masters that none of `optimizers` leads to.
     """
-    module, found = unwrap(model), Weights()
+    module, optimizers, found = unwrap(model), list(optimizers), Weights()
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # after a forward pass alone the root still has whole tensors
@@ -82,13 +84,19 @@ def read_weights(model: Any, optimizers: Iterable[Any]) -> Weights:
         found.flat.add(id(buffer.parameter))
         # The slices of FSDP1's own shard, which are there whatever state its views are in.
         found.model += [Local(w, (_at_start(f),)) for f, w in zip(buffer.fragments, buffer.weights, strict=True)]
+        found.requires_grad |= {clean(f.fqn) for f in buffer.fragments if buffer.parameter.requires_grad}
     for buffer in fairscale.read(module) or ():
         found.flat.add(id(buffer.parameter))
         found.model.append(Local(buffer.parameter.detach(), tuple(map(_cleaned, buffer.fragments))))
+        found.requires_grad |= {clean(fragment.fqn) for fragment in buffer.fragments}  # frozen ones are not read
     for raw_name, parameter in module.named_parameters():
         name = clean(raw_name)
         if id(parameter) not in found.flat:
             _read_parameter(name, parameter, found)
+    for raw_name, parameter in module.named_parameters(remove_duplicate=False):
+        first = found.names.get(id(parameter))
+        if first is not None and clean(raw_name) != first:
+            found.tied[clean(raw_name)] = first
     for path, part in module.named_modules():
         for key, value in part.named_buffers(recurse=False):
             if key not in part._non_persistent_buffers_set:
@@ -100,11 +108,35 @@ def read_weights(model: Any, optimizers: Iterable[Any]) -> Weights:
             numbers = deepspeed_state.group_numbers(wrapper)
             found.group_of = {id(b.parameter): number for b, number in zip(buffers, numbers, strict=True)}
             break
+    _check_owners(module, optimizers, found)
     return found
+
+
+def _check_owners(module: nn.Module, optimizers: Iterable[Any], found: Weights) -> None:
+    """Raise `ValueError` if an engine steps copies of the weights that were not read: they would undo a load."""
+    known = found.names.keys() | found.flat | found.group_of.keys()
+    for optimizer in optimizers:
+        for group in getattr(optimizer, "param_groups", None) or ():
+            for parameter in group["params"]:
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(parameter.shape)} of the {type(optimizer).__name__} is none of "
+                        f"the model's as it is now: pass the model that this optimizer was built for, as it is "
+                        f"wrapped, and if an engine keeps copies of the weights, the engine"
+                    )
+    if not found.masters:
+        for name, parameter in module.named_parameters():
+            if deepspeed_state.has_master(parameter):
+                raise ValueError(
+                    f"DeepSpeed keeps a master of {clean(name)!r}, which is not reached from the module within, so it "
+                    f"would be left out: pass the engine"
+                )
 
 
 def _read_parameter(name: str, parameter: Tensor, found: Weights) -> None:
     found.names[id(parameter)] = name
+    if parameter.requires_grad:
+        found.requires_grad.add(name)
     if hasattr(parameter, "ds_tensor"):
         fragment, partition, whole = deepspeed_state.partition(parameter, name)
         found.model.append(Local(partition, (fragment,)))
