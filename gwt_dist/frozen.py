@@ -66,6 +66,6 @@ class Frozen:
         """By name, how many steps of a buffer its tensors have not taken; only of those that are frozen."""
         return self._missed.get(parameter, {})
 
-    def forget(self, parameter: Tensor) -> None:
-        """The state of a buffer was loaded: all of its tensors have taken as many steps as it says."""
-        self._missed.pop(parameter, None)
+    def restore(self, parameter: Tensor, missed: Mapping[str, int]) -> None:
+        """The state of a buffer was loaded, whose tensors did not take these of its steps."""
+        self._missed[parameter] = dict(missed)

@@ -189,6 +189,14 @@ class GWTAdamW(torch.optim.Optimizer):
         members = self._steps.numbered(parameters, self.param_groups)
         self._steps.take(members, self.param_groups, self.state)
 
+    def missed(self, parameter: Tensor) -> Mapping[str, int]:
+        """By name, how many steps of a flat parameter its tensors did not take because they were frozen."""
+        return self._steps.frozen.missed(parameter)
+
+    def restored(self, parameter: Tensor, missed: Mapping[str, int] | None = None) -> None:
+        """The state of a parameter was loaded: its tensors have taken the steps that it says, but those `missed`."""
+        self._steps.frozen.restore(parameter, missed or {})
+
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """Within it, backward passes only add to the gradients of parameters whose update is fused into them.
@@ -236,6 +244,7 @@ class GWTAdamW(torch.optim.Optimizer):
         for key, values in state_dict["state"].items():
             if key in parameters:
                 state.put_back(self.state[parameters[key]], values, parameters[key])
+                self.restored(parameters[key])
 
     def __getstate__(self) -> Group:
         given = [p for p in self._parameters() if p in self._steps.given and p not in self._steps.shards]

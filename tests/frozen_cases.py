@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gwt_dist
 from gwt_dist import GWTAdamW
-from zero_cases import Net, gradients, initial, load, options, shapes_of
+from zero_cases import Net, gradients, initial, load, options, shapes_of, train_on
 from zero_engine_cases import difference, masters
 
 Phase = tuple[int, str]  # steps, and the prefix of the names of what is frozen in them; "" for nothing
@@ -97,6 +99,43 @@ def zero_case(
 def zero_cases(config: dict[str, Any], runs: Sequence[tuple[str, str, Sequence[Phase], str]]) -> list[Any]:
     """`zero_case` of each of `runs`."""
     return [zero_case(config, *run) for run in runs]
+
+
+def resumed_case(config: dict[str, Any], recipe: str, folder: str) -> tuple[float, dict[str, int], str]:
+    """Two steps, two with `mlp` frozen, saved, one more in a new engine: how far from one process, counts, the error
+    of thawing it then.
+    """
+    phases = [(2, ""), (2, "mlp"), (1, "mlp")]
+    model, engine = _engine(config, recipe)
+    shapes = shapes_of(model)
+    steps = list(gradients(shapes, 5))
+    train_on(engine, model, steps[:2])
+    freeze(model, "mlp")
+    train_on(engine, model, steps[2:4])
+    gwt_dist.save(folder, engine, engine.optimizer, step=4)
+    engine.destroy()
+    model, engine = _engine(config, recipe)
+    freeze(model, "mlp")
+    gwt_dist.load(folder, engine, engine.optimizer)
+    train_on(engine, model, steps[4:])
+    found, message = _masters(engine, model), ""
+    gwt_dist.save(folder, engine, engine.optimizer, step=5)
+    freeze(model, "")
+    try:
+        train_on(engine, model, steps[:1])
+    except ValueError as error:
+        message = str(error)
+    engine.destroy()
+    tensors = json.loads((Path(folder) / "step-00000005" / "index.json").read_text())["tensors"]
+    counts = {name: entry["step"] for name, entry in tensors.items() if not name.startswith("frozen")}
+    return difference(found, reference("", recipe, phases), initial(shapes)), counts, message
+
+
+def _engine(config: dict[str, Any], recipe: str) -> tuple[nn.Module, Any]:
+    model = Net()
+    load(model, initial(shapes_of(model)))
+    optimizer = GWTAdamW(groups_of(model, "", recipe))
+    return model, gwt_dist.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def _masters(engine: Any, model: nn.Module) -> dict[str, Tensor]:

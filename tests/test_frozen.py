@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from frozen_cases import sharded_case, zero_cases
+from frozen_cases import resumed_case, sharded_case, zero_cases
 from zero_engine_cases import ENGINES
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
@@ -44,6 +44,16 @@ def test_what_no_step_could_train_as_one_process_does_is_refused(ranks) -> None:
         assert first[1] == 0.0
         assert "'mlp_" in first[2] and "was frozen for 2 steps and is to be trained again" in first[2]
         assert "a parameter of shape (16, 5461) was frozen when the engine was built" in second[2]
+
+
+@pytest.mark.support("DeepSpeed", "weights frozen in the middle of a run")
+@pytest.mark.parametrize("engine", ["2 bf16", "3 tiny sub-groups"])
+def test_a_run_with_frozen_weights_is_saved_and_goes_on(ranks, engine, tmp_path) -> None:
+    """The checkpoint has the steps that each tensor took, not those of the buffer that it shares."""
+    for error, counts, message in ranks(2, resumed_case, ENGINES[engine], "paper", str(tmp_path)):
+        assert error < 1e-6
+        assert counts == {name: 2 if name.startswith("mlp") else 5 for name in counts}
+        assert "was frozen for 3 steps and is to be trained again" in message
 
 
 @pytest.mark.support("FSDP2", "weights frozen, thawed, frozen from the start")

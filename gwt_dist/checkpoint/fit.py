@@ -19,10 +19,19 @@ _AS_IT_WAS = "Build the optimizer as it was, or start from the weights alone (we
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """The state of one optimizer parameter that is to be filled."""
+
+    tensors: dict[str, Tensor]
+    step: int
+    missed: dict[str, int]  # by name, how many of the steps a tensor did not take that is frozen
+
+
+@dataclass(frozen=True, slots=True)
 class Fit:
     """What is to be put in place besides the elements of the weights."""
 
-    states: list[tuple[Stepped, dict[str, Tensor] | None]]  # buffers to fill; None: no step was taken yet
+    states: list[tuple[Stepped, State | None]]  # None: no step was taken yet
     options: list[dict[str, Any]]  # of each parameter group
 
 
@@ -63,9 +72,15 @@ def _shown(fields: Iterable[Field]) -> str:
     return ", ".join(f"{field.name} ({field.extent.value})" for field in fields) or "of no field"
 
 
-def _state(index: Index, run: Run, one: Stepped, where: str) -> dict[str, Tensor] | None:
-    """The state to fill: what is there, or fresh and not yet the optimizer's."""
-    steps = {index.tensors[name].step if name in index.tensors else None: name for name in one.names}
+def _state(index: Index, run: Run, one: Stepped, where: str) -> State | None:
+    """The state to fill: what is there, or fresh and not yet the optimizer's; None if no step was taken yet."""
+    counts = {name: index.tensors[name].step if name in index.tensors else None for name in one.names}
+    # What is frozen here may have taken fewer steps than the rest of its buffer.
+    still = {name for name in one.frozen if counts[name] is not None}
+    steps = {count: name for name, count in counts.items() if name not in still}
+    steps = steps or {max(count or 0 for count in counts.values()): one.names[0]}
+    taken = next(iter(steps))
+    steps |= {counts[name]: name for name in still if taken is None or (counts[name] or 0) > taken}
     if len(steps) > 1:
         (a, first), (b, second), *_ = steps.items()
         raise CheckpointError(
@@ -73,9 +88,12 @@ def _state(index: Index, run: Run, one: Stepped, where: str) -> dict[str, Tensor
             f"in one buffer with one count of steps. Load under an engine that keeps tensors apart (one process, DDP, "
             f"FSDP2), or give them parameter groups of their own"
         )
-    if steps.keys() <= {None}:
+    if taken is None:
         return None
-    return run.optimizer.state.get(one.parameter) or one.plan.fresh_state(one.parameter)
+    missed = {tensor.fqn: taken - (counts[name] or 0)
+              for name, tensor in zip(one.names, one.plan.shard.tensors, strict=True) if name in still}  # fmt: skip
+    tensors = run.optimizer.state.get(one.parameter) or one.plan.fresh_state(one.parameter)
+    return State(tensors, taken, {name: number for name, number in missed.items() if number})
 
 
 def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:

@@ -53,6 +53,13 @@ class Stepped:
             held = set(self.names) if any(piece.fragment.numel for piece in self.plan.pieces) else set()
         return [(i, name) for i, name in enumerate(self.names) if name in held]
 
+    @property
+    def frozen(self) -> set[str]:
+        """Names of the tensors that are in a buffer with others, and are not trained now."""
+        return {
+            name for name, owner in zip(self.names, self.plan.shard.owners, strict=False) if not owner.requires_grad
+        }
+
     def fields(self, place: int) -> tuple[Field, ...]:
         """What the state of the tensor at `place` is made of."""
         return self.plan.form.fields(self.plan.shard.tensors[place].shape)

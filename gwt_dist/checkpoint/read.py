@@ -185,7 +185,7 @@ def _holdings(weights: Weights, run: Run | None, fit: Fit | None, matched: Match
     if run is not None and fit is not None:
         for one, state in fit.states:
             if state is not None:
-                yield from run.state_holdings(one, state)
+                yield from run.state_holdings(one, state.tensors)
 
 
 def _shared(where: Path, index: Index, holdings: Iterable[Holding], matched: Match) -> list[tuple[Tensor, Tensor]]:
@@ -248,13 +248,13 @@ def _put_state(index: Index, run: Run, fit: Fit) -> None:
             run.optimizer.state.pop(one.parameter, None)
             continue
         entries = [index.tensors[name] for name in one.names]
-        assert entries[0].step is not None
-        state["step"].fill_(float(entries[0].step))
+        state.tensors["step"].fill_(float(state.step))
         for field in one.plan.fields:
             if field.extent is Extent.TENSOR:  # 0 for the tensors that have none
                 values = [entry.numbers.get(field.name, 0.0) for entry in entries]
-                state[field.name].view(-1).copy_(torch.tensor(values, dtype=torch.float64))
-        run.optimizer.state[one.parameter].update(state)
+                state.tensors[field.name].view(-1).copy_(torch.tensor(values, dtype=torch.float64))
+        run.optimizer.state[one.parameter].update(state.tensors)
+        run.optimizer.restored(one.parameter, state.missed)
     for groups in run.groups:
         for group, options in zip(groups, fit.options, strict=True):
             for key, value in options.items():

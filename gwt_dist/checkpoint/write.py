@@ -33,7 +33,7 @@ from gwt_dist.checkpoint.format import (
 from gwt_dist.checkpoint.holdings import MASTER, Holding, Run, Traits
 from gwt_dist.checkpoint.random_states import capture
 from gwt_dist.checkpoint.together import Together
-from gwt_dist.engines.weights import check_boundary, counters
+from gwt_dist.engines.weights import check_boundary, clean, counters
 from gwt_dist.exchange import join
 from gwt_dist.layout import Fragment
 
@@ -181,8 +181,9 @@ def _report(
         state = run.optimizer.state.get(one.parameter)
         if state:
             taken, numbers = int(state["step"]), one.numbers(state)
+            missed = {clean(name): number for name, number in run.optimizer.missed(one.parameter).items()}
             # Only those with elements count: FSDP1 leaves ranks without any out of the steps.
-            steps |= {name: (taken, numbers[i]) for i, name in one.held}
+            steps |= {name: (taken - missed.get(name, 0), numbers[i]) for i, name in one.held}
     options = []
     for i, group in enumerate(run.groups[0]):
         options.append({key: plain(value) for key, value in group.items() if key != "params"})
