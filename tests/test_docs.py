@@ -106,7 +106,8 @@ model(input_ids=tokens, labels=tokens).loss.backward()
 optimizer.step()
 model.config.save_pretrained(".")
 """
-GIVEN = {"docs/checkpoints.md": MODEL_AND_OPTIMIZER, "docs/faq.md": MODEL_AND_OPTIMIZER}
+EMBEDDINGS_FROZEN = MODEL_AND_OPTIMIZER.replace("()\n", "()\nmodel.get_input_embeddings().requires_grad_(False)\n", 1)
+GIVEN = {"docs/checkpoints.md": EMBEDDINGS_FROZEN, "docs/faq.md": MODEL_AND_OPTIMIZER}
 
 
 def elsewhere(page: str, what: str) -> str | None:

@@ -188,7 +188,10 @@ class _Reader:
     def engine(self, value: dict[str, Any]) -> None:
         counters, scale = self.fields(value, "engine", counters=dict, loss_scale=dict)
         for name, number in counters.items():
-            self.natural(number, f"engine.{name}")
+            # Ranks that share sequences count fractions of samples, and whole ones as 2.0.
+            samples = name == "global_samples" and isinstance(number, float) and 0 <= number <= _LARGEST
+            if not samples:
+                self.natural(number, f"engine.{name}")
         for name, number in scale.items():
             if isinstance(number, bool) or not isinstance(number, int | float | None):
                 self.fail(f"engine.{name}", f"is {_shown(number)}")
