@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gwt_dist import replaced, state
 from gwt_dist.comm import Shard
@@ -220,7 +219,7 @@ class GWTAdamW(torch.optim.Optimizer):
         """State as torch has it; tensors and plain numbers only, DTensors where the parameters are DTensors.
 
         Where flat parameters are attached it has ``layouts`` beside what torch has: which elements their states are of,
-        so that `load_state_dict` refuses those of another rank.
+        so that `load_state_dict` refuses those of another rank; and ``missed`` where any of their tensors are frozen.
 
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
         checkpoint would keep one rank's as if they were everyone's. And for state of parameters that are in no group,
@@ -229,7 +228,8 @@ class GWTAdamW(torch.optim.Optimizer):
         state.check_writable(self.state, self.param_groups, self._steps)
         state.refuse_gathering(self._steps.shards.values())
         told = state.layouts(self.param_groups, self._steps)
-        return super().state_dict() | ({state.LAYOUTS: told} if told else {})
+        missed = state.missed(self.param_groups, self._steps)
+        return super().state_dict() | {key: its for key, its in ((state.LAYOUTS, told), (state.MISSED, missed)) if its}
 
     def load_state_dict(self, state_dict: Group) -> None:
         """Load what `state_dict` returned; moments keep their own precision whatever the dtype of the parameter.
@@ -244,7 +244,7 @@ class GWTAdamW(torch.optim.Optimizer):
         for key, values in state_dict["state"].items():
             if key in parameters:
                 state.put_back(self.state[parameters[key]], values, parameters[key])
-                self.restored(parameters[key])
+                self.restored(parameters[key], state_dict.get(state.MISSED, {}).get(key))
 
     def __getstate__(self) -> Group:
         given = [p for p in self._parameters() if p in self._steps.given and p not in self._steps.shards]
@@ -254,10 +254,12 @@ class GWTAdamW(torch.optim.Optimizer):
             "_given": [p for p in given if not is_flat(p)],
             "_attached": [*((p, state.layout_of(shard)) for p, shard in self._steps.shards.items()),
                           *((p, []) for p in flat), *self._steps.copied.items()],
+            "_missed": [(p, dict(its)) for p in self._steps.shards if (its := self.missed(p))],
         }  # fmt: skip
 
     def __setstate__(self, pickled: Group) -> None:
         given, attached = pickled.pop("_given", None), pickled.pop("_attached", ())
+        missed = pickled.pop("_missed", ())
         super().__setstate__(pickled)
         state.fill_keys(self.param_groups)
         if "_steps" not in self.__dict__:  # unpickled or deep-copied, rather than loading a state_dict
@@ -268,6 +270,8 @@ class GWTAdamW(torch.optim.Optimizer):
                 self._steps.given[parameter] = True
             for parameter, layout in attached:
                 self._steps.copied[parameter] = layout
+            for parameter, its in missed:
+                self.restored(parameter, its)
 
     def _refuse_copy(self) -> None:
         if self._steps.copied:
@@ -283,6 +287,6 @@ class GWTAdamW(torch.optim.Optimizer):
 
     def _forget_layout(self) -> None:
         self._steps = Steps()
-        self._fused: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters updated in the backward pass -> True
+        self._fused: dict[Tensor, bool] = {}  # parameters updated in the backward pass -> True
         self.is_accumulating = False  # within `accumulating`
         self.holding: set[Any] = set()  # those among which `fuse_backward` divides them that have gradients to add to
