@@ -117,7 +117,7 @@ class GWTAdamW(torch.optim.Optimizer):
 
         Raises `ValueError` for a copy of an attached optimizer: nobody knows what its parameters hold.
         """
-        self._refuse_copy()
+        self.refuse_copy()
         return self._steps.shards
 
     def plan_of(self, parameter: Tensor, group: int) -> Plan | None:
@@ -125,7 +125,7 @@ class GWTAdamW(torch.optim.Optimizer):
 
         None for a buffer of an engine that was never given to this optimizer. Raises `ValueError` as `step` does.
         """
-        self._refuse_copy()
+        self.refuse_copy()
         return self._steps.plan_of(parameter, group, self.param_groups)
 
     def attach(self, shards: Mapping[Tensor, Shard]) -> None:
@@ -168,7 +168,7 @@ class GWTAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_copy()
+        self.refuse_copy()
         if self._fused and getattr(self, "grad_scale", None) is not None:
             raise ValueError(
                 "a GradScaler drives an optimizer whose update was fused into the backward pass: the update has taken "
@@ -184,7 +184,7 @@ class GWTAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
         """One step of `parameters` alone; ranks that share them pass the same ones in the same order of calls."""
-        self._refuse_copy()
+        self.refuse_copy()
         members = self._steps.numbered(parameters, self.param_groups)
         self._steps.take(members, self.param_groups, self.state)
 
@@ -238,7 +238,7 @@ class GWTAdamW(torch.optim.Optimizer):
         this optimizer's, a value is out of range, or a moment is not what this rank keeps in this layout: another size,
         placement or mesh, the elements of another rank, a whole tensor where ranks have parts of it, or the reverse.
         """
-        self._refuse_copy()
+        self.refuse_copy()
         parameters = state.check_loadable(state_dict, self.param_groups, self._steps)
         super().load_state_dict(state.completed(state_dict, self.param_groups))
         for key, values in state_dict["state"].items():
@@ -273,7 +273,8 @@ class GWTAdamW(torch.optim.Optimizer):
             for parameter, its in missed:
                 self.restored(parameter, its)
 
-    def _refuse_copy(self) -> None:
+    def refuse_copy(self) -> None:
+        """Raise `ValueError` for a copy of an attached optimizer that was not attached itself."""
         if self._steps.copied:
             raise ValueError(
                 f"this optimizer was copied or unpickled from one that was attached to a sharding engine, and "
