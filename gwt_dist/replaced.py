@@ -39,6 +39,13 @@ def refuse(
             f"{CARRY}"
         )
     idle = [p for p in parameters if p.grad is None and p not in attached]
+    empty = [p for p in idle if p.is_meta and p.requires_grad]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(parameters)} parameters of the optimizer, the first of shape "
+            f"{tuple(empty[0].shape)}, are on the meta device, have no values and never get gradients: to_empty puts "
+            f"others in their place. Build the optimizer after the model has memory"
+        )
     gathered = {id(p) for p in _gathered()} if idle else set()
     whole = [p for p in idle if id(p) in gathered]
     if whole:

@@ -106,6 +106,17 @@ def test_options_that_change_in_place_are_taken() -> None:
     assert torch.equal(p, q)
 
 
+def test_parameters_that_to_empty_replaced_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(4, 3)
+    optimizer = GWTAdamW(model.parameters())
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"2 of 2 .* on the meta device"):
+        optimizer.step()
+
+
 def narrower(tensor: Tensor) -> Tensor:
     """One element short."""
     return tensor.reshape(-1)[:-1]
