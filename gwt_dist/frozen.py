@@ -7,10 +7,9 @@ buffer are asked whether they are trained, at each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gwt_dist.comm import Shard
 
@@ -19,7 +18,7 @@ class Frozen:
     """Which tensors of which buffers are frozen, and the steps that went by without them."""
 
     def __init__(self) -> None:
-        self._missed: MutableMapping[Tensor, dict[str, int]] = WeakIdKeyDictionary()
+        self._missed: dict[Tensor, dict[str, int]] = {}
         self._left_out: list[Tensor] = []
 
     def leave_out(self, parameters: Iterable[Tensor]) -> None:

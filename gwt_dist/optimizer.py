@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gwt_dist import replaced, state
 from gwt_dist.comm import Shard
@@ -118,7 +117,7 @@ class GWTAdamW(torch.optim.Optimizer):
 
         Raises `ValueError` for a copy of an attached optimizer: nobody knows what its parameters hold.
         """
-        self._refuse_copy()
+        self.refuse_copy()
         return self._steps.shards
 
     def plan_of(self, parameter: Tensor, group: int) -> Plan | None:
@@ -126,7 +125,7 @@ class GWTAdamW(torch.optim.Optimizer):
 
         None for a buffer of an engine that was never given to this optimizer. Raises `ValueError` as `step` does.
         """
-        self._refuse_copy()
+        self.refuse_copy()
         return self._steps.plan_of(parameter, group, self.param_groups)
 
     def attach(self, shards: Mapping[Tensor, Shard]) -> None:
@@ -169,7 +168,7 @@ class GWTAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_copy()
+        self.refuse_copy()
         if self._fused and getattr(self, "grad_scale", None) is not None:
             raise ValueError(
                 "a GradScaler drives an optimizer whose update was fused into the backward pass: the update has taken "
@@ -185,7 +184,7 @@ class GWTAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
         """One step of `parameters` alone; ranks that share them pass the same ones in the same order of calls."""
-        self._refuse_copy()
+        self.refuse_copy()
         members = self._steps.numbered(parameters, self.param_groups)
         self._steps.take(members, self.param_groups, self.state)
 
@@ -220,7 +219,7 @@ class GWTAdamW(torch.optim.Optimizer):
         """State as torch has it; tensors and plain numbers only, DTensors where the parameters are DTensors.
 
         Where flat parameters are attached it has ``layouts`` beside what torch has: which elements their states are of,
-        so that `load_state_dict` refuses those of another rank.
+        so that `load_state_dict` refuses those of another rank; and ``missed`` where any of their tensors are frozen.
 
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
         checkpoint would keep one rank's as if they were everyone's. And for state of parameters that are in no group,
@@ -229,7 +228,8 @@ class GWTAdamW(torch.optim.Optimizer):
         state.check_writable(self.state, self.param_groups, self._steps)
         state.refuse_gathering(self._steps.shards.values())
         told = state.layouts(self.param_groups, self._steps)
-        return super().state_dict() | ({state.LAYOUTS: told} if told else {})
+        missed = state.missed(self.param_groups, self._steps)
+        return super().state_dict() | {key: its for key, its in ((state.LAYOUTS, told), (state.MISSED, missed)) if its}
 
     def load_state_dict(self, state_dict: Group) -> None:
         """Load what `state_dict` returned; moments keep their own precision whatever the dtype of the parameter.
@@ -238,13 +238,13 @@ class GWTAdamW(torch.optim.Optimizer):
         this optimizer's, a value is out of range, or a moment is not what this rank keeps in this layout: another size,
         placement or mesh, the elements of another rank, a whole tensor where ranks have parts of it, or the reverse.
         """
-        self._refuse_copy()
+        self.refuse_copy()
         parameters = state.check_loadable(state_dict, self.param_groups, self._steps)
         super().load_state_dict(state.completed(state_dict, self.param_groups))
         for key, values in state_dict["state"].items():
             if key in parameters:
                 state.put_back(self.state[parameters[key]], values, parameters[key])
-                self.restored(parameters[key])
+                self.restored(parameters[key], state_dict.get(state.MISSED, {}).get(key))
 
     def __getstate__(self) -> Group:
         given = [p for p in self._parameters() if p in self._steps.given and p not in self._steps.shards]
@@ -254,10 +254,12 @@ class GWTAdamW(torch.optim.Optimizer):
             "_given": [p for p in given if not is_flat(p)],
             "_attached": [*((p, state.layout_of(shard)) for p, shard in self._steps.shards.items()),
                           *((p, []) for p in flat), *self._steps.copied.items()],
+            "_missed": [(p, dict(its)) for p in self._steps.shards if (its := self.missed(p))],
         }  # fmt: skip
 
     def __setstate__(self, pickled: Group) -> None:
         given, attached = pickled.pop("_given", None), pickled.pop("_attached", ())
+        missed = pickled.pop("_missed", ())
         super().__setstate__(pickled)
         state.fill_keys(self.param_groups)
         if "_steps" not in self.__dict__:  # unpickled or deep-copied, rather than loading a state_dict
@@ -268,8 +270,11 @@ class GWTAdamW(torch.optim.Optimizer):
                 self._steps.given[parameter] = True
             for parameter, layout in attached:
                 self._steps.copied[parameter] = layout
+            for parameter, its in missed:
+                self.restored(parameter, its)
 
-    def _refuse_copy(self) -> None:
+    def refuse_copy(self) -> None:
+        """Raise `ValueError` for a copy of an attached optimizer that was not attached itself."""
         if self._steps.copied:
             raise ValueError(
                 f"this optimizer was copied or unpickled from one that was attached to a sharding engine, and "
@@ -283,6 +288,6 @@ class GWTAdamW(torch.optim.Optimizer):
 
     def _forget_layout(self) -> None:
         self._steps = Steps()
-        self._fused: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters updated in the backward pass -> True
+        self._fused: dict[Tensor, bool] = {}  # parameters updated in the backward pass -> True
         self.is_accumulating = False  # within `accumulating`
         self.holding: set[Any] = set()  # those among which `fuse_backward` divides them that have gradients to add to

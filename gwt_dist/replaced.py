@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 CARRY = (
     "To carry the state of a run into another engine or process, save it with gwt_dist.save and load it with "
@@ -22,11 +23,12 @@ def refuse(
     states: Mapping[Tensor, Any],
     given: Container[Tensor],
     attached: Collection[Tensor],
+    placed: set[Tensor],
 ) -> None:
     """Raise `ValueError` if any of `parameters`, which are to be stepped, is none that its model computes with.
 
     Asked when a set of parameters with gradients is stepped for the first time. `given` are those that the user passed
-    to the optimizer, `attached` those of engines.
+    to the optimizer, `attached` those of engines, `placed` those that were found in a module before; more are added.
     """
     originals = [p for p in parameters if hasattr(p, "_fsdp_orig_uid")]  # torch gives it what fully_shard replaces
     if originals:
@@ -37,6 +39,13 @@ def refuse(
             f"{CARRY}"
         )
     idle = [p for p in parameters if p.grad is None and p not in attached]
+    empty = [p for p in idle if p.is_meta and p.requires_grad]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(parameters)} parameters of the optimizer, the first of shape "
+            f"{tuple(empty[0].shape)}, are on the meta device, have no values and never get gradients: to_empty puts "
+            f"others in their place. Build the optimizer after the model has memory"
+        )
     gathered = {id(p) for p in _gathered()} if idle else set()
     whole = [p for p in idle if id(p) in gathered]
     if whole:
@@ -47,14 +56,15 @@ def refuse(
             f"backward pass the root stays gathered. Build the optimizer right after fully_shard, or call "
             f"model.reshard() before"
         )
-    if len(idle) == len(parameters) and dist.is_initialized():
-        _refuse_flattened(idle)
+    unplaced = [p for p in idle if p not in placed and not isinstance(p, DTensor)]
+    if unplaced and dist.is_initialized():
+        _refuse_flattened(unplaced, placed)
     if any(p not in given and p not in attached for p in parameters):
         refuse_left_state(states, [*(p for group in groups for p in group["params"]), *attached])
 
 
-def _refuse_flattened(idle: Sequence[Tensor]) -> None:
-    """Raise `ValueError` if FSDP1 or fairscale took the place of parameters none of which has a gradient.
+def _refuse_flattened(idle: Sequence[Tensor], placed: set[Tensor]) -> None:
+    """Raise `ValueError` if FSDP1 or fairscale took the place of any of these parameters, which have no gradients.
 
     They leave no mark on what they flatten, so all objects of the process are looked through: for parameters that no
     module has, and flat ones with gradients whose tensors have their shapes.
@@ -62,6 +72,7 @@ def _refuse_flattened(idle: Sequence[Tensor]) -> None:
     things = gc.get_objects()
     modules = [thing for thing in things if issubclass(type(thing), nn.Module)]
     its = {id(p) for module in modules for p in vars(module).get("_parameters", {}).values()}
+    placed.update(p for p in idle if id(p) in its)
     lost = Counter(tuple(p.shape) for p in idle if id(p) not in its)
     for flat in things if lost else ():
         if issubclass(type(flat), nn.Parameter) and (hasattr(flat, "_is_flat_param") or hasattr(flat, "_param_shapes")):

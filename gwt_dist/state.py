@@ -23,6 +23,7 @@ from gwt_dist.steps import Group, Steps
 from gwt_dist.units import level_of
 
 STEP = "step"
+MISSED = "missed"  # the key of a state_dict that says which steps tensors of flat parameters did not take
 LAYOUTS = "layouts"  # the key of a state_dict that says which elements the states of flat parameters are of
 Layout = list[list[Any]]
 # `FullyShardedDataParallel.optim_state_dict` and its brothers, and `get_optimizer_state_dict`.
@@ -117,6 +118,12 @@ def layouts(groups: Sequence[Group], steps: Steps) -> dict[int, Layout]:
     """Which elements the state of each flat parameter is of, by the keys that torch gives the states."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return {i: layout_of(steps.shards[p]) for i, p in enumerate(parameters) if p in steps.shards}
+
+
+def missed(groups: Sequence[Group], steps: Steps) -> dict[int, dict[str, int]]:
+    """The steps that frozen tensors of each flat parameter did not take, by the keys that torch gives the states."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return {i: dict(its) for i, p in enumerate(parameters) if (its := steps.frozen.missed(p))}
 
 
 def layout_of(shard: Shard) -> Layout:

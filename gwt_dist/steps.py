@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from numbers import Real
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gwt_dist import dtensor, replaced
 from gwt_dist.comm import Shard
@@ -32,15 +30,17 @@ class Steps:
     """What is known of the parameters of one optimizer, for as long as their layouts last."""
 
     def __init__(self) -> None:
-        self.shards: MutableMapping[Tensor, Shard] = WeakIdKeyDictionary()  # attached parameters
-        self.given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters that the user passed
+        # No weak references: torch exchanges no tensor that has any, as `to_empty` and `to(dtype)` under FSDP2 do
+        self.shards: dict[Tensor, Shard] = {}  # attached parameters
+        self.given: dict[Tensor, bool] = {}  # parameters that the user passed
         # Of a copy: parameters that were attached where it was made, and what this rank held there
         self.copied: dict[Tensor, list[list[Any]]] = {}
-        self.plans: MutableMapping[Tensor, Plan] = WeakIdKeyDictionary()
+        self._placed: set[Tensor] = set()  # parameters without a gradient that were found in a module
+        self.plans: dict[Tensor, Plan] = {}
         self.frozen = Frozen()
-        self._shapes: MutableMapping[Tensor, tuple[int, ...]] = WeakIdKeyDictionary()  # of local parts, when planned
+        self._shapes: dict[Tensor, tuple[int, ...]] = {}  # of local parts, when planned
         # What is in a step -> its parameters and its schedules, one a device, with the numbers of their members
-        self._schedules: dict[Any, tuple[list[Any], list[tuple[Schedule, list[int]]]]] = {}
+        self._schedules: dict[Any, tuple[list[Tensor], list[tuple[Schedule, list[int]]]]] = {}
         self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
@@ -83,7 +83,8 @@ class Steps:
         Raises `ValueError` for options that make no sense.
         """
         lr = group.get("lr")
-        said = [value for key, value in group.items() if key not in ("params", "lr")]
+        # Copies of lists, which may change in place.
+        said = [tuple(v) if isinstance(v, list) else v for key, v in group.items() if key not in ("params", "lr")]
         known = self._rules.get(number)
         if known is None or known[0] != said or not isinstance(lr, (float, Real, Tensor)):
             lacks = [key for key in COMMON if key not in group]
@@ -109,14 +110,14 @@ class Steps:
             tuple([(id(p), g is None, p.dtype, p.device) for (_, p), g in zip(members, gradients, strict=True)]),
         )
         known = self._schedules.get(key)
-        if known is not None and all(reference() is p for reference, (_, p) in zip(known[0], members, strict=True)):
+        if known is not None:  # which keeps its parameters, so that no other has the id of one
             return known[1]
         if len({id(p) for _, p in members}) < len(members):
             raise ValueError(
                 "a parameter is in the parameter groups twice, so a step would change it twice, in an order that "
                 "nothing decides. Take it out of one of them"
             )
-        replaced.refuse([parameter for _, parameter in members], groups, states, self.given, self.shards)
+        replaced.refuse([parameter for _, parameter in members], groups, states, self.given, self.shards, self._placed)
         by_device: dict[torch.device, list[tuple[int, Member]]] = {}
         dry_run = False
         for i, (number, parameter) in enumerate(members):
@@ -144,7 +145,7 @@ class Steps:
         if not dry_run:  # which is known by the values of the gradients, and these may change
             if len(self._schedules) >= _KEPT:
                 self._schedules.pop(next(iter(self._schedules)))
-            self._schedules[key] = [weakref.ref(p) for _, p in members], schedules
+            self._schedules[key] = [p for _, p in members], schedules
         return schedules
 
     def plan_of(self, parameter: Tensor, number: int, groups: Sequence[Group], rule: Rule | None = None) -> Plan | None:
@@ -194,6 +195,12 @@ def _run(
             weight, gradient = dtensor.local(weight), dtensor.local(gradient, like=parameter)
         if weight.shape != member.shape:
             raise _changed_shape(member, weight)
+        if gradient.shape != weight.shape and gradient.numel() == weight.numel():  # others a kernel's check tells
+            raise ValueError(
+                f"a gradient of shape {tuple(gradient.shape)} for the parameter of "
+                f"{member.plan.shard.tensors[0].fqn!r}, which has the shape {tuple(weight.shape)} here: the step would "
+                f"use those of other elements"
+            )
         state = known[parameter]
         if not state:
             state.update(member.plan.fresh_state(parameter))
@@ -201,6 +208,12 @@ def _run(
         weights.append(weight)
         given.append(gradient)
     dense = [weight.contiguous() for weight in weights]
+    for weight, copy in zip(weights, dense, strict=True):
+        if copy is not weight and any(n > 1 and not by for n, by in zip(weight.shape, weight.stride(), strict=True)):
+            raise ValueError(
+                f"a parameter of shape {tuple(weight.shape)} has the strides {weight.stride()}, so that elements of it "
+                f"share memory and cannot be changed one by one; give it memory of its own (p.data = p.data.clone())"
+            )
     schedule.run(dense, [gradient.contiguous() for gradient in given], states, rules)
     for weight, copy in zip(weights, dense, strict=True):
         if copy is not weight:

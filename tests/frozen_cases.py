@@ -131,6 +131,30 @@ def resumed_case(config: dict[str, Any], recipe: str, folder: str) -> tuple[floa
     return difference(found, reference("", recipe, phases), initial(shapes)), counts, message
 
 
+def own_checkpoint_case(config: dict[str, Any], recipe: str, folder: str) -> tuple[float, str]:
+    """The same through DeepSpeed's own checkpoint: how far from one process, and the error of thawing after it."""
+    model, engine = _engine(config, recipe)
+    shapes = shapes_of(model)
+    steps = list(gradients(shapes, 5))
+    train_on(engine, model, steps[:2])
+    freeze(model, "mlp")
+    train_on(engine, model, steps[2:4])
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    found, message = {}, ""
+    for prefix in ("mlp", ""):
+        model, engine = _engine(config, recipe)
+        freeze(model, prefix)
+        engine.load_checkpoint(folder)
+        try:
+            train_on(engine, model, steps[4:])
+            found = _masters(engine, model)
+        except ValueError as error:
+            message = str(error)
+        engine.destroy()
+    return difference(found, reference("", recipe, [(2, ""), (2, "mlp"), (1, "mlp")]), initial(shapes)), message
+
+
 def _engine(config: dict[str, Any], recipe: str) -> tuple[nn.Module, Any]:
     model = Net()
     load(model, initial(shapes_of(model)))

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import gwt_dist
 from fsdp1_cases import refusal, unit_options
@@ -460,6 +460,11 @@ def replaced_case(what: str) -> str:
         optimizer = optimizer_of(model)
         wrapped = FullyShardedDataParallel(model, **unit_options("FULL_SHARD", False))
         return refusal(lambda: train((wrapped, optimizer), 0, 1))
+    if what == "a block before fsdp1":  # the others have gradients
+        model = net()
+        optimizer = optimizer_of(model)
+        model[2] = FullyShardedDataParallel(model[2], **unit_options("FULL_SHARD", False))
+        return refusal(lambda: train((model, optimizer), 0, 1))
     if what == "fsdp1 half wrapped":
         options = unit_options("FULL_SHARD", False)
         model = net()
@@ -488,6 +493,28 @@ def replaced_case(what: str) -> str:
             model(batch(0))
         optimizer = optimizer_of(model)
     return refusal(lambda: train((model, optimizer), 0, 1))
+
+
+def exchanged_case() -> float:
+    """How far from one process an optimizer is that was built before the weights of its model had memory."""
+    with torch.device("meta"):
+        model = net()
+    for block in (model[0], model[2]):
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = optimizer_of(model)
+    model.to_empty(device="cpu")
+    start = net().state_dict()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(distribute_tensor(start[name], p.device_mesh, p.placements))
+    train((model, optimizer), 0, 3)
+    model.to_empty(device="cpu")  # after steps too
+    its = alone()
+    train(its, 0, 3)
+    found = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
+    expected = [its[1].state[p]["exp_avg"] for p in its[0].parameters()]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
 
 
 def legitimate_case() -> list[str]:

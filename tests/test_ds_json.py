@@ -269,6 +269,16 @@ def test_a_plan_completes_the_batch_as_deepspeed_does(
     assert setup["tokens"] == expected[0] * expected[1] * ranks * 2048
 
 
+@pytest.mark.parametrize("section", ["zero_optimization", "fp16", "bf16", "torch_autocast", "scheduler"])
+def test_a_section_that_is_auto_is_told(section: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({**GOOD, section: "auto"}))
+    code, told = told_by("doctor", ["--deepspeed-config", str(file), "--json"], capsys)
+    assert code == 1 and any(f'{section} is "auto"' in finding["text"] for finding in json.loads(told)["findings"])
+    with pytest.raises(ValueError, match=f'{section} is "auto"'):
+        gwt_dist.initialize(model=net(), config=file)
+
+
 MISTAKES: list[tuple[str, Any, str]] = [
     ("zero_optimization.stage", "2", "zero_optimization.stage='2' of .* must be 0, 1, 2 or 3; write it without quotes"),
     ("zero_optimization.stage", True, "zero_optimization.stage=True"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from frozen_cases import resumed_case, sharded_case, zero_cases
+from frozen_cases import own_checkpoint_case, resumed_case, sharded_case, zero_cases
 from zero_engine_cases import ENGINES
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
@@ -54,6 +54,14 @@ def test_a_run_with_frozen_weights_is_saved_and_goes_on(ranks, engine, tmp_path)
         assert error < 1e-6
         assert counts == {name: 2 if name.startswith("mlp") else 5 for name in counts}
         assert "was frozen for 3 steps and is to be trained again" in message
+
+
+@pytest.mark.support("DeepSpeed", "weights frozen in the middle of a run")
+@pytest.mark.parametrize("engine", BUFFERS)
+def test_deepspeeds_own_checkpoint_has_the_steps_that_were_missed(ranks, engine, tmp_path) -> None:
+    for error, message in ranks(2, own_checkpoint_case, ENGINES[engine], "paper", str(tmp_path)):
+        assert error < 1e-6
+        assert "was frozen for 2 steps and is to be trained again" in message
 
 
 @pytest.mark.support("FSDP2", "weights frozen, thawed, frozen from the start")

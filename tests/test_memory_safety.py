@@ -77,6 +77,46 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     refused(parameters, optimizer, r"had \(48, 20\)")
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("shape", [(20, 48), (960,)])
+def test_a_gradient_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """Of as many elements, in another order: torch compares shapes when ``p.grad`` is set, not when its data are."""
+    parameters, optimizer = built()
+    parameters[0].grad.data = torch.randn(shape)  # type: ignore[union-attr]
+    refused(parameters, optimizer, r"a gradient of shape .* which has the shape \(48, 20\)")
+
+
+@pytest.mark.usefixtures("kernel")
+def test_weights_that_share_memory_among_themselves_are_refused() -> None:
+    parameters, optimizer = built()
+    parameters[0].data = parameters[0].data[:1].expand(48, 20)
+    refused(parameters, optimizer, "elements of it share memory")
+
+
+def test_options_that_change_in_place_are_taken() -> None:
+    """A list, as a JSON has it."""
+    (p, *_), (q, *_) = (its := built())[0], (other := built())[0]
+    for optimizer in (its[1], other[1]):
+        optimizer.param_groups[0]["betas"] = [0.9, 0.999]
+        optimizer.step()
+    its[1].param_groups[0]["betas"][0] = 0.5
+    other[1].param_groups[0]["betas"] = (0.5, 0.999)
+    for optimizer in (its[1], other[1]):
+        optimizer.step()
+    assert torch.equal(p, q)
+
+
+def test_parameters_that_to_empty_replaced_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(4, 3)
+    optimizer = GWTAdamW(model.parameters())
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"2 of 2 .* on the meta device"):
+        optimizer.step()
+
+
 def narrower(tensor: Tensor) -> Tensor:
     """One element short."""
     return tensor.reshape(-1)[:-1]

@@ -27,6 +27,7 @@ from roads_cases import (
     copy_of_attached_case,
     copy_of_fsdp2_case,
     dtensors_of_rank_0_case,
+    exchanged_case,
     flat_and_whole_case,
     full_state_case,
     full_state_of_case,
@@ -356,6 +357,7 @@ REPLACED = {
     "swapped groups": "has state of 6 parameters that it does not hold any more",
     "fsdp1 after steps": "already has optimizer state; attach before the first step",
     "before fsdp1": "have no gradient and are in no module any more",
+    "a block before fsdp1": "2 parameters of the optimizer have no gradient and are in no module any more",
     "fsdp1 half wrapped": "does not hold the flat parameter of '4.weight' but parameters of the shapes of its tensors",
 }
 
@@ -367,6 +369,12 @@ def test_parameters_that_were_replaced_are_refused(ranks, what) -> None:
     for message in ranks(2, replaced_case, what):
         assert REPLACED[what] in message
         assert "uild" in message or WAY_OUT.split(" and ")[0] in message
+
+
+@pytest.mark.support("FSDP2", "`to_empty` after the optimizer was built")
+def test_torch_may_exchange_the_parameters_of_an_optimizer(ranks) -> None:
+    """It does so with DTensors, and refuses tensors that have weak references."""
+    assert max(ranks(2, exchanged_case)) < 1e-6
 
 
 def test_what_only_looks_like_it_is_stepped(ranks) -> None:

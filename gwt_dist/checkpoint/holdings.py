@@ -93,6 +93,7 @@ class Run:
     def __init__(self, model: Any, optimizer: Any) -> None:
         self.model = model
         self.optimizer: GWTAdamW = find_optimizer(optimizer)
+        self.optimizer.refuse_copy()  # whose parameters are no model's, and it says more of them
         # ZeroRedundancyOptimizer and OSS have groups of their own, which schedules set and each step passes on.
         self.groups: list[list[Group]] = [w.param_groups for w in unwrapped(optimizer) if hasattr(w, "param_groups")]
         self.weights: Weights = weights_of(model, optimizer)

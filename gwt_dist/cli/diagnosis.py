@@ -210,7 +210,7 @@ def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, 
 
 
 def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:
-    zero = settings.get("zero_optimization") or {}
+    zero = settings.get("zero_optimization")
     if ds_json.value(settings, "sequence_parallel_size", 1) > 1 and "data_parallel_size" in settings:
         yield Finding(
             WARNING,
@@ -219,7 +219,8 @@ def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if "gradient_clipping" not in settings:
         yield Finding(WARNING, "gradient_clipping is not set, and DeepSpeed clips at 1.0 then; write what you want")
-    if zero.get("offload_optimizer") and settings.get("zero_force_ds_cpu_optimizer") is not False:
+    offloads = isinstance(zero, Mapping) and zero.get("offload_optimizer")  # a section may be "auto", which is told
+    if offloads and settings.get("zero_force_ds_cpu_optimizer") is not False:
         yield Finding(
             WARNING,
             "offload_optimizer without zero_force_ds_cpu_optimizer: gwt_dist.initialize sets it to false, but the "

@@ -117,13 +117,13 @@ def reasons(config: Mapping[str, Any] | Any | None) -> Iterator[str]:
         # DeepSpeed has its own default, which is fine, for null and what a trainer left at "auto".
         if value not in (None, ds_json.AUTO) and wrong(value):
             yield f"{'.'.join(path)}={value!r} cannot be used with GWTAdamW: {why}"
-    autocast = settings.get("torch_autocast") or {}
+    autocast = _section(settings, "torch_autocast")
     if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half"):
         yield (
             "torch_autocast with float16 cannot be used with GWTAdamW: each rank skips overflowing steps by itself, so "
             "ranks would wait for each other; use bfloat16"
         )
-    if (settings.get("fp16") or {}).get("enabled") is True and not _stage(settings):
+    if _section(settings, "fp16").get("enabled") is True and not _stage(settings):
         yield (
             "fp16 without ZeRO cannot be used with GWTAdamW: at stage 0 DeepSpeed divides the gradients by a loss "
             "scale that it never multiplied in; set zero_optimization.stage to 1, 2 or 3, or use bf16"
@@ -139,8 +139,8 @@ def refuse_groups(settings: Mapping[str, Any], groups: Iterable[Group]) -> None:
                 f"parameter group {i} holds {len(group['params'])} parameters and none of them is trained; ZeRO has no "
                 f"flat buffer for it and would fail or skip it. Leave frozen parameters out of the groups"
             )
-    scheduler = settings.get("scheduler") or {}
-    highest = (scheduler.get("params") or {}).get("warmup_max_lr")
+    scheduler = _section(settings, "scheduler")
+    highest = _section(scheduler, "params").get("warmup_max_lr")
     # These scale the rate of each group; all others, and a single maximum, overwrite it.
     keeps = scheduler.get("type") in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR") and not isinstance(
         highest, (int, float)
@@ -233,5 +233,11 @@ def refuse_swapped(optimizer: Sequence[Any], engine: Sequence[Any]) -> None:
 
 
 def _stage(settings: Mapping[str, Any]) -> int:
-    stage = (settings.get("zero_optimization") or {}).get("stage")
+    stage = _section(settings, "zero_optimization").get("stage")
     return 0 if stage in (None, ds_json.AUTO) else int(stage)
+
+
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section, empty where there is none or it is "auto", which `ds_json.refuse` tells."""
+    found = settings.get(name)
+    return found if isinstance(found, Mapping) else {}
