@@ -214,7 +214,8 @@ def _run(
                 f"a parameter of shape {tuple(weight.shape)} has the strides {weight.stride()}, so that elements of it "
                 f"share memory and cannot be changed one by one; give it memory of its own (p.data = p.data.clone())"
             )
-    schedule.run(dense, [gradient.contiguous() for gradient in given], states, rules)
+    # What torch would negate when it is read is negated now: a kernel reads memory.
+    schedule.run(dense, [gradient.contiguous().resolve_neg() for gradient in given], states, rules)
     for weight, copy in zip(weights, dense, strict=True):
         if copy is not weight:
             weight.copy_(copy)

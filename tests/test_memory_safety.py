@@ -178,6 +178,21 @@ def test_weights_and_state_that_are_not_contiguous() -> None:
     refused(parameters, optimizer, "must be dense")
 
 
+@pytest.mark.usefixtures("kernel")
+def test_a_gradient_that_torch_negates_when_it_is_read() -> None:
+    """A part of a conjugated tensor: its memory has the other sign."""
+    found = []
+    for gradient in (torch.randn(1, dtype=torch.complex64).conj().imag, None):
+        p = nn.Parameter(torch.ones(1))
+        p.grad = gradient if gradient is not None else found[0].clone().resolve_neg()
+        found.append(p.grad)
+        optimizer = GWTAdamW([p], lr=0.1)
+        optimizer.step()
+        found.append(p.detach())
+    assert found[0].is_neg() and not found[2].is_neg()
+    assert torch.equal(found[1], found[3])
+
+
 def test_weights_that_change_precision_keep_their_state() -> None:
     """bf16 weights go on with the fp32 moments that they had in fp32."""
     parameters, optimizer = built()
