@@ -29,10 +29,21 @@ def test_any_step_goes_on_with_any_accumulation(ranks, tmp_path) -> None:
     assert tried == set(range(1, 8))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_no_checkpoint_in_the_middle_of_a_step(ranks, tmp_path, stage) -> None:
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        # DeepSpeed counts no backward pass then, and holds the gradients elsewhere.
+        (1, {"zero_optimization": {"stage": 1, "contiguous_gradients": False}}),
+    ],
+    ids=["0", "1", "2", "3", "1 of loose gradients"],
+)
+def test_no_checkpoint_in_the_middle_of_a_step(ranks, tmp_path, stage, changes) -> None:
     """On all ranks alike, whoever counts micro-batches: the engine, or the caller, as Accelerate does."""
-    for said in ranks(2, middle_case, str(tmp_path), stage, {}):
+    for said in ranks(2, middle_case, str(tmp_path), stage, changes):
         assert said[0] == ""
         for middle, (saved, loaded) in ((said[1:11], said[11:13]), (said[13:23], said[23:25])):
             assert saved == loaded == ""

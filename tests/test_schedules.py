@@ -255,7 +255,8 @@ def as_version_2(folder: Path) -> dict[str, Any]:
     index = json.loads((folder / "index.json").read_text())
     state = plain(decode(index["scheduler"]["state"], "state"))
     index |= {"version": 2, "scheduler": state}
-    del index["engine_schedule"]
+    for key in ("engine_schedule", "excluded", "tied"):
+        del index[key]
     rewrite(folder, json.dumps(index))
     return index
 
@@ -322,6 +323,24 @@ def test_a_schedule_that_does_not_fit_is_refused(tmp_path, case) -> None:
         run.load(tmp_path, scheduler=schedule)
     assert same([run.options(), list(run.model.parameters())], before)
     assert state is None or same(schedule.state_dict(), state)
+
+
+class Slotted:
+    """A rate of which torch cannot read what it remembers."""
+
+    __slots__ = ()
+
+    def __call__(self, step: int) -> float:
+        return 0.9**step
+
+
+def test_a_state_that_cannot_be_read_names_its_schedule(tmp_path) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = GWTAdamW(model.parameters())
+    schedule = torch_schedules.LambdaLR(optimizer, Slotted())
+    with pytest.raises(CheckpointError, match=r"state_dict of scheduler \(LambdaLR\) cannot be read: AttributeError"):
+        gwt_dist.save(tmp_path, model, optimizer, step=0, scheduler=schedule)
+    assert not list(tmp_path.iterdir())
 
 
 def test_false_leaves_schedules_as_they_are(tmp_path) -> None:

@@ -93,8 +93,8 @@ def load(
     Raises:
         CheckpointError: On all ranks, if anything is missing, damaged, from a newer version, or does not fit this model
             and optimizer (the message names the file or the tensor), if a schedule would get no state or a state no
-            schedule, or if gradients are accumulated for a step that is not done. On one rank, if that is not in
-            `process_group`.
+            schedule, or if a DeepSpeed engine or `fuse_backward` holds gradients for a step that is not done (those
+            that a loop of your own adds up are not seen). On one rank, if that is not in `process_group`.
     """
     together = Together.of(process_group, "gwt_dist.load")
     together.agree((weights_only, strict), "weights_only and strict")

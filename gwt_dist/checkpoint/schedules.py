@@ -36,7 +36,14 @@ def read(model: Any, scheduler: Any) -> dict[str, Schedule]:
     """The states to save: under ``"scheduler"`` of the one given, under ``"engine"`` of the engine's own if another."""
     if scheduler is not None and not hasattr(_inner(scheduler), "state_dict"):
         raise ValueError(f"scheduler is a {type(scheduler).__name__}, which has no state_dict: pass what has one")
-    return {key: Schedule(kind_of(one), one.state_dict()) for key, one in _here(model, scheduler).items()}
+    return {key: Schedule(kind_of(one), _state_of(one)) for key, one in _here(model, scheduler).items()}
+
+
+def _state_of(schedule: Any) -> Any:
+    try:
+        return schedule.state_dict()
+    except Exception as error:  # of the user's own class perhaps, or of what is in it
+        raise ValueError(f"the state_dict of scheduler ({kind_of(schedule)}) cannot be read: {error!r}") from error
 
 
 def kind_of(schedule: Any) -> str:

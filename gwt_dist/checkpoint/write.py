@@ -112,8 +112,9 @@ def save(
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: On all ranks, if any of them cannot write its part or the parts make up no whole; if gradients
-            are accumulated for a step that is not done; for a value in `extra` or in the state of the scheduler that
+        CheckpointError: On all ranks, if any of them cannot write its part or the parts make up no whole; if a
+            DeepSpeed engine or `fuse_backward` holds gradients for a step that is not done (those that a loop of your
+            own adds up are not seen: save after its step); for a value in `extra` or in the state of the scheduler that
             would not come back as it is (the message has its keys); for a pattern that matches nothing or a tensor that
             the optimizer steps; for a tensor of a kind that is not stored. On one rank, if that is not in
             `process_group`.

@@ -86,8 +86,8 @@ def accumulated(engine: Any) -> str:
     zero, waiting = engine.optimizer, False
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3 counts a backward pass when the next forward begins
         waiting = zero.micro_step_id > 0 or zero._epilogue_ran_this_backward
-    elif hasattr(zero, "micro_step_id"):
-        waiting = zero.micro_step_id >= 0
+    elif hasattr(zero, "micro_step_id"):  # stage 1 does not count it where gradients are not contiguous
+        waiting = zero.micro_step_id >= 0 or any(held is not None for held in zero.averaged_gradients.values())
     if waiting or any(parameter.grad is not None for parameter in engine.module.parameters()):
         return "gradients of a backward pass"
     return ""

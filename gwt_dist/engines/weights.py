@@ -180,7 +180,7 @@ def set_counters(model: Any, values: Mapping[str, Any] | None, step: int) -> Non
 
 def check_boundary(model: Any, optimizer: GWTAdamW, what: str) -> None:
     """Raise `ValueError` where gradients are held that no step has taken: `what`, said in the message, has no place
-    for them. Gradients of a loop that accumulates by itself, without the engine or `accumulating`, are not seen.
+    for them. Gradients of a loop that accumulates by itself, without an engine or `fuse_backward`, are not seen.
     """
     held = deepspeed_state.accumulated(model) if _is_engine(model) else ""
     if optimizer.holding:
