@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_dist import replaced, state
+from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
 from gwt_dist.plan import Plan
 from gwt_dist.recipes import DEFAULT, check_group
@@ -179,7 +179,23 @@ class GWTAdamW(torch.optim.Optimizer):
         fused = set() if by_hand else {id(parameter) for parameter in self._fused}
         members = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if id(p) not in fused]
         self._steps.take(members, self.param_groups, self.state)
+        self._is_cleared = False
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._is_cleared = True
+
+    def is_waiting(self) -> bool:
+        """Whether there are gradients that no step has taken, as far as `step` and `zero_grad` of this optimizer tell.
+
+        Those that are left after a step are taken until `zero_grad`. Gradients that are not finite do not count, as
+        the step of a GradScaler leaves them out.
+        """
+        parameters = self._parameters() if self._is_cleared else []
+        gradients = [dtensor.local(p.grad) for p in parameters if p.grad is not None]
+        return any(bool(g.any()) for g in gradients) and all(bool(g.isfinite().all()) for g in gradients)
 
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
@@ -290,4 +306,5 @@ class GWTAdamW(torch.optim.Optimizer):
         self._steps = Steps()
         self._fused: dict[Tensor, bool] = {}  # parameters updated in the backward pass -> True
         self.is_accumulating = False  # within `accumulating`
+        self._is_cleared = True  # no step was taken since `zero_grad`
         self.holding: set[Any] = set()  # those among which `fuse_backward` divides them that have gradients to add to

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,45 @@ def fused_case(folder: str) -> list[str]:
     loss_of(model, batches(2)[0]).backward()
     optimizer.step()
     return [*said, save(1), message_of(lambda: gwt_dist.load(folder, model, optimizer))]
+
+
+def plain_case(kind: str, folder: str) -> list[str]:
+    """The same in a loop without an engine: before anything, in the middle of a first and a later step, with gradients
+    of no worth, after `zero_grad`, after each step with and without it.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model: Any = {"one": lambda m: m, "DDP": DistributedDataParallel, "FSDP2": fully_shard}[kind](net())
+    optimizer, said = GWTAdamW(param_groups(model, **OPTIONS)), []
+    numbers = iter(range(9))
+
+    def save() -> None:
+        step = next(numbers)
+        said.append(message_of(lambda: gwt_dist.save(folder, model, optimizer, step=step)))
+
+    def backward() -> None:
+        loss_of(model, batches(2)[0]).backward()
+
+    save()
+    with model.no_sync() if kind == "DDP" else nullcontext():
+        backward()
+    save()
+    backward()
+    optimizer.step()
+    save()
+    optimizer.zero_grad(set_to_none=False)
+    save()
+    backward()
+    save()
+    first = next(p for p in model.parameters() if p.grad is not None)
+    gradient = first.grad.to_local() if kind == "FSDP2" else first.grad
+    if gradient.numel():
+        gradient.view(-1)[0] = math.inf  # which a GradScaler does not step on
+    save()
+    optimizer.zero_grad()
+    save()
+    return said
 
 
 def counted_case(folder: str) -> dict[str, Any]:

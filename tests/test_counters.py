@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from counter_cases import counted_case, fused_case, load_case, middle_case, roads_case, save_case, sharded_case, size_of
+from counter_cases import (
+    counted_case,
+    fused_case,
+    load_case,
+    middle_case,
+    plain_case,
+    roads_case,
+    save_case,
+    sharded_case,
+    size_of,
+)
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
 
@@ -63,6 +73,13 @@ def test_no_checkpoint_of_gradients_that_fuse_backward_holds(ranks, tmp_path) ->
         assert before == saved == loaded == ""
         assert len(middle) == 3
         assert all("micro-batches that ran under optimizer.accumulating() are accumulated" in one for one in middle)
+
+
+@pytest.mark.parametrize("kind", ["one", "DDP", "FSDP2"])
+def test_no_checkpoint_of_gradients_that_a_loop_accumulates(ranks, tmp_path, kind) -> None:
+    for said in ranks(1 if kind == "one" else 2, plain_case, kind, str(tmp_path)):
+        assert [bool(one) for one in said] == [False, True, False, False, True, False, False], said
+        assert "gradients since the last step (zero_grad() drops them" in said[1] and said[1] == said[4]
 
 
 def test_counters_of_another_engine(ranks, tmp_path) -> None:

@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replaced": set(),
     "steps": {"comm", "declare", "dtensor", "frozen", "keys", "plan", "recipes", "replaced", "schedule", "shards"},
     "state": {"units", "comm", "dtensor", "extents", "keys", "piece", "plan", "recipes", "shards", "steps"},
-    "optimizer": {"comm", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
+    "optimizer": {"comm", "dtensor", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
     "engines": MATH | RUNTIME | {"ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {

@@ -180,9 +180,14 @@ def set_counters(model: Any, values: Mapping[str, Any] | None, step: int) -> Non
 
 def check_boundary(model: Any, optimizer: GWTAdamW, what: str) -> None:
     """Raise `ValueError` where gradients are held that no step has taken: `what`, said in the message, has no place
-    for them. Gradients of a loop that accumulates by itself, without an engine or `fuse_backward`, are not seen.
+    for them. Those of a loop without an engine or `fuse_backward` are seen by a save, if the loop calls `zero_grad` of
+    the optimizer: what it loads into may have gradients left that it clears first.
     """
-    held = deepspeed_state.accumulated(model) if _is_engine(model) else ""
+    held = ""
+    if _is_engine(model):
+        held = deepspeed_state.accumulated(model)
+    elif what == "save" and optimizer.is_waiting():
+        held = "gradients since the last step (zero_grad() drops them, if no step is to have them)"
     if optimizer.holding:
         held = "micro-batches that ran under optimizer.accumulating()"
     if held:
