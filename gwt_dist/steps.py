@@ -86,7 +86,8 @@ class Steps:
         # Copies of lists, which may change in place.
         said = [tuple(v) if isinstance(v, list) else v for key, v in group.items() if key not in ("params", "lr")]
         known = self._rules.get(number)
-        if known is None or known[0] != said or not isinstance(lr, (float, Real, Tensor)):
+        is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, (float, Real))
+        if known is None or known[0] != said or not is_number:
             lacks = [key for key in COMMON if key not in group]
             if lacks:
                 raise ValueError(f"parameter group {number} has no {', '.join(lacks)}; put back what was taken out")
@@ -142,7 +143,9 @@ class Steps:
             (Schedule([member for _, member in found], device), [i for i, _ in found])
             for device, found in by_device.items()
         ]
-        if not dry_run:  # which is known by the values of the gradients, and these may change
+        # A dry run is known by the values of the gradients, and a parameter that was replaced by gradients elsewhere:
+        # both may look otherwise the next time.
+        if not dry_run and any(gradient is not None for gradient in gradients):
             if len(self._schedules) >= _KEPT:
                 self._schedules.pop(next(iter(self._schedules)))
             self._schedules[key] = [p for _, p in members], schedules

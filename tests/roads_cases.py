@@ -459,6 +459,7 @@ def replaced_case(what: str) -> str:
         model = net()
         optimizer = optimizer_of(model)
         wrapped = FullyShardedDataParallel(model, **unit_options("FULL_SHARD", False))
+        optimizer.step()  # before any backward pass, which tells nothing
         return refusal(lambda: train((wrapped, optimizer), 0, 1))
     if what == "a block before fsdp1":  # the others have gradients
         model = net()

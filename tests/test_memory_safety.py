@@ -179,6 +179,15 @@ def test_weights_and_state_that_are_not_contiguous() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("lr", [torch.ones(2), "0.1", None])
+def test_rates_that_are_no_numbers_are_refused(lr: Any) -> None:
+    """Between steps, where nothing has looked at them since the optimizer was built."""
+    parameters, optimizer = built()
+    optimizer.param_groups[0].update(lr=lr)
+    refused(parameters, optimizer, "lr=.* in parameter group 0 must be a finite number")
+
+
+@pytest.mark.usefixtures("kernel")
 def test_a_gradient_that_torch_negates_when_it_is_read() -> None:
     """A part of a conjugated tensor: its memory has the other sign."""
     found = []
