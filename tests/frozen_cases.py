@@ -70,18 +70,12 @@ def zero_case(
     freeze(model, at_start)
     engine = gwt_dist.initialize(model=model, optimizer=GWTAdamW(groups_of(model, alone, recipe)), config=config)[0]
     steps, message, moved = gradients(shapes, sum(number for number, _ in phases)), "", 0.0
-    scale = dist.get_world_size() if dist.get_rank() == 0 else 0
     for number, prefix in phases:
         freeze(model, prefix)
         before = _masters(engine, model)
         for _ in range(number):
-            nested: dict[str, dict[str, Tensor]] = {}
-            for name, gradient in next(steps).items():
-                module, _, parameter = name.partition(".")
-                nested.setdefault(module, {})[parameter] = (gradient * scale).to(next(model.parameters()).dtype)
-            engine.backward(engine(nested))
             try:
-                engine.step()
+                train_on(engine, model, [next(steps)])
             except ValueError as error:
                 message = str(error)
                 engine.destroy()
