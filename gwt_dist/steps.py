@@ -200,9 +200,10 @@ def _run(
             raise _changed_shape(member, weight)
         if gradient.shape != weight.shape and gradient.numel() == weight.numel():  # others a kernel's check tells
             raise ValueError(
-                f"a gradient of shape {tuple(gradient.shape)} for the parameter of "
-                f"{member.plan.shard.tensors[0].fqn!r}, which has the shape {tuple(weight.shape)} here: the step would "
-                f"use those of other elements"
+                f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
+                f"parameter of {member.plan.shard.tensors[0].fqn!r}, of shape {tuple(gradient.shape)} and not "
+                f"{tuple(weight.shape)}: the step would use those of other elements. Put back what backward() made; "
+                f"under FSDP1 run the last backward pass before step() outside of no_sync()"
             )
         state = known[parameter]
         if not state:

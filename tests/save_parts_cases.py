@@ -114,7 +114,10 @@ class Part:
 
     def close(self) -> None:
         if self.kind.startswith("zero"):
+            from deepspeed.utils import groups
+
             self.model.destroy()
+            groups.mpu = None  # else the next engine of this process, of another test, shards over this group
 
 
 def steps_of(names: Sequence[str]) -> list[Weights]:

@@ -107,7 +107,7 @@ class Saved:
 def version_2(index: dict[str, Any]) -> dict[str, Any]:
     """What was written of the same checkpoint before values had types."""
     index = json.loads(json.dumps(index)) | {"version": 2, "extra": {"seen": [1, 2.5]}}
-    del index["engine_schedule"]
+    del index["engine_schedule"], index["excluded"], index["tied"]
     return index | {"scheduler": index["scheduler"]["state"]}
 
 
@@ -117,7 +117,6 @@ def version_1(index: dict[str, Any]) -> dict[str, Any]:
     for entry in index["tensors"].values():
         del entry["fields"]
         entry["limited_norm"] = entry.pop("numbers").get("limited_norm")
-    del index["excluded"], index["tied"]
     return index
 
 
