@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -115,6 +114,13 @@ def expected_of(last: int, **options: Any) -> list[Tensor]:
     return whole(trained[0])
 
 
+def through_torch(thing: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
 # ---------------------------------------------------------------------------------------------- state_dict and DCP
 
 
@@ -133,12 +139,12 @@ def between_layouts_case(recipe: str) -> dict[str, Any]:
     again = alone(recipe=recipe)
     results["DTensor to plain"] = refusal(lambda: again[1].load_state_dict(dtensors))
     after = [t for s in sharded[1].state.values() for t in s.values()]
-    results["changed"] = not all(torch.equal(_local(a), _local(b)) for a, b in zip(before, after, strict=True))
+    results["changed"] = not all(torch.equal(local_of(a), local_of(b)) for a, b in zip(before, after, strict=True))
     results["left"] = len(again[1].state) + len(fresh[1].state)
     return results
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -158,7 +164,7 @@ def flat_and_whole_case(use_orig_params: bool) -> dict[str, str]:
 def aligned_columns_case() -> str:
     """A state of aligned columns, loaded where it was saved, and that of rows for it."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
     told = []
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -175,7 +181,7 @@ def aligned_columns_case() -> str:
 def other_mesh_case() -> dict[str, str]:
     """DTensors over the ranks in another order, and placed in another way."""
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate
 
     trained = fsdp2()
     train(trained, 0, 1)
@@ -198,7 +204,7 @@ def dtensors_of_rank_0_case() -> list[str]:
     trained = fsdp2()
     train(trained, 0, 1)
     told: list[Any] = [trained[1].state_dict()]
-    found = [refusal(lambda: trained[1].load_state_dict(_through_torch(trained[1].state_dict())))]
+    found = [refusal(lambda: trained[1].load_state_dict(through_torch(trained[1].state_dict())))]
     dist.broadcast_object_list(told, src=0)
     return [*found, refusal(lambda: trained[1].load_state_dict(told[0]))]
 
@@ -264,7 +270,7 @@ def fused_by_hand_case(kind: str) -> dict[str, float]:
             optimizer.zero_grad()
     pairs = list(zip(trained[0].parameters(), other[0].parameters(), strict=True))
     steps = {float(state["step"]) for state in trained[1].state.values()}
-    differ = [float((_local(a) - _local(b)).abs().max()) for a, b in pairs if _local(a).numel()]
+    differ = [float((local_of(a) - local_of(b)).abs().max()) for a, b in pairs if local_of(a).numel()]
     return {"differ": max(differ, default=0.0), "steps": max(steps, default=4.0)}
 
 
@@ -319,246 +325,6 @@ def of_rank_0_case(kind: str) -> list[str]:
     if kind.startswith("zero"):
         engine.engine.destroy()
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------ copies
-
-
-class Named(GWTAdamW):
-    """A subclass."""
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
-    "torch.save": lambda thing: _through_torch(thing),
-}
-
-
-def _through_torch(thing: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-def copy_of_attached_case(folder: str, kind: str, how: str, steps: int) -> dict[str, str]:
-    """What a copy of an attached optimizer says."""
-    model: Any
-    if kind.startswith("zero"):
-        engine = Engine(int(kind[4]), kind.endswith("bf16"))
-        engine.train(0, steps)
-        model, optimizer = engine.engine, engine.optimizer
-    else:
-        model, optimizer = trained = fsdp1(kind == "fsdp1")
-        train(trained, 0, steps)
-    twin = COPIES[how](optimizer)
-    parameters = [p for group in twin.param_groups for p in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    weights = [p.detach().clone() for p in parameters]
-    found = {
-        "step": refusal(twin.step),
-        "update": refusal(lambda: twin.update(parameters)),
-        "load": refusal(lambda: twin.load_state_dict({"state": {}, "param_groups": []})),
-        "save": refusal(lambda: gwt_dist.save(folder, model, twin, step=1)),
-        "again": refusal(COPIES[how](twin).step),
-    }
-    assert all(torch.equal(a, b) for a, b in zip(weights, parameters, strict=True))
-    if kind.startswith("zero"):
-        engine.train(steps, steps + 1)  # the original goes on
-        engine.engine.destroy()
-    else:
-        train(trained, steps, steps + 1)
-    return found
-
-
-def shallow_copy_case(stage: int, steps: int) -> tuple[str, float]:
-    """A copy that shares parameters and state: what it says, and how far it goes astray once it is attached."""
-    from zero_cases import masters
-
-    engine = Engine(stage)
-    engine.train(0, steps)
-    twin = copy.copy(engine.optimizer)
-    message = refusal(twin.step)
-    engine.engine.optimizer.optimizer = twin
-    gwt_dist.attach(twin, engine.engine)
-    engine.train(steps, BEFORE + AFTER)
-    error = off(list(masters(engine.module).values()), expected_of(BEFORE + AFTER))
-    engine.engine.destroy()
-    return message, error
-
-
-def copy_before_attach_case(kind: str) -> str:
-    """A copy that was made after the engine was built and before `attach`."""
-    if kind.startswith("zero"):
-        import deepspeed
-
-        model = net()
-        config = settings(int(kind[4]), False) | {"zero_allow_untested_optimizer": True}
-        optimizer = optimizer_of(model)
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        if kind == "zero3":
-            engine.optimizer._set_fp32_optimizer_param_groups()
-        twin = copy.deepcopy(optimizer)
-        engine.destroy()
-    else:
-        wrapped = FullyShardedDataParallel(net(), **unit_options("FULL_SHARD", kind == "fsdp1"))
-        twin = copy.deepcopy(optimizer_of(wrapped))
-    for group in twin.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
-    return refusal(twin.step)
-
-
-def copy_of_fsdp2_case(how: str, steps: int) -> float:
-    """Steps of a copy of an FSDP2 optimizer, with gradients of the original: largest difference of their weights."""
-    model, optimizer = trained = fsdp2()
-    train(trained, 0, steps)
-    twin = copy.deepcopy(optimizer) if how == "deepcopy" else COPIES[how](optimizer)
-    pairs = [
-        (a, b)
-        for mine, its in zip(optimizer.param_groups, twin.param_groups, strict=True)
-        for a, b in zip(mine["params"], its["params"], strict=True)
-    ]
-    assert all(a is not b and isinstance(b, DTensor) for a, b in pairs)
-    for number in range(steps, steps + AFTER):
-        model(batch(number)).square().mean().backward()
-        for a, b in pairs:
-            b.grad = a.grad.clone()
-        optimizer.step()
-        twin.step()
-        optimizer.zero_grad()
-        twin.zero_grad()
-    return max(float((_local(a) - _local(b)).abs().max()) for a, b in pairs if _local(a).numel())
-
-
-# ------------------------------------------------------------------------------- parameters that have been replaced
-
-
-def replaced_case(what: str) -> str:
-    """The message of the first steps of an optimizer that holds what the model does not compute with."""
-    if what in ("initialize", "deepspeed.initialize", "fully_shard after steps", "swapped groups", "fsdp1 after steps"):
-        model: Any = net()
-        optimizer = optimizer_of(model)
-        train((model, optimizer), 0, 2)
-    if what == "initialize":
-        return refusal(lambda: gwt_dist.initialize(model=model, optimizer=optimizer, config=settings(2)))
-    if what == "deepspeed.initialize":
-        import deepspeed
-
-        config = settings(2) | {"zero_allow_untested_optimizer": True}
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        found = refusal(lambda: gwt_dist.attach(optimizer, engine))
-        engine.destroy()
-        return found
-    if what == "fsdp1 after steps":
-        wrapped = FullyShardedDataParallel(model, **unit_options("FULL_SHARD", True))
-        return refusal(lambda: gwt_dist.attach(optimizer, wrapped))
-    if what == "before fsdp1":  # and never attached
-        model = net()
-        optimizer = optimizer_of(model)
-        wrapped = FullyShardedDataParallel(model, **unit_options("FULL_SHARD", False))
-        optimizer.step()  # before any backward pass, which tells nothing
-        return refusal(lambda: train((wrapped, optimizer), 0, 1))
-    if what == "a block before fsdp1":  # the others have gradients
-        model = net()
-        optimizer = optimizer_of(model)
-        model[2] = FullyShardedDataParallel(model[2], **unit_options("FULL_SHARD", False))
-        return refusal(lambda: train((model, optimizer), 0, 1))
-    if what == "fsdp1 half wrapped":
-        options = unit_options("FULL_SHARD", False)
-        model = net()
-        model[0] = FullyShardedDataParallel(model[0], **options)
-        optimizer = optimizer_of(model)
-        model[2] = FullyShardedDataParallel(model[2], **options)
-        wrapped = FullyShardedDataParallel(model, **options)
-        return refusal(lambda: gwt_dist.attach(optimizer, wrapped))
-    if what in ("fully_shard after steps", "swapped groups"):
-        fully_shard(model)
-        if what == "swapped groups":
-            optimizer.param_groups[0]["params"] = list(model.parameters())
-    elif what == "before fully_shard":
-        model = net()
-        optimizer = optimizer_of(model)
-        fully_shard(model)
-    elif what == "one block before fully_shard":
-        model = net()
-        old = list(model[0].parameters())
-        fully_shard(model)
-        optimizer = GWTAdamW([*old, *list(model.parameters())[2:]])
-    else:
-        assert what == "after a forward pass"
-        model, _ = fsdp2()
-        with torch.no_grad():
-            model(batch(0))
-        optimizer = optimizer_of(model)
-    return refusal(lambda: train((model, optimizer), 0, 1))
-
-
-def exchanged_case() -> float:
-    """How far from one process an optimizer is that was built before the weights of its model had memory."""
-    with torch.device("meta"):
-        model = net()
-    for block in (model[0], model[2]):
-        fully_shard(block)
-    fully_shard(model)
-    optimizer = optimizer_of(model)
-    model.to_empty(device="cpu")
-    start = net().state_dict()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(distribute_tensor(start[name], p.device_mesh, p.placements))
-    train((model, optimizer), 0, 3)
-    model.to_empty(device="cpu")  # after steps too
-    its = alone()
-    train(its, 0, 3)
-    found = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
-    expected = [its[1].state[p]["exp_avg"] for p in its[0].parameters()]
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-
-
-def legitimate_case() -> list[str]:
-    """What must not be taken for it: unused and frozen parameters, reference models, two models at once, a rewrap."""
-    messages = []
-    # A plain model that has no gradients yet, beside one of the same shapes under FSDP1 that has.
-    (plain, optimizer), (flat, its) = alone(), fsdp1(False)
-    flat(batch(0)).square().mean().backward()
-    messages += [refusal(optimizer.step), refusal(its.step)]
-    messages.append(refusal(lambda: train((plain, optimizer), 0, 1)))
-    # A plain model beside a sharded one of the same shapes that has gradients, and parameters that nobody uses.
-    whole_one, sharded = alone(), fsdp2()
-    unused = nn.Parameter(torch.zeros(8, 8))
-    whole_one[1].add_param_group({"params": [unused]})
-    for _ in range(2):
-        sharded[0](batch(0)).square().mean().backward()
-        messages.append(refusal(whole_one[1].step))  # no gradient at all
-        whole_one[0](batch(0)).square().mean().backward()
-        messages += [refusal(whole_one[1].step), refusal(sharded[1].step)]
-        whole_one[1].zero_grad()
-        sharded[1].zero_grad()
-    # A sharded model with a forward pass under no_grad between steps, as for evaluation, and an unused layer.
-    model, optimizer = fsdp2()
-    for number in range(2):
-        with torch.no_grad():
-            model(batch(number))
-        messages.append(refusal(lambda: train((model, optimizer), 0, 1)))
-    torch.manual_seed(1)
-    # The optimizer after the forward pass, and `reshard` between.
-    model, _ = fsdp2()
-    with torch.no_grad():
-        model(batch(0))
-    model.reshard()
-    messages.append(refusal(lambda: train((model, optimizer_of(model)), 0, 1)))
-    # Groups that another library fills with the sharded parameters, before the first step.
-    model = net()
-    optimizer = optimizer_of(model)
-    fully_shard(model)
-    optimizer.param_groups[0]["params"] = list(model.parameters())
-    messages.append(refusal(lambda: train((model, optimizer), 0, 2)))
-    compiled = torch.compile(net(), backend="eager")
-    messages.append(refusal(lambda: train((compiled, optimizer_of(compiled)), 0, 1)))
-    return sorted(set(messages))
 
 
 # ----------------------------------------------------------------------------------------------------- state by name
