@@ -198,7 +198,7 @@ def _run(
             weight, gradient = dtensor.local(weight), dtensor.local(gradient, like=parameter)
         if weight.shape != member.shape:
             raise _changed_shape(member, weight)
-        if gradient.shape != weight.shape and gradient.numel() == weight.numel():  # others a kernel's check tells
+        if gradient.shape != member.shape and gradient.numel() == weight.numel():  # others a kernel's check tells
             raise ValueError(
                 f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
                 f"parameter of {member.plan.shard.tensors[0].fqn!r}, of shape {tuple(gradient.shape)} and not "
