@@ -20,7 +20,7 @@ LINES = 400  # aim at 300; at this length a module does two things
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
-MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
+MATH = {"units", "wavelet", "piece", "products", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer"}
@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ds_json": {"keys"},
     "extents": {"layout", "exchange", "declare"},
     "piece": {"layout", "units", "wavelet"},
-    "formulas": {"declare", "piece", "layout"},
+    "products": set(),
+    "formulas": {"declare", "piece", "layout", "products"},
     "matrices": {"layout"},
     "kernels": {"wavelet", "declare", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
@@ -87,6 +88,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "units": {"pywt"},
     "memory": {"torch"},
     "wavelet": {"torch", "pywt"},
+    "products": {"torch", "triton"},
     "kernels": {"torch", "triton"},
     "engines": {"torch", "deepspeed", "fairscale"},
     "checkpoint": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers"},
