@@ -21,7 +21,7 @@ LINES = 400  # aim at 300; at this length a module does two things
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "piece", "products", "formulas", *DECLARED}
-LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
+LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer"}
 STATE = {"checkpoint", "memory", "config", "ds_json"}
@@ -38,14 +38,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "piece": {"layout", "units", "wavelet"},
     "products": set(),
     "formulas": {"declare", "piece", "layout", "products"},
-    "matrices": {"layout"},
+    "owners": {"layout"},
+    "matrices": {"layout", "owners"},
     "kernels": {"wavelet", "declare", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
     "groups": set(),
     "dtensor": {"layout", "exchange", "comm"},
     "plan": {"units", "exchange", "declare", "extents", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
-    "rounds": {"units", "declare", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
+    "rounds": {"units", "declare", "products", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
     "stages": {"declare", "exchange", "piece", "formulas", "kernels", "rounds", "sums"},
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
@@ -82,6 +83,7 @@ EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
     "layout": set(),
     "exchange": set(),
+    "owners": set(),
     "matrices": set(),
     **{part: set() for part in DECLARED},
     "ds_json": {"hjson"},
