@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from gwt_dist import products
-from gwt_dist.products import plain, stacks
+from gwt_dist.products import stacks
 
 SHAPES = [(1, 1), (5, 3), (16, 16), (33, 70), (130, 51)]  # R, C
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def stack(n: int, rows: int, columns: int, dtype: torch.dtype, tall: bool = False) -> Tensor:
-    """Normal numbers ``(n, R, C)``; `tall` is a view of the transposed matrices."""
-    shape = (n, columns, rows) if tall else (n, rows, columns)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(rows + columns), dtype=torch.float64).to(dtype)
-    return x.mT if tall else x
+def stack(n: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Normal numbers ``(n, R, C)``."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    return torch.randn((n, rows, columns), generator=generator, dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("tall", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_matrix_has_the_same_bits_in_every_stack(dtype: torch.dtype, tall: bool) -> None:
-    """On a CPU for any n; what a GPU's library does for one n it does for each place."""
-    for rows, columns in SHAPES:
-        whole = stack(8, rows, columns, dtype, tall)
-        gram = plain.gram(whole)
-        quadratic = plain.quadratic(gram, -4.775, 2.0315)
-        assert gram.dtype == quadratic.dtype == dtype and gram.shape == quadratic.shape == (8, rows, rows)
-        for n in range(1, 8):
-            for first in (0, 8 - n):
-                part = slice(first, first + n)
-                its = plain.gram(whole[part])
-                assert torch.equal(its, gram[part]), (rows, columns, n)
-                assert torch.equal(plain.quadratic(its, -4.775, 2.0315), quadratic[part]), (rows, columns, n)
+def test_a_matrix_has_the_same_bits_at_each_place_of_a_stack(dtype: torch.dtype, tall: bool, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for (rows, columns), n in itertools.product(SHAPES, (1, 2, 3, 8)):
+            whole = products.padded(stack(n, columns, rows, dtype) if tall else stack(n, rows, columns, dtype), dtype)
+            expected = both(whole.mT if tall else whole)
+            for place in range(n):  # the other places without a matrix
+                moved = torch.zeros_like(whole)
+                moved[place] = whole[0]
+                for found, its in zip(both(moved.mT if tall else moved), expected, strict=True):
+                    assert found.dtype == dtype and torch.equal(found[place], its[0]), (rows, columns, n, place)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_matrix_has_the_same_bits_in_a_stack_of_any_size(dtype: torch.dtype) -> None:
+    """Of one thread, which is why ranks need not have the same number of places: several share other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for rows, columns in SHAPES:
+            whole = products.padded(stack(8, rows, columns, dtype), dtype)
+            expected = both(whole)
+            for n in range(1, 8):
+                for first in (0, 8 - n):
+                    part = slice(first, first + n)
+                    for found, its in zip(both(whole[part]), expected, strict=True):
+                        assert torch.equal(found, its[part]), (rows, columns, n)
+    finally:
+        torch.set_num_threads(before)
+
+
+def both(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x x^T``, ``(n, R, R)``, and its quadratic."""
+    g = products.gram(x)
+    return g, products.quadratic(g, -4.775, 2.0315)
+
+
+def test_padded_stacks() -> None:
+    x = stack(3, 5, 19, torch.float32)
+    found = products.padded(x, torch.bfloat16)
+    assert found.shape == (3, 8, 24) and found.dtype == torch.bfloat16 and found.is_contiguous()
+    assert torch.equal(found[:, :5, :19], x.bfloat16())
+    assert found.count_nonzero() == x.count_nonzero()
+    for its, padded in zip(both(x.double()), both(products.padded(x.double(), torch.float64)), strict=True):
+        torch.testing.assert_close(padded[:, :5, :5], its, rtol=1e-13, atol=1e-13)
+        assert not padded[:, 5:].any() and not padded[:, :, 5:].any()
 
 
 def test_products_are_what_they_are_called() -> None:

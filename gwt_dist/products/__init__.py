@@ -4,6 +4,6 @@
 """
 
 from gwt_dist.products.plain import gram, quadratic
-from gwt_dist.products.stacks import dtype_of, stack_size
+from gwt_dist.products.stacks import dtype_of, padded, stack_size
 
-__all__ = ["dtype_of", "gram", "quadratic", "stack_size"]
+__all__ = ["dtype_of", "gram", "padded", "quadratic", "stack_size"]
