@@ -10,7 +10,7 @@ PRODUCTS = "auto", "bf16", "fp32"
 GPU_ELEMENTS = 1 << 22  # of a stack: enough to fill a GPU
 CPU_ELEMENTS = 1 << 16  # a CPU is full with one matrix, and unused places only waste its time
 MOST = 64  # matrices of a stack
-EDGE = 8  # 16 bytes of bf16, and 64 bytes or more of any matrix
+EDGE = 16  # elements: 32 bytes of bf16; kernels are compiled for what this divides
 BF16_CAPABILITY = 8, 0  # of NVIDIA's GPUs with bf16 units; torch numbers AMD's with them from (9, 0)
 
 
@@ -43,7 +43,7 @@ def padded(
     x_nRC: Tensor,  # (n, R, C), any dtype
     dtype: torch.dtype,
 ) -> Tensor:
-    """`x_nRC` in `dtype` with zeros after its rows and columns up to multiples of 8; a new tensor, dense.
+    """`x_nRC` in `dtype` with zeros after its rows and columns up to multiples of 16; a new tensor, dense.
 
     Zeros stay zeros in all products, and what is in front of them is unchanged. But each row starts where a GPU loads
     whole vectors (5461 columns of bf16 would not), and each matrix where the first one does: MKL sums fp64 in another
