@@ -58,8 +58,8 @@ def test_each_tile_of_the_triangle_is_there_once(interpreted: Callable[..., Any]
     found = interpreted(cases.each_tile_once)
     for tiles, pairs in found.items():
         assert sorted(pairs) == [[i, j] for i in range(tiles) for j in range(i + 1)], tiles
-    # What some 132 multiprocessors work on at once shares its rows of x: 24 of them, where row by row they would be 40.
-    assert len({row for pair in found[40][:132] for row in pair}) < 30
+    windows = [found[40][first : first + 132] for first in range(40 * 41 // 2 - 131)]
+    assert max(len({row for pair in window for row in pair}) for window in windows) == 28
 
 
 CODE = [
@@ -82,7 +82,7 @@ def test_the_code_for_an_h100(
     assert set(re.findall(r"(?:ld|st)\.global\S*", ptx)) <= {"ld.global.v4.b32", "st.global.v4.b32"}
     assert not re.search(r"\b(?:atom|red)\.", ptx)
     said = assembled(ptx, tmp_path)
-    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+    assert "0 bytes spill stores, 0 bytes spill loads" in said and "serialized" not in said, said
 
 
 def code_of(rows: int, add: bool, tall: bool) -> str:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 SMALL = 512  # rows up to which there are too few large tiles to fill a GPU
-# Of up to SMALL rows, and of more: tile, steps of the sum, rows of tiles that are walked together.
-BLOCKS = {"BLOCK": 64, "DEPTH": 64, "GROUP": 8}, {"BLOCK": 128, "DEPTH": 64, "GROUP": 8}
-OPTIONS = {"num_warps": 4, "num_stages": 4}, {"num_warps": 8, "num_stages": 4}
+# Of up to SMALL rows, and of more: tile, steps of the sum.
+BLOCKS = {"BLOCK": 64, "DEPTH": 64}, {"BLOCK": 128, "DEPTH": 64}
+# Three stages of copies leave room for two large tiles at once on a multiprocessor of an H100, four do not.
+OPTIONS = {"num_warps": 4, "num_stages": 3}, {"num_warps": 8, "num_stages": 3}
 
 
 def gram(x_nRC: Tensor) -> Tensor:
