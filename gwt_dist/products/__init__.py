@@ -2,14 +2,16 @@
 
 `plain` is the reference, in torch operations; `symmetric` computes half of each product, on a GPU in bf16. `choose`
 says which of them a stack gets; ``GWT_DIST_SYMMETRIC`` forces one. Shapes: n matrices of a stack, R rows, C columns.
+All sizes are right, but stacks should be dense with R and C multiples of 16, zeros added: a GPU loads whole vectors
+then (the kernel single elements otherwise), and all matrices begin alike, on which the order of MKL's sums depends.
 """
 
 from torch import Tensor
 
 from gwt_dist.products.choice import choose
-from gwt_dist.products.stacks import dtype_of, padded, stack_size
+from gwt_dist.products.stacks import dtype_of, stack_size
 
-__all__ = ["dtype_of", "gram", "padded", "quadratic", "stack_size"]
+__all__ = ["dtype_of", "gram", "quadratic", "stack_size"]
 
 
 def gram(x_nRC: Tensor) -> Tensor:

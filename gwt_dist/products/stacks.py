@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 PRODUCTS = "auto", "bf16", "fp32"
 
 GPU_ELEMENTS = 1 << 22  # of a stack: enough to fill a GPU
 CPU_ELEMENTS = 1 << 16  # a CPU is full with one matrix, and unused places only waste its time
 MOST = 64  # matrices of a stack
-EDGE = 16  # elements: 32 bytes of bf16; kernels are compiled for what this divides
 BF16_CAPABILITY = 8, 0  # of NVIDIA's GPUs with bf16 units; torch numbers AMD's with them from (9, 0)
 
 
@@ -37,19 +35,3 @@ def stack_size(rows: int, columns: int, device: torch.device) -> int:
     """
     limit = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
     return min(MOST, max(1, limit // (rows * columns)))
-
-
-def padded(
-    x_nRC: Tensor,  # (n, R, C), any dtype
-    dtype: torch.dtype,
-) -> Tensor:
-    """`x_nRC` in `dtype` with zeros after its rows and columns up to multiples of 16; a new tensor, dense.
-
-    Zeros stay zeros in all products, and what is in front of them is unchanged. But each row starts where a GPU loads
-    whole vectors (5461 columns of bf16 would not), and each matrix where the first one does: MKL sums fp64 in another
-    order where a matrix starts at another fraction of a vector, so the bits would depend on the place in the stack.
-    """
-    n, rows, columns = x_nRC.shape
-    found = x_nRC.new_zeros((n, -(-rows // EDGE) * EDGE, -(-columns // EDGE) * EDGE), dtype=dtype)
-    found[:, :rows, :columns] = x_nRC
-    return found

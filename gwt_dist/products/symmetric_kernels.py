@@ -37,7 +37,7 @@ def product(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """``x x^T``, or ``b*x + c*x x^T`` of a symmetric x where ADD: one tile on or below the diagonal, and its mirror.
+    """``c*x x^T``, or ``b*x + c*x x^T`` of a symmetric x where ADD: one tile on or below the diagonal, and its mirror.
 
     The sum over C is in fp32, in steps of DEPTH from the first to the last, whatever n and the other tiles are.
     """
@@ -64,9 +64,10 @@ def product(
 
     here = rows_i.to(tl.int64)[:, None] * R + rows_j[None, :]
     inside = (rows_i[:, None] < R) & (rows_j[None, :] < R)
+    total = c * total  # by 1 as well: ptxas lets no two products overlap where their sum is rounded right away
     if ADD:
         g = x + rows_i.to(tl.int64)[:, None] * x_stride_R + rows_j[None, :] * x_stride_C
-        total = b * tl.load(g, mask=inside, other=0.0).to(tl.float32) + c * total
+        total += b * tl.load(g, mask=inside, other=0.0).to(tl.float32)
     found = total.to(out.dtype.element_ty)
     mirrored = tl.trans(found)
     # A tile on the diagonal is its own mirror: its lower half goes to both sides.
