@@ -41,40 +41,24 @@ TILES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {  # blocks and option
 def measure(device: torch.device, shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     """A row for each of `shapes` (rows, columns) and product.
 
-    ``torch_ms``; ``tiles``, ms of the kernel by tile, empty where it cannot run; ``kernel_ms``, of the tile that the
-    package would take.
+    ``torch_ms``; ``kernel_ms``, None where it cannot run; ``tiles``, ms of the kernel by tile, whichever it would take.
     """
-    rows_of_table = []
-    usual, missing = symmetric.setting, symmetric.missing(device, torch.bfloat16)
+    found = []
+    missing = symmetric.missing(device, torch.bfloat16)
     for rows, columns in shapes:
         x = torch.randn((stack_size(rows, columns, device), rows, columns), device=device)
         x /= x.norm(dim=(1, 2), keepdim=True)
         x = torch.nn.functional.pad(x, (0, -columns % 16, 0, -rows % 16)).bfloat16()  # as the iteration does
-        g = plain.gram(x)
-        calls: dict[str, tuple[Any, ...]] = {"gram": (x,), "quadratic": (g, B, C)}
+        calls: dict[str, tuple[Any, ...]] = {"gram": (x,), "quadratic": (plain.gram(x), B, C)}
         for product, arguments in calls.items():
             contenders: dict[str, Callable[[], Tensor]] = {"torch": partial(getattr(plain, product), *arguments)}
             if not missing:
                 kernel = partial(getattr(symmetric, product), *arguments)
-                contenders |= {tile: partial(_with, setting, kernel) for tile, setting in TILES.items()}
-            its = _times(contenders, device, rounds)
-            of_torch = its.pop("torch")
-            taken = [tile for tile, (blocks, options) in TILES.items() if _equal(usual(x.shape[1]), blocks, options)]
-            rows_of_table.append(
-                {
-                    "shape": (rows, columns),
-                    "n": len(x),
-                    "product": product,
-                    "torch_ms": of_torch,
-                    "kernel_ms": its.get(taken[0]) if taken else None,
-                    "tiles": its,
-                }
-            )
-    return rows_of_table
-
-
-def _equal(setting: tuple[dict[str, int], dict[str, Any]], blocks: dict[str, int], options: dict[str, Any]) -> bool:
-    return setting[0] == blocks and options.items() <= setting[1].items()
+                contenders |= {"kernel": kernel} | {tile: partial(_with, its, kernel) for tile, its in TILES.items()}
+            tiles = _times(contenders, device, rounds)
+            row = {"shape": (rows, columns), "n": len(x), "product": product}
+            found.append(row | {"torch_ms": tiles.pop("torch"), "kernel_ms": tiles.pop("kernel", None), "tiles": tiles})
+    return found
 
 
 def _with(setting: tuple[dict[str, int], dict[str, Any]], kernel: Callable[[], Tensor]) -> Tensor:

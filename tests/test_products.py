@@ -1,8 +1,11 @@
-"""Products of stacks of matrices: in torch, and by the symmetric kernel, interpreted and compiled."""
+"""Products of stacks of matrices in torch, how many and in which dtype; and the benchmark that compares products."""
 
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,10 @@ from torch import Tensor
 
 from gwt_dist import products
 from gwt_dist.products import stacks
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import products as benchmark
 
 SHAPES = [(1, 1), (5, 3), (16, 16), (33, 70), (130, 51)]  # R, C
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -92,3 +99,29 @@ def test_sizes_of_stacks() -> None:
     assert {shape: products.stack_size(*shape, GPU) for shape in sizes} == sizes
     assert [products.stack_size(r, c, CPU) for r, c in ((8, 8), (64, 64), (256, 256), (512, 512))] == [64, 16, 1, 1]
     assert stacks.MOST == 64
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["--shapes", "8x21", "--rounds", "1"])
+    said = capsys.readouterr().out
+    assert "| 8x21 | 64 | gram | " in said and "| 8x21 | 64 | quadratic | " in said and said.count("| none |") == 2
+    assert "There is no GPU here" in said and "MEASURED" not in said
+
+
+def test_the_benchmark_finds_where_the_kernel_is_faster() -> None:
+    def rows(*times: tuple[int, float, float]) -> list[dict[str, Any]]:
+        """Rows, ms of torch, ms of the kernel; each of two shapes and two products."""
+        return [
+            {"shape": (r, wide * r), "product": product, "torch_ms": theirs, "kernel_ms": ours}
+            for r, theirs, ours in times
+            for wide in (1, 3)
+            for product in ("gram", "quadratic")
+        ]
+
+    assert benchmark.fewest_rows(rows((512, 1.0, 0.9), (1024, 2.0, 2.1), (2048, 4.0, 3.0), (4096, 9.0, 5.0))) == 2048
+    assert benchmark.fewest_rows(rows((512, 1.0, 0.9), (1024, 2.0, 1.9))) == 512
+    assert benchmark.fewest_rows(rows((512, 1.0, 0.9), (1024, 2.0, 2.0))) is None
+    one_is_slower = rows((512, 1.0, 0.9), (1024, 2.0, 1.9))
+    one_is_slower[0]["kernel_ms"] = 1.2
+    assert benchmark.fewest_rows(one_is_slower) == 1024

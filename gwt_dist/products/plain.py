@@ -1,4 +1,8 @@
-"""The products in torch operations."""
+"""The products in torch operations.
+
+Sums of bf16 are in fp32, but where a library splits a sum: then ``allow_bf16_reduced_precision_reduction`` of
+``torch.backends.cuda.matmul``, True by default, lets it add the parts in bf16.
+"""
 
 from __future__ import annotations
 
