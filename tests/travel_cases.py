@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gwt_dist import Fragment, recipes
@@ -22,6 +23,18 @@ from gwt_dist.stages import Maker
 from gwt_dist.sums import lay_out
 
 WIDE = torch.float32, torch.bfloat16
+OPTIONS = st.fixed_dictionaries(
+    {
+        "nesterov": st.booleans(),
+        "correct_bias": st.booleans(),
+        "cautious": st.booleans(),
+        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.99, 0.0)]),
+        "detail_gain": st.sampled_from([None, 0.0, 0.3, "coherence"]),
+        "scale": st.sampled_from([0.25, 1.0]),
+        "weight_decay": st.sampled_from([0.1, 0.0]),
+        "lr": st.sampled_from([0.01, torch.tensor(0.02), 0.0]),
+    }
+)
 GAP = 3  # elements of the landing buffer between parts, which nobody may touch
 
 

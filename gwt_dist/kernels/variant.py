@@ -15,14 +15,14 @@ HERE = Path(__file__).parent
 # By the function of a phase: whether it updates the moments, whether it writes the weights.
 PASSES = {"moments": (True, False), "write": (False, True), "step": (True, True)}
 BETWEEN = ("", "limit")  # what may stand between phases
-# Where matrices travel: the function of the phase before, which sums two numbers a tensor; that of what is sent of units;
-# that of what weights lose by what came back.
+# Where matrices travel: the function of the phase before, which sums two numbers a tensor, that of what is sent of
+# units, and that of what weights lose by what came back.
 TRAVELS = "norms", "momentum", "write"
 
 
 def parts(program: Program) -> dict[str, str]:
     """The names of the files that the kernels of `program` are put together from, by folder."""
-    details = {} if program.travels else {"details": program.detail}  # what travels is orthogonalized, details and all
+    details = {} if program.travels else {"details": program.detail}  # they take part as the formula says
     return {"formulas": program.formula, **details, "writes": program.write}
 
 
