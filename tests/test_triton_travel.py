@@ -41,12 +41,13 @@ def test_equal_to_eager_at_every_level(interpreted: Callable[..., Any]) -> None:
 
 
 def test_equal_to_eager_where_units_are_cut(interpreted: Callable[..., Any]) -> None:
-    interpreted(cases.equal_to_eager_where_units_are_cut, 15)
+    interpreted(cases.equal_to_eager_where_units_are_cut, 40)
 
 
 def test_many_matrices_are_few_launches_and_sums_have_one_order(interpreted: Callable[..., Any]) -> None:
     found = interpreted(cases.launches_and_sums)
-    assert found["launches"] <= 2  # places that are aligned to 16 bytes, and others
+    assert found["launches"] == 2
+    assert found["places"][True] == [0] and len(found["places"][False]) == 15 and 0 not in found["places"][False]
     assert found["sums"][0] == found["sums"][1]
 
 
@@ -116,5 +117,5 @@ def code_of(kernel: str, arguments: dict[str, str], **constants: Any) -> str:
 @pytest.mark.parametrize("landing", WIDE, ids=str)
 def test_equal_to_eager_on_a_gpu(level: int, landing: torch.dtype) -> None:
     shapes = (5, 97), (64, 1024), (300, 1), (3, 42001), (2, 3, 5)
-    rules = [rule(), rule(lr=torch.tensor(0.3, device="cuda"), nesterov=True, detail_gain=0.5)]
+    rules = [rule(), rule(lr=torch.tensor(0.3, device="cuda"), nesterov=True, detail_gain=0.3)]
     equal(triton, Case([whole(*shapes)], 0, level, rules, landing, device="cuda"))
