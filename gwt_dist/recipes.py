@@ -20,7 +20,7 @@ Options = Mapping[str, Any]  # a parameter group, every key of it resolved
 EXP_AVG, EXP_AVG_SQ = Field("exp_avg", Extent.UNIT), Field("exp_avg_sq", Extent.UNIT)
 EXP_AVG_SQ_ROW = Field("exp_avg_sq_row", Extent.ROW)
 LIMITED_NORM = Field("limited_norm", Extent.TENSOR)
-# What Adam's formulas read of a rule besides lr, in the order of the tables that compiled kernels read.
+# What compiled kernels read of a rule besides lr, in the order of their tables.
 ADAM = (
     *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
     "correct_bias",
@@ -76,7 +76,7 @@ def _orthogonal_program(rows: bool, cautious: bool, products: str) -> Program:
     along = tuple(f.name for f in state if f.extent is Extent.ROW)
     travel = Travel("momentum", "orthogonalize", "write", along, products)
     phases = Pass("norms", (Sum("m_a", numbers=2),)), travel
-    return Program("normuon" if rows else "orthogonal", state, phases, "", "cautious" if cautious else "decay")
+    return Program("normuon" if rows else "orthogonal", state, phases, "", "cautious" if cautious else "decay", ADAM)
 
 
 def _adam_numbers(options: Options) -> dict[str, float]:

@@ -98,7 +98,8 @@ def write(
     rule: Rule,
 ) -> Tensor:
     """What its weights lose, as `o`: ``lr * scale * sqrt(max(R, C)) * O``."""
-    size: float | Tensor = rule.lr * (rule["scale"] * math.sqrt(max(shape[0], columns_of(shape))))
+    lr = rule.lr.double() if isinstance(rule.lr, Tensor) else rule.lr  # so that the size is rounded once
+    size: float | Tensor = lr * (rule["scale"] * math.sqrt(max(shape[0], columns_of(shape))))
     return o * size
 
 

@@ -4,27 +4,18 @@
 // details and write of a program, and `cpu.py` says which. What an item of the table means is written down in `work.py`.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>  // a third of the time to compile of torch/extension.h
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <deque>
 #include <numeric>
 #include <vector>
 
+#include "tensors.h"
 #include "units.h"
 
 namespace {
-
-constexpr int MAX_LEVEL = 8;
-
-struct Item {
-  int64_t GWT_ITEM;  // the names of its fields, in order
-};
-constexpr int64_t FIELDS = sizeof(Item) / sizeof(int64_t);
 
 // Items first..last of the table, and their norms; none (-1) without a limiter.
 struct Batch {
@@ -140,57 +131,21 @@ void run_batches(const Item* items, const Batch* batches, int64_t n, const std::
   }
 }
 
-void* data(const at::Tensor& t, bool bf16_too) {
-  TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "gwt_dist: a CPU kernel was given a tensor of another device or not dense");
-  TORCH_CHECK(t.scalar_type() == at::kFloat || (bf16_too && t.scalar_type() == at::kBFloat16),
-              "gwt_dist: a CPU kernel was given a tensor of dtype ", t.scalar_type());
-  return t.data_ptr();
-}
-
-bool readable(const at::Tensor& t, int64_t numel, bool bf16_too) {
-  return t.defined() && !t.unsafeGetTensorImpl()->is_python_dispatch() && t.layout() == at::kStrided && t.is_cpu() &&
-         t.numel() == numel && (t.scalar_type() == at::kFloat || (bf16_too && t.scalar_type() == at::kBFloat16)) &&
-         t.is_contiguous();
-}
-
-// Whether `step` may read and write all of these: of each field of state as many numbers as `needed` says, and of a
-// gradient as many as of its weight.
-bool fits(const at::Tensor& needed, const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& gradients,
-          const std::vector<at::Tensor>& steps, const std::vector<std::vector<at::Tensor>>& state) {
-  const int64_t* numels = needed.const_data_ptr<int64_t>();
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (!readable(weights[i], weights[i].numel(), true) || !readable(gradients[i], weights[i].numel(), true) ||
-        !readable(steps[i], 1, false)) {
-      return false;
-    }
-    for (const std::vector<at::Tensor>& its : state) {
-      if (!readable(its[i], *numels++, false)) return false;
-    }
-  }
-  return true;
-}
-
 void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, const std::vector<at::Tensor>& weights,
           const std::vector<at::Tensor>& gradients, const std::vector<at::Tensor>& exp_avg,
           const std::vector<at::Tensor>& exp_avg_sq, const std::vector<at::Tensor>& steps,
           const std::vector<Numbers>& rules, const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange,
           const at::Tensor& squared_norms, const at::Tensor& rho, const std::vector<at::Tensor>& limited_norms) {
   std::vector<Parameter> parameters(weights.size());
-  std::deque<Steps> known;  // parameters point to them
-  double t = -1;
-  int64_t number = -1;
+  Known<Steps> known;
   for (size_t i = 0; i < weights.size(); ++i) {
     Parameter& p = parameters[i];
     p.weight = data(weights[i], true), p.gradient = data(gradients[i], true);
     p.exp_avg = static_cast<float*>(data(exp_avg[i], false)), p.exp_avg_sq = static_cast<float*>(data(exp_avg_sq[i], false));
     p.weight_bf16 = weights[i].scalar_type() == at::kBFloat16, p.gradient_bf16 = gradients[i].scalar_type() == at::kBFloat16;
-    const double now = *steps[i].const_data_ptr<float>();
-    if (now != t || rule_numbers[i] != number) {
-      t = now, number = rule_numbers[i];
-      const Numbers& numbers = rules.at(number);
-      known.push_back({Step({numbers, t, false}), Step({numbers, t, true})});
-    }
-    p.steps = &known.back();
+    p.steps = known.of(steps[i], rules, rule_numbers[i], [](const Numbers& numbers, double t) {
+      return Steps{Step({numbers, t, false}), Step({numbers, t, true})};
+    });
   }
   std::vector<Norm> norms;
   for (size_t i = 0; i < limited_norms.size(); ++i) {
@@ -210,10 +165,6 @@ void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, con
   if (phase == MOMENTS) run_phase<MOMENTS>(table, items.size(0), parameters, completed, sums, limits);
   if (phase == WRITE) run_phase<WRITE>(table, items.size(0), parameters, completed, sums, limits);
   if (phase == STEP) run_batches(table, in_batches, batches.size(0), parameters, completed, norms);
-}
-
-void count(const std::vector<at::Tensor>& steps) {
-  for (const at::Tensor& step : steps) *static_cast<float*>(data(step, false)) += 1;
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
-"""All phases on a CPU in C++: one pass over memory for each, many tensors in one call. See `cpu.cpp`.
+"""All phases on a CPU in C++: one pass over memory for each, many tensors in one call. See `cpu.cpp`, `travel.cpp`.
 
 A library is built for each formula, details and write that a program names, on first use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Pass, Program, Rule
+from gwt_dist.declare import Extent, Pass, Program, Rule
 from gwt_dist.kernels import guard
 from gwt_dist.kernels.build import library_of, load
 from gwt_dist.kernels.variant import PASSES, parts
@@ -23,20 +24,23 @@ SUFFIX = ".h"  # of the files of `variant`
 CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
 CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of fp32 gradients are still in a cache
 _STEP = (True, True)
+_NORMS, _SEND, _KEEP = 1, 2, 3  # phases of `travel.h`
 _NONE = torch.empty(0, dtype=torch.float64)
+_NOTHING = torch.empty(0)
 _NO_BATCHES = torch.empty((0, 4), dtype=torch.int64)
 
 
 def check(work: Work, tensors: Tensors) -> None:
     """As `eager.check`, without a call of torch for each tensor."""
-    state = tensors.state
+    # Without sums nothing reads what is kept of a whole tensor.
+    names = work.program.names(*(() if work.norms else (Extent.UNIT, Extent.ROW)))
     try:
         fits = _library(work.program).fits(
-            work.needed("exp_avg", "exp_avg_sq", *(["limited_norm"] if work.norms else [])),
+            work.needed(*names),
             tensors.weights,
             tensors.gradients,
             tensors.steps,
-            [state["exp_avg"], state["exp_avg_sq"], *([state["limited_norm"]] if work.norms else [])],
+            [tensors.state[name] for name in names],
         )
     except TypeError:  # one of them is no tensor
         fits = False
@@ -57,6 +61,9 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
     """As `eager.phase`."""
     its = work.program.phases[number]
     assert isinstance(its, Pass), "whole matrices go by `rounds`"
+    if work.program.travels:
+        _travel(_NORMS, work, tensors, sums[number], _NOTHING)
+        return
     moments, write = PASSES[its.function]
     limits = sums[number - 1] if write and not moments else _NONE
     _run((moments, write), work, tensors, _NONE if write else sums[number], limits)
@@ -69,18 +76,34 @@ def step(work: Work, tensors: Tensors) -> None:
 
 def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
     """As `eager.send`."""
-    raise NotImplementedError("nothing that travels has compiled kernels yet")
+    _travel(_SEND, work, tensors, sums[0], landing)
 
 
 def keep(number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
     """As `eager.keep`."""
-    raise NotImplementedError("nothing that travels has compiled kernels yet")
+    _travel(_KEEP, work, tensors, _NONE, landing)
+
+
+def _travel(what: int, work: Work, tensors: Tensors, sums: Tensor, landing: Tensor) -> None:
+    rows, numbers = _rules(tensors.rules, work.program)
+    _library(work.program).run(
+        what,
+        work.table(CHUNK),
+        tensors.weights,
+        tensors.gradients,
+        tensors.state["exp_avg"],
+        tensors.steps,
+        rows,
+        numbers,
+        tensors.exchange.float(),
+        sums,
+        landing,
+    )
 
 
 def _run(what: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: Tensor, rho: Tensor) -> None:
     moments, write = what
-    distinct = {id(rule): rule for rule in tensors.rules}
-    numbers = {key: i for i, key in enumerate(distinct)}
+    rows, numbers = _rules(tensors.rules, work.program)
     _library(work.program).step(
         moments + 2 * write,
         work.table(CHUNK),
@@ -90,13 +113,20 @@ def _run(what: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: T
         tensors.state["exp_avg"],
         tensors.state["exp_avg_sq"],
         tensors.steps,
-        [_row(rule, work.program) for rule in distinct.values()],
-        [numbers[id(rule)] for rule in tensors.rules],
+        rows,
+        numbers,
         tensors.exchange.float(),
         squared_norms,
         rho,
         tensors.state["limited_norm"] if work.norms else [],
     )
+
+
+def _rules(rules: Sequence[Rule], program: Program) -> tuple[list[tuple[float, ...]], list[int]]:
+    """The numbers of the rules that differ, and which of them each parameter has."""
+    distinct = {id(rule): rule for rule in rules}
+    numbers = {key: i for i, key in enumerate(distinct)}
+    return [_row(rule, program) for rule in distinct.values()], [numbers[id(rule)] for rule in rules]
 
 
 def _row(rule: Rule, program: Program) -> tuple[float, ...]:
@@ -110,7 +140,8 @@ def prepare(program: Program | None = None) -> None:
 
 def library(program: Program | None = None) -> Path:
     """Where the library for `program`, the default one if None, is or will be."""
-    return library_of("cpu", *_defines(program or program_of({}, level=1)))[2]
+    program = program or program_of({}, level=1)
+    return library_of(_source(program), *_defines(program))[2]
 
 
 _loaded: dict[tuple[str, ...], Any] = {}
@@ -120,12 +151,16 @@ _loaded: dict[tuple[str, ...], Any] = {}
 def _library(program: Program) -> Any:
     defines = _defines(program)
     if defines not in _loaded:  # programs that differ in their phases alone share one
-        _loaded[defines] = load("cpu", *defines)
+        _loaded[defines] = load(_source(program), *defines)
     return _loaded[defines]
 
 
+def _source(program: Program) -> str:
+    return "travel" if program.travels else "cpu"
+
+
 def _defines(program: Program) -> tuple[str, ...]:
-    """What `cpu.cpp` is built with: the files of the program, and the order of what tables hold, said nowhere else."""
+    """What a source is built with: the files of the program, and the order of what tables hold, said nowhere else."""
     folders = {"formulas": "FORMULA", "details": "DETAIL", "writes": "WRITE"}
     files = [f"-DGWT_{folders[folder]}={name}" for folder, name in parts(program).items()]
     return *files, f"-DGWT_NUMBERS={','.join(program.numbers)}", f"-DGWT_ITEM={','.join(Item._fields)}"

@@ -27,6 +27,9 @@ struct Rule {
   double whole1() const { return 1 - std::pow(numbers[number::beta1], t); }
   double whole2() const { return 1 - std::pow(numbers[number::beta2], t); }
 
+  // What weight decay leaves of a weight.
+  double decay_factor() const { return 1 - numbers[number::lr] * numbers[number::weight_decay]; }
+
   bool nesterov() const { return leveled && numbers[number::nesterov] != 0; }
 
   // `moments.first_weight`, and the same of the second moment: 1 without correction of bias.

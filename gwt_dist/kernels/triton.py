@@ -52,6 +52,9 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
     """As `eager.phase`."""
     its = work.program.phases[number]
     assert isinstance(its, Pass), "whole matrices go by `rounds`"
+    if work.program.travels:
+        _travel().norms(work, tensors, sums[number])
+        return
     moments, write = PASSES[its.function]
     rho = sums[number - 1] if write and not moments else None
     _run((moments, write), work, tensors, None if write else sums[number], rho)
@@ -64,12 +67,18 @@ def step(work: Work, tensors: Tensors) -> None:
 
 def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
     """As `eager.send`."""
-    raise NotImplementedError("nothing that travels has compiled kernels yet")
+    _travel().send(work, tensors, sums[0], landing)
 
 
 def keep(number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
     """As `eager.keep`."""
-    raise NotImplementedError("nothing that travels has compiled kernels yet")
+    _travel().keep(work, tensors, landing)
+
+
+def _travel() -> Any:
+    from gwt_dist.kernels import triton_travel  # which asks for the tables here
+
+    return triton_travel
 
 
 def prepare(program: Program | None = None) -> None:
@@ -272,6 +281,7 @@ def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: Kept) -> 
     plain &= column["last"] == 1 << level
     for name in ("element", "moment", "units"):
         plain &= column[name] % 16 == 0
+    plain &= (column["landing"] % 16 == 0) | (column["landing"] < 0)
 
     # Partial norms of one tensor lie side by side, whichever launch they come from.
     counted = (norm >= 0).nonzero().view(-1)

@@ -14,11 +14,9 @@
 #include <array>
 #include <cmath>
 
+#include "groups.h"
 #include "rule.h"
-#include "vectors.h"
 
-#define GWT_TEXT(x) #x
-#define GWT_HEADER(folder, name) GWT_TEXT(folder/name.h)
 #include GWT_HEADER(formulas, GWT_FORMULA)
 #include GWT_HEADER(details, GWT_DETAIL)
 #include GWT_HEADER(writes, GWT_WRITE)
@@ -29,7 +27,7 @@ enum Phase : int64_t { MOMENTS = 1, WRITE = 2, STEP = 3 };
 
 // A rule at one step, in the precision of the units.
 struct Step {
-  float beta1, rest1, beta2, rest2, eps, decay_factor;  // of weight decay: 1 - lr * weight_decay
+  float beta1, rest1, beta2, rest2, eps, decay_factor;
   bool nesterov;
   double scale, limiter;
   Detail detail;
@@ -40,51 +38,12 @@ struct Step {
         beta2(rule[number::beta2]),
         rest2(1 - rule[number::beta2]),
         eps(rule[number::eps]),
-        decay_factor(1 - rule[number::lr] * rule[number::weight_decay]),
+        decay_factor(rule.decay_factor()),
         nesterov(rule.nesterov()),
         scale(rule.leveled ? rule[number::scale] : 1),
         limiter(rule[number::limiter]),
         detail(rule) {}
 };
-
-// Squares are added in double, lane by lane; the order depends on nothing but the item.
-using Lanes = std::array<double, V>;
-
-// Groups between reading gradients and writing weights: enough for the latencies of one unit's root and division to hide
-// behind other units, few enough for the gradients to stay in the L1 cache.
-template <int L>
-constexpr int BLOCK = std::clamp(256 / (V << L), 1, 32);
-
-// Fetches a group that lies `ahead` elements further on, past the end or not: the processor's own prefetching stops at
-// the end of a page, and does not know that weights follow gradients.
-template <int L, int ahead, typename T>
-INLINE void prefetch(const T* p) {
-  for (size_t i = 0; i < V << L; i += 64 / sizeof(T)) __builtin_prefetch(p + ahead + i);
-}
-
-// What the elements of V units have in common.
-template <int FACTORS>
-struct UnitFactors {
-  std::array<std::array<float, V>, FACTORS> factors;
-
-  INLINE void keep(const std::array<Vec, FACTORS>& given) {
-    for (int i = 0; i < FACTORS; ++i) given[i].store(factors[i].data());
-  }
-
-  INLINE std::array<Vec, FACTORS> load() const {
-    std::array<Vec, FACTORS> found;
-    for (int i = 0; i < FACTORS; ++i) found[i] = Vec::loadu(factors[i].data());
-    return found;
-  }
-};
-
-// Those for the elements of vector j of a group.
-template <int L, size_t FACTORS>
-INLINE std::array<Vec, FACTORS> spread_all(const std::array<Vec, FACTORS>& units, int j) {
-  std::array<Vec, FACTORS> found;
-  for (size_t i = 0; i < FACTORS; ++i) found[i] = spread<L>(units[i], j);
-  return found;
-}
 
 // Weights of V units: x, w [V * 2**L].
 template <int L, typename D, typename W, typename G>

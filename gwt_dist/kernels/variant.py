@@ -8,18 +8,22 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from gwt_dist.declare import Pass, Program
+from gwt_dist.declare import Extent, Pass, Program, Travel
 from gwt_dist.recipes import ADAM
 
 HERE = Path(__file__).parent
 # By the function of a phase: whether it updates the moments, whether it writes the weights.
 PASSES = {"moments": (True, False), "write": (False, True), "step": (True, True)}
 BETWEEN = ("", "limit")  # what may stand between phases
+# Where matrices travel: the function of the phase before, which sums two numbers a tensor, that of what is sent of
+# units, and that of what weights lose by what came back.
+TRAVELS = "norms", "momentum", "write"
 
 
 def parts(program: Program) -> dict[str, str]:
     """The names of the files that the kernels of `program` are put together from, by folder."""
-    return {"formulas": program.formula, "details": program.detail, "writes": program.write}
+    details = {} if program.travels else {"details": program.detail}  # they take part as the formula says
+    return {"formulas": program.formula, **details, "writes": program.write}
 
 
 @cache
@@ -31,7 +35,15 @@ def lacking(program: Program, suffix: str) -> str:
     unsaid = sorted(set(ADAM) - set(program.numbers))
     if unsaid:
         return f"rules without {', '.join(unsaid)}"
+    if program.travels:
+        return "" if _travels(*program.phases) else f"phases such as {program.phases}"
     for phase in program.phases:
         if not isinstance(phase, Pass) or phase.function not in PASSES or phase.then not in BETWEEN:
             return f"phases such as {phase}"
     return ""
+
+
+def _travels(first: Pass | Travel, *others: Pass | Travel) -> bool:
+    if not isinstance(first, Pass) or first.then or [(s.extent, s.numbers) for s in first.sums] != [(Extent.TENSOR, 2)]:
+        return False
+    return [(first.function, its.send, its.keep) for its in others if isinstance(its, Travel)] == [TRAVELS]

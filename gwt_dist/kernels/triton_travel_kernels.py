@@ -1,0 +1,189 @@
+"""The Triton kernels of matrices that travel; imports triton, so import it inside functions alone. See `triton_travel`.
+
+As in `triton_kernels`: fp32 mathematics on fp32 or bf16 buffers in single operations, in the order of `formulas`.
+"""
+
+# Arguments are values of Triton's own compiler, which has no types for them.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+import triton
+import triton.language as tl
+
+from gwt_dist.kernels.triton_kernels import (
+    BETA1,
+    COHERENT,
+    CORRECT_BIAS,
+    DETAIL_GAIN,
+    ELEMENT,
+    ELEMENT_STRIDE,
+    HELD,
+    ITEM,
+    LAST,
+    LEAD,
+    LR,
+    MOMENT,
+    MOMENT_STRIDE,
+    NESTEROV,
+    NORM,
+    PARAMETER,
+    PLACE,
+    POINTERS,
+    ROWS,
+    RULE,
+    SCALE,
+    SLOT,
+    UNITS,
+    WEIGHT_DECAY,
+)
+from gwt_dist.kernels.triton_math import power, unit_sum
+from gwt_dist.kernels.work import Item
+
+LANDING = tl.constexpr(Item._fields.index("landing"))
+SIDE = tl.constexpr(Item._fields.index("side"))
+WEIGHTS = tl.constexpr(2)  # of a parameter: those of all gradients in the momentum that is read, and in the one before
+
+
+@triton.jit(do_not_specialize=["count"])
+def momentum_weights(parameters, rules, weights, count, BLOCK: tl.constexpr):
+    """`moments.first_weight` of each parameter, and ``1 - b1**(t-1)``: ``[count, WEIGHTS]`` fp64."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < count
+    parameter = parameters + i * POINTERS
+    step = tl.load(parameter + 4, mask=live, other=0).to(tl.pointer_type(tl.float32))
+    t = tl.load(step, mask=live, other=1.0).to(tl.int32)
+    rule = rules + tl.load(parameter + 5, mask=live, other=0) * RULE
+    beta1, correct = tl.load(rule + BETA1), tl.load(rule + CORRECT_BIAS) != 0
+    nesterov = tl.load(rule + NESTEROV) != 0
+    tl.store(weights + i * WEIGHTS, tl.where(correct, 1 - power(beta1, t + nesterov), 1.0), mask=live)
+    tl.store(weights + i * WEIGHTS + 1, 1 - power(beta1, t - 1), mask=live)
+
+
+@triton.jit(do_not_specialize=["partials"])
+def units(
+    items,  # [programs, ITEM] int64
+    parameters,  # [P, POINTERS] int64
+    rules,  # [R, RULE] fp64
+    weights,  # [P, WEIGHTS] fp64, of `momentum_weights`
+    exchange,  # elements of cut units, fp32 or fp64
+    sums,  # [T] fp64, two numbers a tensor, where SEND
+    squares,  # [2, partials] fp64, else: of the momentum and of its approximation, of each item
+    landing,  # [elements], what is sent
+    partials,
+    GAINED: tl.constexpr,  # functions of the formula: `detail_gain`, `momentum`
+    MOMENTUM: tl.constexpr,
+    SEND: tl.constexpr,
+    LEVEL: tl.constexpr,
+    GAIN: tl.constexpr,  # 2**(-LEVEL / 2)
+    GRADIENT: tl.constexpr,  # dtypes
+    SENT: tl.constexpr,
+    PLAIN: tl.constexpr,  # one run of whole units, aligned to 16 bytes, a multiple of 16 units
+    BLOCK: tl.constexpr,  # units taken at once
+):
+    """The sums of one item, or its momentum and what is sent of it."""
+    UNIT: tl.constexpr = 1 << LEVEL
+    item = items + tl.program_id(0).to(tl.int64) * ITEM
+    number, element, moment = tl.load(item + PARAMETER), tl.load(item + ELEMENT), tl.load(item + MOMENT)
+    total_rows, per_row = tl.load(item + ROWS).to(tl.int32), tl.load(item + UNITS).to(tl.int32)
+    last = tl.load(item + LAST).to(tl.int32)
+    element_stride = tl.load(item + ELEMENT_STRIDE).to(tl.int32)
+    moment_stride = tl.load(item + MOMENT_STRIDE).to(tl.int32)
+    slot, lead, held = tl.load(item + SLOT), tl.load(item + LEAD), tl.load(item + HELD)
+    to = tl.load(item + LANDING)
+
+    parameter = parameters + number * POINTERS
+    g = tl.load(parameter + 1).to(tl.pointer_type(GRADIENT))
+    m = tl.load(parameter + 2).to(tl.pointer_type(tl.float32))
+    if PLAIN:
+        g, m, per_row = tl.multiple_of(g, 16), tl.multiple_of(m, 16), tl.multiple_of(per_row, 16)
+        element, moment, to = tl.multiple_of(element, 16), tl.multiple_of(moment, 16), tl.multiple_of(to, 16)
+    g, m = g + element, m + moment
+
+    if SEND:
+        rule = rules + tl.load(parameter + 5) * RULE
+        beta1, nesterov = tl.load(rule + BETA1), tl.load(rule + NESTEROV) != 0
+        rest1, beta1 = (1 - beta1).to(tl.float32), beta1.to(tl.float32)
+        first_weight = tl.load(weights + number * WEIGHTS).to(tl.float32)
+        norm = sums + tl.load(item + NORM)
+        before, least = tl.load(weights + number * WEIGHTS + 1), tl.load(rule + DETAIL_GAIN)
+        gain = GAINED(tl.load(norm), tl.load(norm + 1), before, least, tl.load(rule + COHERENT) != 0).to(tl.float32)
+
+    # Units are counted through all rows of the item. A cut unit comes whole from the exchange; of it, lead..lead+held
+    # are sent.
+    cut = slot >= 0
+    lowest = tl.where(cut, lead, 0)
+    highest = tl.where(cut, lead + held, UNIT)
+    j = tl.arange(0, UNIT)[None, :]
+    of_m, of_a = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    total = total_rows * per_row
+    for first in range(0, total, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        live = i < total
+        if PLAIN:
+            at_m, at = i, (i * UNIT)[:, None] + j
+            owned = live[:, None] & (j < UNIT)
+            x = tl.load(g + at, mask=owned, other=0.0).to(tl.float32)
+        else:
+            row = i // per_row
+            k = i - row * per_row
+            at_m, at = row * moment_stride + k, (row * element_stride + k * UNIT)[:, None] + j
+            length = tl.where(k == per_row - 1, last, UNIT)
+            real = live[:, None] & (j < length[:, None])
+            owned = real & (j >= lowest) & (j < highest)
+            present = tl.where(cut, 0, length)[:, None]  # elements that are in the gradient; of a cut unit, none
+            x = tl.load(g + at, mask=real & (j < present), other=0.0).to(tl.float32)
+            completed = tl.load(exchange + slot + at, mask=real & (j >= present), other=0.0).to(tl.float32)
+            x = tl.where(cut, completed, x)
+            at = at - lowest
+
+        a = unit_sum(x, BLOCK, LEVEL) * GAIN
+        exp_avg = tl.load(m + at_m, mask=live, other=0.0)
+        if SEND:
+            exp_avg, u = MOMENTUM(x, a, exp_avg, beta1, rest1, first_weight, gain, nesterov, GAIN)
+            tl.store(m + at_m, exp_avg, mask=live)
+            tl.store(landing + to + at, u.to(SENT), mask=owned)
+        else:
+            wide_m, wide_a = exp_avg.to(tl.float64), a.to(tl.float64)
+            of_m += tl.where(live & (lead == 0), wide_m * wide_m, 0.0)
+            of_a += tl.where(live & (lead == 0), wide_a * wide_a, 0.0)
+    if not SEND:
+        place = tl.load(item + PLACE)
+        tl.store(squares + place, tl.sum(of_m), mask=place >= 0)
+        tl.store(squares + partials + place, tl.sum(of_a), mask=place >= 0)
+
+
+@triton.jit
+def keep(
+    items,  # as of `units`
+    parameters,
+    rules,
+    landing,  # [elements], what came back
+    LOST: tl.constexpr,  # functions of the formula and of its way to write
+    WRITTEN: tl.constexpr,
+    LEVEL: tl.constexpr,
+    WEIGHT: tl.constexpr,  # dtype
+    PLAIN: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements taken at once
+):
+    """The weights of one item, whose elements lie side by side: rows that are taken together are whole."""
+    item = items + tl.program_id(0).to(tl.int64) * ITEM
+    parameter = parameters + tl.load(item + PARAMETER) * POINTERS
+    element, back = tl.load(item + ELEMENT), tl.load(item + LANDING)
+    w = tl.load(parameter).to(tl.pointer_type(WEIGHT))
+    if PLAIN:
+        w, element, back = tl.multiple_of(w, 16), tl.multiple_of(element, 16), tl.multiple_of(back, 16)
+    of_row = ((tl.load(item + UNITS) - 1) << LEVEL) + tl.load(item + LAST)
+    elements = tl.where(tl.load(item + SLOT) >= 0, tl.load(item + HELD), tl.load(item + ROWS) * of_row).to(tl.int32)
+    if PLAIN:
+        elements = tl.multiple_of(elements, 16)
+    w, o = w + element, landing + back
+
+    rule = rules + tl.load(parameter + 5) * RULE
+    lr = tl.load(rule + LR)
+    size = LOST(lr, tl.load(rule + SCALE), tl.load(item + SIDE)).to(tl.float32)
+    decay_factor = (1 - lr * tl.load(rule + WEIGHT_DECAY)).to(tl.float32)
+    for first in range(0, elements, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        live = i < elements
+        change = tl.load(o + i, mask=live, other=0.0).to(tl.float32) * size
+        weight = WRITTEN(tl.load(w + i, mask=live, other=0.0).to(tl.float32), change, decay_factor)
+        tl.store(w + i, weight.to(WEIGHT), mask=live)
