@@ -103,7 +103,7 @@ LIGHT = {"torch", "pywt"}
 # `import gwt_dist` never loads these.
 ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
 # Nor these, which import triton: functions import them.
-LAZY = {f"kernels/{name}.py" for name in ("triton_kernels", "triton_math")} | {
+LAZY = {f"kernels/{name}.py" for name in ("triton_kernels", "triton_lines", "triton_math")} | {
     path.relative_to(PACKAGE).as_posix()
     for folder in ("formulas", "details", "writes")
     for path in (PACKAGE / "kernels" / folder).glob("[!_]*.py")
