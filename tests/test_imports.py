@@ -107,15 +107,15 @@ LIGHT = {"torch", "pywt"}
 # `import gwt_dist` never loads these.
 ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
 # Nor these, which import triton: functions import them.
-LAZY = (
-    {"products/symmetric_kernels.py"}
-    | {*(f"kernels/{name}.py" for name in ("triton_kernels", "triton_math", "triton_travel_kernels"))}
-    | {
+LAZY = {
+    *("products/symmetric_kernels.py", "kernels/triton_kernels.py", "kernels/triton_lines.py"),
+    *("kernels/triton_math.py", "kernels/triton_travel_kernels.py"),
+    *(
         path.relative_to(PACKAGE).as_posix()
         for folder in ("formulas", "details", "writes")
         for path in (PACKAGE / "kernels" / folder).glob("[!_]*.py")
-    }
-)
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,44 @@ def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(
     assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
 
 
+@needs_triton
+@pytest.mark.parametrize("level", [1, 2, 6])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_rows_that_begin_anywhere_are_read_and_written_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, level: int, bits: int
+) -> None:
+    """One instruction an element of a thread, and none more for units that are in parts, whatever the level."""
+    if triton.interpreted():
+        pytest.skip("TRITON_INTERPRET is set")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    dtype = {16: "bfloat16", 32: "float32"}[bits]
+    code = compiled(PROGRAM, level, dtype, moments=True, write=True, plain=False)
+    found = Counter(re.findall(r"\b((?:ld|st)\.global\.\S*b(?:16|32)|shfl|(?:ld|st)\.local)", code))
+    elements = triton.CHUNK // 4 // 128  # of a thread; a unit has one moment, or one for each part of four elements
+    moments = 2 * elements // min(1 << level, 4)
+    # Weights and gradients; moments; and in the other branch, elements of cut units, which are fp32.
+    expected = Counter({f"ld.global.b{bits}": 2 * elements, f"st.global.b{bits}": elements})
+    expected += Counter({"ld.global.b32": elements + moments, "st.global.b32": moments})
+    assert found == expected
+
+
+@needs_triton
+@pytest.mark.parametrize(("level", "dtype", "most"), [(1, "bfloat16", 1.15), (4, "float32", 1.07)])
+def test_rows_that_begin_anywhere_ask_for_few_more_sectors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, level: int, dtype: str, most: float
+) -> None:
+    """By addresses and layouts, over the bytes that a step must move; and nothing is spilled."""
+    if triton.interpreted():
+        pytest.skip("TRITON_INTERPRET is set")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import transactions
+
+    asked, beyond, used = transactions.count(level, dtype, 5461)
+    assert 1 <= beyond <= asked <= most
+    assert [each.split(" / ")[1] for each in used] == ["0"] * len(used)
+
+
 def compiled(program: Program, level: int, dtype: str, moments: bool, write: bool, plain: bool) -> str:
     import triton.language as tl
 
@@ -196,12 +235,16 @@ def compiled(program: Program, level: int, dtype: str, moments: bool, write: boo
     its |= dict(WRITTEN=functions["writes"].written)
 
     tables = dict(items="*i64", parameters="*i64", rules="*fp64", sizes="*fp64", exchange="*fp32", rho="*fp64")
-    constants: dict[str, Any] = dict(MOMENTS=moments, WRITE=write, LEVEL=level, GAIN=2.0 ** (-level / 2), PLAIN=plain)
-    constants |= its | dict(WEIGHT=getattr(tl, dtype), GRADIENT=getattr(tl, dtype), BLOCK=triton.CHUNK >> level)
-    return code_of("phase", tables | dict(partials="*fp64"), constants)
+    constants: dict[str, Any] = dict(MOMENTS=moments, WRITE=write, LEVEL=level, GAIN=2.0 ** (-level / 2))
+    constants |= its | dict(WEIGHT=getattr(tl, dtype), GRADIENT=getattr(tl, dtype))
+    options = triton.options(plain, level)
+    constants |= {name: options.pop(name) for name in ("PLAIN", "BLOCK")}
+    return code_of("phase", tables | dict(partials="*fp64"), constants, options)
 
 
-def code_of(kernel: str, arguments: dict[str, str], constants: dict[str, Any]) -> str:
+def code_of(
+    kernel: str, arguments: dict[str, str], constants: dict[str, Any], options: dict[str, Any] = triton.OPTIONS
+) -> str:
     """PTX of a kernel for an H100."""
     import triton as compiler
     from triton.backends.compiler import GPUTarget
@@ -211,7 +254,7 @@ def code_of(kernel: str, arguments: dict[str, str], constants: dict[str, Any]) -
         signature=arguments | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )
-    found = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=triton.OPTIONS)
+    found = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return str(found.asm["ptx"])
 
 

@@ -28,7 +28,7 @@ from gwt_dist.kernels.work import Item, Tensors, Work
 SUFFIX = ".py"  # of the files of `variant`
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-_TURNS = 4  # of a program whose places are not plain: all at once would take most registers for addresses
+_TURNS = 4  # of a program whose places are not plain: all at once would take most registers for places
 _PARTIALS = 1024  # partial norms and ...
 _SIZES = 32  # ... step sizes that a program takes at once
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -145,6 +145,14 @@ class _Programs:
     partials: Tensor  # scratch
 
 
+def options(plain: bool, level: int) -> dict[str, Any]:
+    """With what the kernel of all phases is compiled, beside its functions and dtypes."""
+    # Where places are not plain, no fewer elements than a warp has lanes: the first may lie anywhere in its line.
+    if plain:
+        return {**OPTIONS, "PLAIN": True, "BLOCK": max(1, CHUNK >> level)}
+    return {**OPTIONS, "PLAIN": False, "BLOCK": max(1, max(32, CHUNK // _TURNS) >> level), "num_warps": 4}
+
+
 _kept: WeakKeyDictionary[Work, Kept] = WeakKeyDictionary()
 
 
@@ -206,9 +214,7 @@ def _launch(
             GAIN=2.0 ** (-group.level / 2),
             WEIGHT=getattr(tl, group.weight),
             GRADIENT=getattr(tl, group.gradient),
-            PLAIN=group.plain,
-            BLOCK=max(1, (CHUNK if group.plain else CHUNK // _TURNS) >> group.level),
-            **OPTIONS,
+            **options(group.plain, group.level),
         )
     if squared_norms is not None and len(programs.norms):
         kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)

@@ -10,6 +10,7 @@ multiplications and additions, so that a unit has the bits of the reference.
 import triton
 import triton.language as tl
 
+from gwt_dist.kernels.triton_lines import PART, before, changes, place_of_change, places, ring, to_parts
 from gwt_dist.kernels.triton_math import power, unit_sum
 from gwt_dist.kernels.work import Item
 from gwt_dist.recipes import ADAM
@@ -25,7 +26,6 @@ MOMENT = tl.constexpr(_FIELDS.index("moment"))
 ROWS = tl.constexpr(_FIELDS.index("rows"))
 UNITS = tl.constexpr(_FIELDS.index("units"))
 LAST = tl.constexpr(_FIELDS.index("last"))
-ELEMENT_STRIDE = tl.constexpr(_FIELDS.index("element_stride"))
 MOMENT_STRIDE = tl.constexpr(_FIELDS.index("moment_stride"))
 SLOT = tl.constexpr(_FIELDS.index("slot"))
 LEAD = tl.constexpr(_FIELDS.index("lead"))
@@ -67,16 +67,19 @@ def phase(
     GAIN: tl.constexpr,  # 2**(-LEVEL / 2)
     WEIGHT: tl.constexpr,  # dtypes
     GRADIENT: tl.constexpr,
-    PLAIN: tl.constexpr,  # one run of whole units, aligned to 16 bytes, a multiple of 16 units
+    PLAIN: tl.constexpr,  # one run of whole units, aligned to 16 bytes, a multiple of 16 units; else see `triton_lines`
     BLOCK: tl.constexpr,  # units taken at once
 ):
     """Moments, weights or both of one item."""
     UNIT: tl.constexpr = 1 << LEVEL
+    N: tl.constexpr = BLOCK * UNIT
+    V: tl.constexpr = UNIT if PLAIN else min(UNIT, PART)  # elements of a part of a unit
+    PARTS: tl.constexpr = UNIT // V
+    M: tl.constexpr = BLOCK * PARTS  # parts taken at once
     item = items + tl.program_id(0).to(tl.int64) * ITEM
     number, element, moment = tl.load(item + PARAMETER), tl.load(item + ELEMENT), tl.load(item + MOMENT)
     rows, units = tl.load(item + ROWS).to(tl.int32), tl.load(item + UNITS).to(tl.int32)
     last = tl.load(item + LAST).to(tl.int32)
-    element_stride = tl.load(item + ELEMENT_STRIDE).to(tl.int32)
     moment_stride = tl.load(item + MOMENT_STRIDE).to(tl.int32)
     slot, lead, held = tl.load(item + SLOT), tl.load(item + LEAD), tl.load(item + HELD)
     norm, place = tl.load(item + NORM), tl.load(item + PLACE)
@@ -111,57 +114,91 @@ def phase(
             size = size / tl.load(rho + norm, mask=norm >= 0, other=1.0)
         factor = size.to(tl.float32)
 
-    # Units are counted through all rows of the item. A cut unit comes whole from the exchange; its weights lie at
-    # lead..lead+held of it.
-    cut = slot >= 0
-    lowest = tl.where(cut, lead, 0)
-    highest = tl.where(cut, lead + held, UNIT)
-    j = tl.arange(0, UNIT)[None, :]
-    squares = tl.zeros((BLOCK,), tl.float64)
+    # Units are counted through all rows of the item, which lie one behind another. A cut unit comes whole from the
+    # exchange; its weights lie at lead..lead+held of it.
+    q = tl.arange(0, M)
+    squares = tl.zeros((M,), tl.float64)
     total = rows * units
-    for first in range(0, total, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        live = i < total
+    if not PLAIN:
+        cut = slot >= 0
+        lowest = tl.where(cut, lead, 0).to(tl.int32)
+        w, g = w - lowest, g - lowest
+        columns = (units - 1) * UNIT + last
+        padding = units * UNIT - columns  # of a row: where it would be, there is the next row
+    for turn in range(0, total, BLOCK):
         if PLAIN:
-            at_m, at = i, (i * UNIT)[:, None] + j
-            count = tl.full((BLOCK,), UNIT, tl.float32)
-            real = live[:, None] & (j < UNIT)
-            owned = real
+            i = turn + q
+            live = i < total
+            leads = live
+            at_m, at = i, (i * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]
+            count = tl.full((M,), UNIT, tl.float32)
+            real = live[:, None] & (tl.arange(0, UNIT)[None, :] < UNIT)
             x = tl.load(g + at, mask=real, other=0.0).to(tl.float32)
         else:
-            row = i // units
+            i = turn + q // PARTS
+            live = i < total
+            leads = live & (q % PARTS == 0)  # of the parts of a unit, the one that stands for it
+            row = tl.zeros((M,), tl.int32)
+            # Elements of this turn, counted from the first of the item; divisions are dear.
+            begin, end = turn * UNIT, total * UNIT - padding
+            if rows > 1:
+                row = i // units
+                after = tl.minimum(turn + BLOCK, total)
+                begin, end = begin - turn // units * padding, after * UNIT - after // units * padding
             k = i - row * units
-            at_m, at = row * moment_stride + k, (row * element_stride + k * UNIT)[:, None] + j
+            at_m = row * moment_stride + k
             length = tl.where(k == units - 1, last, UNIT)
             count = length.to(tl.float32)
-            real = live[:, None] & (j < length[:, None])
-            owned = real & (j >= lowest) & (j < highest)
-            present = tl.where(cut, 0, length)[:, None]  # elements that are in the gradient; of a cut unit, none
-            x = tl.load(g + at, mask=real & (j < present), other=0.0).to(tl.float32)
-            completed = tl.load(exchange + slot + at, mask=real & (j >= present), other=0.0).to(tl.float32)
-            x = tl.where(cut, completed, x)
-            at = at - lowest
+            # Those of them that this rank has, counted from the first of the turn.
+            low, high = lowest, tl.where(cut, lead + held, tl.minimum(end - begin, N)).to(tl.int32)
 
-        a = unit_sum(x, BLOCK, LEVEL) * GAIN
+            if WRITE:
+                # Before anything waits for the gradient, so that both are on their way together.
+                shift = before(w + begin)
+                on_ring = ring(tl.arange(0, N), shift, N)
+                at_w, at = w + begin - shift + on_ring, on_ring - shift
+                owned = (at - low).to(tl.uint32) < (high - low).to(tl.uint32)
+                weight = tl.load(at_w, mask=owned)
+            shift = before(g + begin)
+            on_ring = ring(places(N), shift, N)
+            if cut:
+                x = tl.load(exchange + slot - shift + on_ring, mask=on_ring < shift + last).to(tl.float32)
+            else:
+                x = tl.load(g + begin - shift + on_ring, mask=on_ring < shift + high).to(tl.float32)
+            first = turn * UNIT - begin + q * V - row * padding
+            x = to_parts(x, first + shift, tl.where(live, length - q % PARTS * V, 0), N, V)
+
         exp_avg = tl.load(m + at_m, mask=live, other=0.0)
         exp_avg_sq = tl.load(v + at_m, mask=live, other=0.0)
+        # Of a unit in parts all threads have read the moments before one writes them: sums of parts wait for all.
+        a = unit_sum(x, M, LEVEL) * GAIN
         if MOMENTS:
             exp_avg = exp_avg * beta1 + a * rest1
-            exp_avg_sq = exp_avg_sq * beta2 + SECOND(x, a, count, BLOCK, LEVEL) * rest2
-            tl.store(m + at_m, exp_avg, mask=live)
-            tl.store(v + at_m, exp_avg_sq, mask=live)
+            exp_avg_sq = exp_avg_sq * beta2 + SECOND(x, a, count, M, LEVEL) * rest2
+            tl.store(m + at_m, exp_avg, mask=leads)
+            tl.store(v + at_m, exp_avg_sq, mask=leads)
         n = exp_avg  # `moments.read`
         if LEVEL > 0:
             n = tl.where(nesterov, exp_avg * beta1 + a * rest1, n)
-        if WRITE:
+        if not WRITE:
+            normed = tl.div_rn(n, tl.sqrt_rn(exp_avg_sq) + eps).to(tl.float64)
+            squares += tl.where(leads & (lead == 0), normed * normed, 0.0)
+        elif PLAIN:
             change = CHANGE(
                 x, a, exp_avg, exp_avg_sq, n, factor, one, other, rest1, eps, detail_gain, coherent, GAIN, LEVEL
             )
-            weight = WRITTEN(tl.load(w + at, mask=owned, other=0.0).to(tl.float32), change, decay_factor)
-            tl.store(w + at, weight.to(WEIGHT), mask=owned)
+            weight = WRITTEN(tl.load(w + at, mask=real, other=0.0).to(tl.float32), change, decay_factor)
+            tl.store(w + at, weight.to(WEIGHT), mask=real)
         else:
-            normed = tl.div_rn(n, tl.sqrt_rn(exp_avg_sq) + eps).to(tl.float64)
-            squares += tl.where(live & (lead == 0), normed * normed, 0.0)
+            change = changes(
+                CHANGE, x, a, exp_avg, exp_avg_sq, n, factor, one, other, rest1, eps, detail_gain, coherent, GAIN,
+                LEVEL, M, V,
+            )  # fmt: skip
+            if rows > 1:
+                at = tl.minimum(at + (begin + at) // columns * padding + begin - turn * UNIT, N - 1)
+            change = tl.gather(change, place_of_change(at, M, V), 0)
+            weight = WRITTEN(weight.to(tl.float32), change, decay_factor)
+            tl.store(at_w, weight.to(WEIGHT), mask=owned)
     if not WRITE:
         tl.store(partials + place, tl.sum(squares), mask=place >= 0)
 

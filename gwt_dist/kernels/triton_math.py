@@ -9,11 +9,22 @@ import triton.language as tl
 
 @triton.jit
 def unit_sum(x, BLOCK: tl.constexpr, LEVEL: tl.constexpr):
-    """Sum ``[BLOCK, 2**LEVEL]`` over units into ``[BLOCK]``, a tree of neighbours as `wavelet.unit_sum`."""
+    """Sum of the unit of each row of `x`, ``[BLOCK]``, a tree of neighbours as `wavelet.unit_sum`.
+
+    A row is a unit, ``[BLOCK, 2**LEVEL]``, or a part of one, ``[BLOCK, V]``, with its other parts next to it: their
+    sums go on in a butterfly, which adds the pairs of the tree and leaves the sum with all of them.
+    """
+    parts: tl.constexpr = (1 << LEVEL) // x.shape[1]
     for level in tl.static_range(LEVEL):
-        even, odd = tl.split(tl.reshape(x, (BLOCK, 1 << (LEVEL - 1 - level), 2)))
-        x = even + odd
-    return tl.reshape(x, (BLOCK,))
+        if (parts << level) < (1 << LEVEL):
+            even, odd = tl.split(tl.reshape(x, (BLOCK, (1 << (LEVEL - 1 - level)) // parts, 2)))
+            x = even + odd
+    x = tl.reshape(x, (BLOCK,))
+    i = tl.arange(0, BLOCK)
+    for level in tl.static_range(LEVEL):
+        if (1 << level) < parts:
+            x += tl.gather(x, i ^ (1 << level), 0)
+    return x
 
 
 @triton.jit

@@ -11,5 +11,5 @@ from gwt_dist.kernels.triton_math import unit_sum
 
 @triton.jit
 def second(x, a, count, BLOCK: tl.constexpr, LEVEL: tl.constexpr):
-    """What the second moment takes of units x, (BLOCK, U), of `count` real elements: (BLOCK,)."""
+    """What the second moment takes of units x or their parts, as `unit_sum`, of `count` real elements: (BLOCK,)."""
     return tl.div_rn(unit_sum(x * x, BLOCK, LEVEL), count)
