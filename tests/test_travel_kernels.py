@@ -26,7 +26,9 @@ HERE = torch.device("cpu")
 def test_matrices_of_any_shape(level: int, landing: torch.dtype) -> None:
     equal(
         cpu,
-        Case([whole(*SHAPES)], 0, level, [rule(), rule(lr=torch.tensor(0.3), nesterov=True, detail_gain=0.3)], landing),
+        Case(
+            [whole(*SHAPES)], 0, level, [rule(), rule(lr=torch.tensor(0.02), nesterov=True, detail_gain=0.3)], landing
+        ),
     )
 
 
