@@ -56,6 +56,8 @@ class Schedule:
 
     def __init__(self, members: Sequence[Member], device: torch.device) -> None:
         self.members, self._device = tuple(members), device
+        self.moving = [i for i, member in enumerate(members) if member.moves]
+        self.shapes = [members[i].shape for i in self.moving]
         self._first_slot = [0, *accumulate(member.plan.exchange.length for member in members)]
         exchanging = [member.plan for member in members if member.plan.exchange.length]
         self._lengths = [plan.exchange.length for plan in exchanging]
@@ -69,7 +71,7 @@ class Schedule:
             if member.moves and member.plan.exchange.sends
         ]
         self._groups = [member.group for member in members]
-        self._has_dtensors = any(member.is_dtensor for member in members)
+        self.has_dtensors = any(member.is_dtensor for member in members)
         moves = [member.moves for member in members]
         self._counting = _counting(members, device)
         make = Maker([m.dtype for m in members], [m.group for m in members], moves, self._first_slot, device)
@@ -93,7 +95,7 @@ class Schedule:
         states: Sequence[Mapping[str, Any]],
         rules: Sequence[Rule],  # one a group
     ) -> None:
-        """One step, counted; for members without a gradient weights, gradients and states may be anything."""
+        """One step, counted; for members that do not move weights, gradients and states may be anything."""
         exchange = torch.zeros(self._first_slot[-1], dtype=self._exchange_dtype, device=self._device)
 
         def tensors(run: Run) -> Tensors:
@@ -128,6 +130,15 @@ class Schedule:
             for stage in self._stages:
                 stage.settle(phase, sums[-1], states, rules)
 
+    def spread(self, values: list[T]) -> list[Any]:
+        """Of `values`, one a member that moves, one a member: None of the others."""
+        if len(values) == len(self.members):
+            return values
+        found: list[Any] = [None] * len(self.members)
+        for i, value in zip(self.moving, values, strict=True):
+            found[i] = value
+        return found
+
     def _lacking(self, states: Sequence[Mapping[str, Any]], error: KeyError) -> ValueError:
         """For state that was taken out of the optimizer's, and is no state any more."""
         for member, state in zip(self.members, states, strict=True):
@@ -142,7 +153,7 @@ class Schedule:
 
     def _local(self, tensors: list[Tensor]) -> list[Tensor]:
         """The parts of DTensors that this rank holds; other tensors, and those that no kernel takes, as they are."""
-        if not self._has_dtensors:
+        if not self.has_dtensors:
             return tensors
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 

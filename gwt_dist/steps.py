@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from gwt_dist.shards import shard_of
 
 Group = dict[str, Any]
 Numbered = tuple[int, Tensor]  # a parameter and the number of its group
-_NO_STATE: Group = {}
+_SHAPE = attrgetter("shape")
 _KEPT = 1024  # schedules at once; a fused backward pass has one for each group of parameters
 
 
@@ -180,22 +181,44 @@ class Steps:
 def _run(
     schedule: Schedule,
     parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
+    gradients: Sequence[Any],  # None where there is none
     known: MutableMapping[Tensor, Group],
     rules: Sequence[Rule],
 ) -> None:
     """One step of the members of a schedule."""
-    states: list[Mapping[str, Any]] = []
-    weights, given = [], []
-    for member, parameter, gradient in zip(schedule.members, parameters, gradients, strict=True):
-        if gradient is None or not member.moves:
-            states.append(_NO_STATE)
-            weights.append(parameter)
-            given.append(parameter)
-            continue
-        weight = parameter
-        if member.is_dtensor:
-            weight, gradient = dtensor.local(weight), dtensor.local(gradient, like=parameter)
+    its = [parameters[i] for i in schedule.moving]
+    weights, given = its, [gradients[i] for i in schedule.moving]
+    if schedule.has_dtensors:
+        weights = [dtensor.local(parameter) for parameter in its]
+        given = [dtensor.local(gradient, like=parameter) for gradient, parameter in zip(given, its, strict=True)]
+    # One call of C a tensor and list, here and in kernels: with a thousand small tensors each counts.
+    if list(map(_SHAPE, weights)) != schedule.shapes or list(map(_SHAPE, given)) != schedule.shapes:
+        _refuse_shapes(schedule, weights, given)
+    states = [known[parameter] for parameter in its]
+    if not all(states):
+        for i, parameter, state in zip(schedule.moving, its, states, strict=True):
+            if not state:
+                state.update(schedule.members[i].plan.fresh_state(parameter))
+    dense = list(map(Tensor.contiguous, weights))
+    copies = [(weight, copy) for weight, copy in zip(weights, dense, strict=True) if copy is not weight]
+    for weight, _ in copies:
+        if any(n > 1 and not by for n, by in zip(weight.shape, weight.stride(), strict=True)):
+            raise ValueError(
+                f"a parameter of shape {tuple(weight.shape)} has the strides {weight.stride()}, so that elements of it "
+                f"share memory and cannot be changed one by one; give it memory of its own (p.data = p.data.clone())"
+            )
+    given = list(map(Tensor.contiguous, given))
+    if any(map(Tensor.is_neg, given)):  # torch would negate them when it reads them; a kernel reads memory
+        given = [gradient.resolve_neg() for gradient in given]
+    schedule.run(schedule.spread(dense), schedule.spread(given), schedule.spread(states), rules)
+    for weight, copy in copies:
+        weight.copy_(copy)
+
+
+def _refuse_shapes(schedule: Schedule, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Raise `ValueError` for a parameter of another shape than its plan's, or a gradient of another than it."""
+    for i, weight, gradient in zip(schedule.moving, weights, gradients, strict=True):
+        member = schedule.members[i]
         if weight.shape != member.shape:
             raise _changed_shape(member, weight)
         if gradient.shape != member.shape and gradient.numel() == weight.numel():  # others a kernel's check tells
@@ -205,24 +228,6 @@ def _run(
                 f"{tuple(weight.shape)}: the step would use those of other elements. Put back what backward() made; "
                 f"under FSDP1 run the last backward pass before step() outside of no_sync()"
             )
-        state = known[parameter]
-        if not state:
-            state.update(member.plan.fresh_state(parameter))
-        states.append(state)
-        weights.append(weight)
-        given.append(gradient)
-    dense = [weight.contiguous() for weight in weights]
-    for weight, copy in zip(weights, dense, strict=True):
-        if copy is not weight and any(n > 1 and not by for n, by in zip(weight.shape, weight.stride(), strict=True)):
-            raise ValueError(
-                f"a parameter of shape {tuple(weight.shape)} has the strides {weight.stride()}, so that elements of it "
-                f"share memory and cannot be changed one by one; give it memory of its own (p.data = p.data.clone())"
-            )
-    # What torch would negate when it is read is negated now: a kernel reads memory.
-    schedule.run(dense, [gradient.contiguous().resolve_neg() for gradient in given], states, rules)
-    for weight, copy in zip(weights, dense, strict=True):
-        if copy is not weight:
-            weight.copy_(copy)
 
 
 def _changed_shape(member: Member, weight: Tensor) -> ValueError:
