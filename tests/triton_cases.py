@@ -22,7 +22,7 @@ from gwt_dist import GWTAdamW, recipes
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent, Rule
 from gwt_dist.formulas import moments
-from gwt_dist.kernels import Place, choice, eager, triton
+from gwt_dist.kernels import Place, choice, eager, tables, triton
 from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.plan import Form, Plan
 from gwt_dist.schedule import Member, Schedule
@@ -254,7 +254,7 @@ def step_sizes(betas: tuple[float, float], steps: list[int], nesterov: bool) -> 
     numbers = rule(PAPER, betas=betas, lr=0.3, nesterov=nesterov)
     counts = [torch.tensor(float(t)) for t in steps]
     parameters = torch.tensor([[0, 0, 0, 0, t.data_ptr(), 0] for t in counts])
-    rules = torch.tensor([triton._row(numbers, torch.device("cpu"))], dtype=torch.float64)
+    rules = torch.tensor([tables.row(numbers, torch.device("cpu"))], dtype=torch.float64)
     kernels, of_detail = triton._kernels(), triton._functions(numbers.program)["details"].sizes
     found = torch.zeros((len(steps), kernels.SIZES.value), dtype=torch.float64)
     with interpreter():

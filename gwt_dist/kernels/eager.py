@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,15 +46,6 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
 
 def step(work: Work, tensors: Tensors) -> None:
     """All phases of tensors that this process holds whole, and what stands between them."""
-    in_turn(phase, work, tensors)
-
-
-def in_turn(
-    phase: Callable[[int, Work, Tensors, list[Tensor]], None],  # of any kernel
-    work: Work,
-    tensors: Tensors,
-) -> None:
-    """As `step`, by the phases of another kernel."""
     if not tensors.weights:
         return
     sums: list[Tensor] = []

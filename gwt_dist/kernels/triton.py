@@ -1,27 +1,27 @@
 """All phases on a GPU in Triton: one launch for all items of one level and dtype. See `triton_kernels.py`.
 
 Nothing here waits for the GPU: tables go there from pinned memory when what they say has changed, and never into memory
-that was written before, which a captured CUDA graph may read again at each replay. Learning rates that are tensors, and
-steps, are read on the device.
+that was written before, which a captured CUDA graph may read again at each replay. Steps are read on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeGuard
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Pass, Program, Rule
-from gwt_dist.kernels import eager, guard
+from gwt_dist.declare import Pass, Program
+from gwt_dist.kernels import guard
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.kept import Kept
+from gwt_dist.kernels.tables import Kinds, limited_of, parameters_of, rules_of
 from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
 
@@ -30,17 +30,28 @@ CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TURNS = 4  # of a program whose places are not plain: all at once would take most registers for addresses
 _PARTIALS = 1024  # partial norms and ...
-_SIZES = 32  # ... step sizes that a program takes at once
-_FLOATS = (torch.float32, torch.bfloat16)
+_SIZES = 32  # ... step sizes ...
+_NORMS = 256  # ... and norms that a program takes at once
 
 
 def check(work: Work, tensors: Tensors) -> None:
-    """As `eager.check`, of sizes alone; what else is asked of tensors is asked when they have moved, see `_check`."""
-    sizes = [[weight.numel() for weight in tensors.weights], *(work.numels[name] for name in work.program.names())]
-    found = [tensors.gradients, *(tensors.state[name] for name in work.program.names())]
-    for expected, its in zip(sizes, found, strict=True):
-        if [tensor.numel() for tensor in its] != list(expected):
-            guard.check(work, tensors)
+    """As `eager.check`, of sizes; what else is asked of tensors is asked when they have moved, see `tables`."""
+    names = work.program.names()
+    sizes = [map(Tensor.numel, tensors.weights), *(work.numels[name] for name in names)]
+    found = [tensors.gradients, *(tensors.state[name] for name in names)]
+    try:
+        fits = all(list(map(Tensor.numel, its)) == list(expected) for expected, its in zip(sizes, found, strict=True))
+    except TypeError:  # one of them is no tensor
+        fits = False
+    if not fits:
+        guard.check(work, tensors)  # says which
+
+    def look(kept: Kept) -> None:
+        parameters_of(work, tensors, kept)
+        if work.norms:
+            limited_of(work, tensors, kept)
+
+    _run(work, tensors.exchange.device, look)
 
 
 def count(steps: list[Tensor]) -> None:
@@ -50,16 +61,25 @@ def count(steps: list[Tensor]) -> None:
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
     """As `eager.phase`."""
-    its = work.program.phases[number]
-    assert isinstance(its, Pass), "whole matrices go by `rounds`"
-    moments, write = PASSES[its.function]
-    rho = sums[number - 1] if write and not moments else None
-    _run((moments, write), work, tensors, None if write else sums[number], rho)
+    _run(work, tensors.exchange.device, lambda kept: _phase(number, work, tensors, kept, sums))
+
+
+def settle(work: Work, tensors: Tensors, sums: Tensor) -> None:
+    """As `eager.settle`, in place; of `tensors` state and rules are read."""
+    _run(work, sums.device, lambda kept: _settle(work, tensors, kept, sums))
 
 
 def step(work: Work, tensors: Tensors) -> None:
     """As `eager.step`; without a limiter the gradient is read once."""
-    eager.in_turn(phase, work, tensors)
+
+    def phases(kept: Kept) -> None:
+        sums = [torch.zeros(size, dtype=torch.float64, device=kept.device) for size in work.sizes]
+        for number, its in enumerate(work.program.phases):
+            _phase(number, work, tensors, kept, sums)
+            if isinstance(its, Pass) and its.then:
+                _settle(work, tensors, kept, sums[number])
+
+    _run(work, tensors.exchange.device, phases)
 
 
 def prepare(program: Program | None = None) -> None:
@@ -129,17 +149,28 @@ class _Programs:
 _kept: WeakKeyDictionary[Work, Kept] = WeakKeyDictionary()
 
 
-def _run(
-    phase: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: Tensor | None, rho: Tensor | None
-) -> None:
-    if not tensors.weights:
-        return
-    device = tensors.weights[0].device
+def _run(work: Work, device: torch.device, do: Callable[[Kept], None]) -> None:
+    """Call `do` on `device` with what is kept there of `work`."""
     kept = _kept.get(work)
     if kept is None or kept.device != device:
         kept = _kept[work] = Kept(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _launch(phase, work, tensors, kept, squared_norms, rho)
+        do(kept)
+
+
+def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Tensor]) -> None:
+    its = work.program.phases[number]
+    assert isinstance(its, Pass), "whole matrices go by `rounds`"
+    moments, write = PASSES[its.function]
+    rho = sums[number - 1] if write and not moments else None
+    _launch((moments, write), work, tensors, kept, None if write else sums[number], rho)
+
+
+def _settle(work: Work, tensors: Tensors, kept: Kept, sums: Tensor) -> None:
+    limited, rules = limited_of(work, tensors, kept), rules_of(tensors, kept).table
+    if len(limited):
+        programs = (-(-len(limited) // _NORMS),)
+        _kernels().limit[programs](limited, rules, sums, len(limited), BLOCK=_NORMS, **OPTIONS)
 
 
 def _launch(
@@ -153,9 +184,11 @@ def _launch(
     import triton.language as tl
 
     kernels, count, (moments, write) = _kernels(), len(tensors.weights), phase
-    functions = _functions(work.program)
-    rules, which = _rules(tensors.rules, kept)
-    parameters, programs = _tables(work, tensors, which, kept)
+    if not count:
+        return
+    functions, rules = _functions(work.program), rules_of(tensors, kept).table
+    parameters, kinds = parameters_of(work, tensors, kept)
+    programs: _Programs = kept.get("programs", (kinds,), lambda: _programs(work, kinds, kept))
     shape = count, kernels.SIZES.value
     sizes = kept.get("sizes", shape, lambda: torch.empty(shape, dtype=torch.float64, device=kept.device))
     if write:
@@ -195,70 +228,12 @@ def _launch(
         kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
 
 
-def _rules(rules: Sequence[Rule], kept: Kept) -> tuple[Tensor, list[int]]:
-    """The numbers of the rules that differ, ``[rules, numbers]`` fp64, and which of them each parameter has."""
-    distinct = {id(rule): rule for rule in rules}
-    numbers = {key: i for i, key in enumerate(distinct)}
-    rows = tuple(_row(rule, kept.device) for rule in distinct.values())
-    table: Tensor = kept.get("rules", rows, lambda: kept.upload(rows, torch.float64))
-    for i, rule in enumerate(distinct.values()):
-        if _on_device(rule.lr, kept.device):
-            table[i, :1].copy_(rule.lr.view(-1))
-    return table, [numbers[id(rule)] for rule in rules]
-
-
-def _row(rule: Rule, device: torch.device) -> tuple[float, ...]:
-    lr = 0.0 if _on_device(rule.lr, device) else float(rule.lr)
-    return lr, *(float(rule[name]) for name in _kernels().NUMBERS[1:])
-
-
-def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
-    """Whether a learning rate must not be read here: it would be to wait for the GPU."""
-    return isinstance(lr, Tensor) and lr.device.type == device.type
-
-
-def _tables(work: Work, tensors: Tensors, which: list[int], kept: Kept) -> tuple[Tensor, _Programs]:
-    """Where the tensors of each parameter lie, ``[parameters, 6]`` int64, and the programs that go with them."""
-    lists = tensors.weights, tensors.gradients, tensors.state["exp_avg"], tensors.state["exp_avg_sq"], tensors.steps
-    pointers = [tuple(tensor.data_ptr() for tensor in each) for each in lists]
-    dtypes = [tuple(tensor.dtype for tensor in each) for each in lists[:2]]
-
-    def make() -> tuple[Tensor, _Programs]:
-        _check(tensors, kept.device)
-        aligned = [all(pointer % 16 == 0 for pointer in each) for each in zip(*pointers[:4], strict=True)]
-        programs = kept.get("programs", (*dtypes, *aligned), lambda: _programs(work, tensors, aligned, kept))
-        return kept.upload(list(zip(*pointers, which, strict=True)), torch.int64), programs
-
-    source = *pointers, *dtypes, tuple(which)
-    tables: tuple[Tensor, _Programs] = kept.get("tables", source, make)
-    return tables
-
-
-def _check(tensors: Tensors, device: torch.device) -> None:
-    kinds = {
-        "weight": (tensors.weights, _FLOATS),
-        "gradient": (tensors.gradients, _FLOATS),
-        "exp_avg": (tensors.state["exp_avg"], [torch.float32]),
-        "exp_avg_sq": (tensors.state["exp_avg_sq"], [torch.float32]),
-        "step": (tensors.steps, [torch.float32]),
-    }
-    for name, (each, dtypes) in kinds.items():
-        for i, tensor in enumerate(each):
-            if tensor.device != device or tensor.dtype not in dtypes or not tensor.is_contiguous():
-                raise ValueError(
-                    f"the {name} of parameter {i} of this step, shape {tuple(tensor.shape)}, is {tensor.dtype} on "
-                    f"{tensor.device}{'' if tensor.is_contiguous() else ', not dense'}; the Triton kernels would read "
-                    f"wrong memory. They take dense {' or '.join(map(str, dtypes))} on {device}; "
-                    f"GWT_DIST_KERNEL=eager takes everything"
-                )
-
-
-def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: Kept) -> _Programs:
+def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
     """The items of a work, grouped by what a kernel is compiled for."""
     table = work.table(CHUNK)
     column = dict(zip(Item._fields, table.unbind(1), strict=True))
     number, level, norm = column["parameter"], column["level"], column["norm"]
-    plain = torch.tensor(aligned)[number] & (column["rows"] == 1) & (column["slot"] < 0)
+    plain = torch.tensor(kinds.aligned)[number] & (column["rows"] == 1) & (column["slot"] < 0)
     plain &= column["last"] == 1 << level
     for name in ("element", "moment", "units"):
         plain &= column[name] % 16 == 0
@@ -272,7 +247,7 @@ def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: Kept) -> 
     ends = lengths.cumsum(0)
 
     items = torch.cat([table, place[:, None]], 1)
-    wide = [[tensor.dtype == torch.float32 for tensor in each] for each in (tensors.weights, tensors.gradients)]
+    wide = [[dtype == torch.float32 for dtype in each] for each in (kinds.weights, kinds.gradients)]
     keys = torch.stack([level, *(torch.tensor(each)[number].long() for each in wide), plain.long()], 1)
     groups = []
     for key in keys.unique(dim=0):

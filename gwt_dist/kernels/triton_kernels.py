@@ -42,6 +42,7 @@ WEIGHT_DECAY = tl.constexpr(NUMBERS.index("weight_decay"))
 SCALE = tl.constexpr(NUMBERS.index("scale"))
 DETAIL_GAIN = tl.constexpr(NUMBERS.index("detail_gain"))
 COHERENT = tl.constexpr(NUMBERS.index("coherent"))
+LIMITER = tl.constexpr(NUMBERS.index("limiter"))
 NESTEROV = tl.constexpr(NUMBERS.index("nesterov"))
 CORRECT_BIAS = tl.constexpr(NUMBERS.index("correct_bias"))
 
@@ -177,6 +178,22 @@ def add_partials(partials, norms, squared_norms, BLOCK: tl.constexpr):
         total += tl.load(partials + i, mask=i < end, other=0.0)
     place = squared_norms + tl.load(norm)
     tl.store(place, tl.load(place) + tl.sum(total))
+
+
+@triton.jit(do_not_specialize=["count"])
+def limit(limited, rules, sums, count, BLOCK: tl.constexpr):
+    """`limiter.limit_growth` of `count` squared norms, each of which its rho replaces; `limited` ``[count, 2]``."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < count
+    place = tl.load(limited + i * 2, mask=live, other=0).to(tl.pointer_type(tl.float32))
+    limiter = tl.load(rules + tl.load(limited + i * 2 + 1, mask=live, other=0) * RULE + LIMITER)
+    before = tl.load(place, mask=live, other=0.0).to(tl.float64)
+    norm = tl.sqrt(tl.load(sums + i, mask=live, other=0.0))
+    valid = (norm > 0) & (norm < float("inf"))
+    growth = norm / (before + 1e-8)
+    rho = tl.where(valid & (before > 0), tl.where(growth > limiter, growth, limiter) / limiter, 1.0)
+    tl.store(sums + i, rho, mask=live)
+    tl.store(place, tl.where(valid, norm / rho, before).to(tl.float32), mask=live)
 
 
 @triton.jit(do_not_specialize=["count"])
