@@ -91,27 +91,58 @@ def all_reduce(buffer: Tensor, group: ProcessGroup) -> None:
     dist.all_reduce(buffer, group=group)
 
 
-def swap(buffer: Tensor, sends: Sequence[int], receives: Sequence[int], peers: Peers) -> Tensor:
-    """Send the next ``sends[i]`` elements of a 1-D buffer to each peer; returns what they send, ``receives[i]`` each.
+Kinds = Sequence[Sequence[Tensor]]  # of each kind of message, a buffer for each peer
 
-    One message from one rank to another at most, none if it would be empty. In a world of 1 it is the same buffer.
+
+def begin(outgoing: Kinds, incoming: Kinds, peers: Peers) -> Callable[[], None]:
+    """Start to send, of each kind, ``outgoing[kind][i]`` to peer i and to fill ``incoming[kind][i]`` with what it has.
+
+    Returns what waits until all of it is there; until then nothing of it may be written. One message from one rank to
+    another for each kind at most, none if it would be empty; to itself a rank copies. All peers pass the same kinds
+    with the same lengths, in the same order of calls.
     """
+    for sent, received in zip(outgoing, incoming, strict=True):
+        received[peers.here].copy_(sent[peers.here])
     if peers.world_size == 1:
-        return buffer
-    received = buffer.new_empty(sum(receives))
-    outgoing, incoming = buffer.split(list(sends)), received.split(list(receives))
-    incoming[peers.here].copy_(outgoing[peers.here])
-    deliver(outgoing, incoming, peers)
-    return received
+        return _nothing
+    return post(outgoing, incoming, peers)
 
 
-def deliver(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], peers: Peers) -> None:
-    """Send `outgoing`, one for each of the other peers, and fill `incoming`."""
+def _nothing() -> None:
+    pass
+
+
+def post(outgoing: Kinds, incoming: Kinds, peers: Peers) -> Callable[[], None]:
+    """As `begin`, to and from the other peers alone."""
+    staged = any(needs_host(buffer.device, peers) for kind in outgoing for buffer in kind)
+    if staged:
+        outgoing = [[buffer.cpu() for buffer in kind] for kind in outgoing]
+    there = [[torch.empty_like(buffer, device="cpu") for buffer in kind] for kind in incoming] if staged else incoming
     messages = [
         dist.P2POp(operation, buffer, rank, peers.group)
-        for operation, buffers in ((dist.isend, outgoing), (dist.irecv, incoming))
-        for i, (buffer, rank) in enumerate(zip(buffers, peers.ranks, strict=True))
+        for operation, kinds in ((dist.isend, outgoing), (dist.irecv, there))
+        for kind in kinds
+        for i, (buffer, rank) in enumerate(zip(kind, peers.ranks, strict=True))
         if i != peers.here and buffer.numel()
     ]
-    for request in dist.batch_isend_irecv(messages) if messages else ():
-        request.wait()
+    requests = dist.batch_isend_irecv(messages) if messages else []
+
+    def wait() -> None:
+        for request in requests:
+            request.wait()
+        if staged:
+            for kind, its in zip(incoming, there, strict=True):
+                for i, (buffer, arrived) in enumerate(zip(kind, its, strict=True)):
+                    if i != peers.here:
+                        buffer.copy_(arrived)
+
+    return wait
+
+
+def needs_host(device: torch.device, peers: Peers) -> bool:
+    """Whether messages between `peers` go through the memory of the host: gloo sends none from that of a GPU."""
+    if device.type == "cpu" or peers.world_size == 1:
+        return False
+    # "cuda:nccl,cpu:gloo"
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(peers.group).split(",") if ":" in pair)
+    return backends.get(device.type) == "gloo"

@@ -70,9 +70,12 @@ class Travel:
     """A phase that takes each whole matrix to one rank and back, and ends the step. Functions of the formula."""
 
     send: str  # (Share) -> (N, U): what is sent of a part
-    work: str  # (matrix [R, C], {row field: [R]}, rule) -> (R, C): on the rank that owns the matrix
+    # (matrices [n, R, C], {row field: [n, R]}, rules) on the rank that owns them, in place. There are rules for the
+    # first matrices alone, equal ones side by side; the others are zeros, and stay so.
+    work: str
     keep: str  # (elements of a part of what came back, shape of the tensor, rule) -> change of its weights
     rows: tuple[str, ...] = ()  # ROW fields that go along, are updated there in place, and come back
+    products: str = "auto"  # dtype of the matrices that travel and of their products: see `products.dtype_of`
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SECOND_MOMENTS = ("approximation", "energy", "none")
+PRODUCTS = ("auto", "bf16", "fp32")  # of whole matrices: see `products.dtype_of`
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ KEYS: dict[str, Key] = {
     "cautious": Key(False, lambda v: isinstance(v, bool), _FLAG),
     "correct_bias": Key(True, lambda v: isinstance(v, bool), _FLAG),
     "nor": Key(0.0, lambda v: within(v, 0, 1) and v < 1, f"must be in [0, 1), 0 for none, {_MEANT}"),
+    "products": Key("auto", lambda v: v in PRODUCTS, f"must be one of {PRODUCTS} {_MEANT}"),
 }
 
 # Arguments of `GWTAdamW` that every recipe has, beside the parameters.

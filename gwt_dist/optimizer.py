@@ -58,6 +58,8 @@ class GWTAdamW(torch.optim.Optimizer):
         correct_bias: False leaves ``sqrt(1-b2**t)/(1-b1**t)``, the published form of the correction, out.
         nor: Of ``"orthogonal"``: decay rate of the mean squares of rows of the orthogonalized matrix, which are brought
             to one size (NorMuon, arXiv 2510.05491; 0.95 there), R numbers more a matrix; 0 for none.
+        products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
+            ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
 
     Raises:
         ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
@@ -82,6 +84,7 @@ class GWTAdamW(torch.optim.Optimizer):
         cautious: bool | None = None,
         correct_bias: bool | None = None,
         nor: float | None = None,
+        products: str | None = None,
     ) -> None:
         self._forget_layout()
         defaults = dict(
@@ -100,6 +103,7 @@ class GWTAdamW(torch.optim.Optimizer):
             cautious=cautious,
             correct_bias=correct_bias,
             nor=nor,
+            products=products,
         )
         check_group(defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)

@@ -67,13 +67,14 @@ def _adam_program(second_moment: str, detail: str, limited: bool, cautious: bool
 
 
 def _orthogonal(options: Options) -> Program:
-    return _orthogonal_program(options["nor"] > 0, bool(options["cautious"]))
+    return _orthogonal_program(options["nor"] > 0, bool(options["cautious"]), options["products"])
 
 
 @lru_cache
-def _orthogonal_program(rows: bool, cautious: bool) -> Program:
+def _orthogonal_program(rows: bool, cautious: bool, products: str) -> Program:
     state = (EXP_AVG, EXP_AVG_SQ_ROW, LIMITED_NORM) if rows else (EXP_AVG, LIMITED_NORM)
-    travel = Travel("momentum", "orthogonalize", "write", tuple(f.name for f in state if f.extent is Extent.ROW))
+    along = tuple(f.name for f in state if f.extent is Extent.ROW)
+    travel = Travel("momentum", "orthogonalize", "write", along, products)
     phases = Pass("norms", (Sum("m_a", numbers=2),)), travel
     return Program("normuon" if rows else "orthogonal", state, phases, "", "cautious" if cautious else "decay")
 
@@ -120,7 +121,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
     "orthogonal": Recipe(
-        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", *_ANY)),
+        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", "products", *_ANY)),
         {"second_moment": "none"},
         {
             "limiter": "no second moment is kept: it limits the growth of a normalized momentum, and an "

@@ -81,9 +81,7 @@ class Maker:
         for entry in entries:
             pieces = [piece for _, piece in entry.pieces()]
             if pieces and self.moves[entry.member]:
-                # What travels is the work of `rounds`, between phases in torch.
-                travels = entry.program.travels
-                kernel = eager if travels else choose(self.device, self.dtypes[entry.member], entry.program, pieces)
+                kernel = choose(self.device, self.dtypes[entry.member], entry.program, pieces)
                 found.setdefault(id(kernel), (kernel, []))[1].append(entry)
         return list(found.values())
 
@@ -121,10 +119,8 @@ class Stage:
         self._rounds: dict[int, Rounds] = {}
         for number, phase in enumerate(program.phases):
             if isinstance(phase, Travel):
-                # Of those that move there is one run, since what travels is never compiled.
-                run = self.runs[0] if self.runs else Run(eager, (), Work((), program, ()))
-                holders, work = _holders(entries, run, make), run.work
-                self._rounds[number] = Rounds(work, phase, holders, make.device)
+                kernels = [run.kernel for run in self.runs]
+                self._rounds[number] = Rounds(number, program, _holders(entries, self.runs, make), kernels, make.device)
 
     def phase(
         self,
@@ -135,8 +131,7 @@ class Stage:
     ) -> None:
         """Run a phase, if the program has so many."""
         if number in self._rounds:
-            nothing = Tensors([], [], {}, [], [], sums[0])
-            self._rounds[number].run(given[0][1] if given else nothing, sums, rules)
+            self._rounds[number].run([tensors for _, tensors in given], sums, rules)
         elif number < len(self.program.phases):
             for run, tensors in given:
                 run.kernel.phase(number, run.work, tensors, sums)
@@ -152,10 +147,12 @@ class Stage:
             its_sums.copy_(eager.settle(self.program, its, self._lengths[number], state, its_rules, its_sums))
 
 
-def _holders(entries: Sequence[Entry], run: Run, make: Maker) -> list[Holder]:
-    parts: dict[int, list[Part]] = {member: [] for member in run.members}
-    for part in run.work.parts:
-        parts[run.members[part.parameter]].append(part)
+def _holders(entries: Sequence[Entry], runs: Sequence[Run], make: Maker) -> list[Holder]:
+    run_of = {member: number for number, run in enumerate(runs) for member in run.members}
+    parts: dict[int, list[Part]] = {}
+    for run in runs:
+        for part in run.work.parts:
+            parts.setdefault(run.members[part.parameter], []).append(part)
     return [
         Holder(
             entry.plan,
@@ -163,6 +160,7 @@ def _holders(entries: Sequence[Entry], run: Run, make: Maker) -> list[Holder]:
             math_dtype(make.dtypes[entry.member]),
             make.groups[entry.member],
             entry.levels,
+            run_of.get(entry.member, 0),
         )
         for entry in entries
     ]

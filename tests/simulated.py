@@ -23,12 +23,12 @@ class Group:
 
     world: int
     calls: list[int] = field(default_factory=list)  # elements of each sum, as rank 0 saw them
-    swaps: list[int] = field(default_factory=list)  # elements that rank 0 sent in each swap
+    swaps: list[list[int]] = field(default_factory=list)  # of each swap, the elements of each kind that rank 0 sent
 
     def __post_init__(self) -> None:
         self._barrier = threading.Barrier(self.world)
         self._buffers: list[Tensor | None] = [None] * self.world
-        self._letters: list[list[Tensor]] = [[] for _ in range(self.world)]
+        self._letters: list[list[list[Tensor]]] = [[] for _ in range(self.world)]
         self._rank = threading.local()
 
     def all_reduce(self, buffer: Tensor, group: object) -> None:
@@ -46,19 +46,30 @@ class Group:
         self._barrier.wait(timeout=30)
         buffer.copy_(total)
 
-    def deliver(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], peers: Peers) -> None:
+    def post(
+        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], peers: Peers
+    ) -> Callable[[], None]:
         """Messages of one swap: each rank leaves its own and takes what the others left for it."""
         assert peers.group is self
-        self._letters[peers.here] = [buffer.clone() for buffer in outgoing]
+        self._letters[peers.here] = [[buffer.clone() for buffer in kind] for kind in outgoing]
         self._barrier.wait(timeout=30)
-        for i, buffer in enumerate(incoming):
-            letter = self._letters[i][peers.here]
-            assert letter.numel() == buffer.numel(), "ranks disagree on the length of a message"
-            if i != peers.here:
-                buffer.copy_(letter)
+        arrived = []
+        for kind, buffers in enumerate(incoming):
+            for i, buffer in enumerate(buffers):
+                letter = self._letters[i][kind][peers.here]
+                assert letter.numel() == buffer.numel(), "ranks disagree on the length of a message"
+                assert letter.dtype == buffer.dtype, "ranks disagree on the dtype of a message"
+                if i != peers.here:
+                    arrived.append((buffer, letter))
         if peers.here == 0:
-            self.swaps.append(sum(buffer.numel() for buffer in outgoing))
+            self.swaps.append([sum(b.numel() for i, b in enumerate(kind) if i) for kind in outgoing])
         self._barrier.wait(timeout=30)
+
+        def wait() -> None:
+            for buffer, letter in arrived:  # not before: who reads too early finds what was there
+                buffer.copy_(letter)
+
+        return wait
 
     def run(self, function: Callable[[int], None]) -> None:
         """Call `function(rank)` on every rank at once; the first exception of a rank is raised here."""
@@ -72,7 +83,7 @@ class Group:
                 errors.append(error)
                 self._barrier.abort()
 
-        with patch("gwt_dist.comm.all_reduce", self.all_reduce), patch("gwt_dist.comm.deliver", self.deliver):
+        with patch("gwt_dist.comm.all_reduce", self.all_reduce), patch("gwt_dist.comm.post", self.post):
             threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.world)]
             for thread in threads:
                 thread.start()

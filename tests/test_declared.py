@@ -119,7 +119,7 @@ def test_keys_that_a_loaded_state_does_not_have_yet_stay_as_they_are() -> None:
         return optimizer
 
     saved, new = built().state_dict(), built(cautious=True)
-    for key in ("cautious", "nesterov", "correct_bias", "nor"):
+    for key in ("cautious", "nesterov", "correct_bias", "nor", "products"):
         del saved["param_groups"][0][key]
     new.load_state_dict(saved)
     assert new.param_groups[0]["cautious"] is True and new.param_groups[0]["nesterov"] is None

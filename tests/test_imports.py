@@ -20,8 +20,8 @@ LINES = 400  # aim at 300; at this length a module does two things
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
-MATH = {"units", "wavelet", "piece", "formulas", *DECLARED}
-LAYOUT = {"layout", "exchange", "matrices", "comm", "dtensor", "groups"}
+MATH = {"units", "wavelet", "piece", "products", "formulas", *DECLARED}
+LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer"}
 STATE = {"checkpoint", "memory", "config", "ds_json"}
@@ -36,15 +36,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ds_json": {"keys"},
     "extents": {"layout", "exchange", "declare"},
     "piece": {"layout", "units", "wavelet"},
-    "formulas": {"declare", "piece", "layout"},
-    "matrices": {"layout"},
+    "products": set(),
+    "formulas": {"declare", "piece", "layout", "products"},
+    "owners": {"layout"},
+    "matrices": {"layout", "owners"},
     "kernels": {"wavelet", "declare", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
     "groups": set(),
     "dtensor": {"layout", "exchange", "comm"},
     "plan": {"units", "exchange", "declare", "extents", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
-    "rounds": {"units", "declare", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
+    "rounds": {"units", "declare", "products", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
     "stages": {"declare", "exchange", "piece", "formulas", "kernels", "rounds", "sums"},
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},
@@ -81,12 +83,14 @@ EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
     "layout": set(),
     "exchange": set(),
+    "owners": set(),
     "matrices": set(),
     **{part: set() for part in DECLARED},
     "ds_json": {"hjson"},
     "units": {"pywt"},
     "memory": {"torch"},
     "wavelet": {"torch", "pywt"},
+    "products": {"torch", "triton"},
     "kernels": {"torch", "triton"},
     "engines": {"torch", "deepspeed", "fairscale"},
     "checkpoint": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers"},

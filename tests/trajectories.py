@@ -30,10 +30,12 @@ def cases() -> Iterator[tuple[str, int, str]]:
 
 
 def in_one_order(u_RC: Tensor) -> Tensor:
-    """Muon's iteration on ``[R, C]`` in single additions and multiplications.
+    """Muon's iteration on ``[R, C]``, or a stack of them, in single additions and multiplications.
 
     A library's matrix product has other bits on every processor.
     """
+    if u_RC.dim() > 2:
+        return torch.stack([in_one_order(u) if u.any() else u for u in u_RC])
 
     def times(x: Tensor, y: Tensor) -> Tensor:
         total = torch.zeros(x.shape[0], y.shape[1], dtype=x.dtype)

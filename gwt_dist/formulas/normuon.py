@@ -10,8 +10,10 @@ matrix and is updated where all of it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from gwt_dist.declare import Rule
@@ -20,10 +22,25 @@ from gwt_dist.formulas.orthogonal import momentum, newton_schulz, norms, write
 __all__ = ["momentum", "norms", "orthogonalize", "write"]
 
 
-def orthogonalize(u_RC: Tensor, rows: Mapping[str, Tensor], rule: Rule) -> Tensor:
-    """``O'`` of a whole matrix, (R, C); ``rows["exp_avg_sq_row"]`` is w, (R,), updated in place."""
-    o_RC, w_R = newton_schulz(u_RC), rows["exp_avg_sq_row"]
-    w_R.lerp_(o_RC.square().mean(1), 1 - rule["nor"])
-    even_RC = o_RC / (w_R.sqrt() + 1e-8)[:, None]
-    scale: Tensor = o_RC.norm() / (even_RC.norm() + 1e-30)
-    return even_RC * scale
+def orthogonalize(
+    u_nRC: Tensor,  # (n, R, C)
+    rows: Mapping[str, Tensor],  # "exp_avg_sq_row": w, (n, R), updated in place
+    rules: Sequence[Rule],  # of each matrix but for places without one; equal ones side by side
+) -> None:
+    """Put ``O'`` in the place of ``U``."""
+    w_nR = rows["exp_avg_sq_row"]
+    o_nRC = newton_schulz(u_nRC).to(w_nR.dtype)
+    mean_nR = o_nRC.square().mean(-1)
+    first = 0
+    for nor, its in groupby(rule["nor"] for rule in rules):
+        last = first + len(list(its))
+        w_nR[first:last].lerp_(mean_nR[first:last], 1 - nor)
+        first = last
+    even_nRC = o_nRC / (w_nR.sqrt() + 1e-8)[..., None]
+    scale = _norm(o_nRC) / (_norm(even_nRC) + 1e-30)
+    u_nRC.copy_(even_nRC * scale)
+
+
+def _norm(matrices_nRC: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrices_nRC, dim=(-2, -1), keepdim=True)
+    return norm

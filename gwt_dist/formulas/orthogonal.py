@@ -5,7 +5,7 @@
     m    = b1*m + (1-b1)*a
     n    = m, or b1*m + (1-b1)*a with Nesterov
     U    = synthesis of n / (1-b1**t) and g * details       g = detail_gain, or c where that is more
-    O    = newton_schulz(U)                                 U of the whole matrix [R, C]
+    O    = newton_schulz(U)                                 U of the whole matrix [R, C], as it travels
     W   -= lr * scale * sqrt(max(R, C)) * O
     W   *= 1 - lr * weight_decay
 
@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gwt_dist import products
 from gwt_dist.declare import Rule
 from gwt_dist.formulas.moments import first_weight, read
 from gwt_dist.formulas.share import Share
@@ -34,23 +35,32 @@ from gwt_dist.layout import columns_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+ALIGNED = 16  # elements: of rows and columns in the iteration
 
 
 def newton_schulz(
-    u_RC: Tensor,  # (R, C), fp32 or fp64
+    u_nRC: Tensor,  # (..., R, C), fp32, fp64 or bf16
 ) -> Tensor:
-    """A matrix (R, C) with the singular vectors of `u_RC` and singular values of about 1 (0.7 to 1.2), same dtype.
+    """Matrices (..., R, C) with the singular vectors of `u_nRC` and singular values of about 1 (0.7 to 1.2).
 
     Each step is ``x = a*x + b*(x x^T) x + c*(x x^T)**2 x`` (Jordan, Muon). Of zeros it is zeros.
     """
     a, b, c = COEFFICIENTS
-    tall = u_RC.shape[0] > u_RC.shape[1]
-    x: Tensor = u_RC.T if tall else u_RC
-    x = x / (x.norm() + 1e-7)
+    rows, columns = u_nRC.shape[-2:]
+    u = u_nRC.reshape(-1, rows, columns)
+    norm = torch.linalg.vector_norm(u, dim=(1, 2), keepdim=True, dtype=torch.promote_types(u.dtype, torch.float32))
+    padded = u.new_zeros(len(u), _aligned(rows), _aligned(columns))
+    torch.div(u, (norm + 1e-7).to(u.dtype), out=padded[:, :rows, :columns])
+    x: Tensor = padded.mT if rows > columns else padded
     for _ in range(STEPS):
-        gram = x @ x.T
-        x = torch.addmm(a * x, torch.addmm(b * gram, gram, gram, alpha=c), x)
-    return x.T if tall else x
+        x = torch.baddbmm(x, products.quadratic(products.gram(x), b, c), x, beta=a)
+    x = x.mT if rows > columns else x
+    return x[:, :rows, :columns].view(u_nRC.shape)
+
+
+def _aligned(length: int) -> int:
+    """A library's product has other bits where a matrix begins at an odd place. Zeros that are added stay zeros."""
+    return -(-length // ALIGNED) * ALIGNED
 
 
 def norms(share: Share) -> dict[str, tuple[Tensor, ...]]:
@@ -73,9 +83,13 @@ def momentum(share: Share) -> Tensor:
     return transform.synthesis(share.x_NU, corrected_N, torch.ones_like(exp_avg_N), gain_N)
 
 
-def orthogonalize(u_RC: Tensor, rows: Mapping[str, Tensor], rule: Rule) -> Tensor:
-    """``O`` of a whole matrix, (R, C)."""
-    return newton_schulz(u_RC)
+def orthogonalize(
+    u_nRC: Tensor,  # (n, R, C)
+    rows: Mapping[str, Tensor],  # none
+    rules: Sequence[Rule],  # of each matrix but for places without one
+) -> None:
+    """Put ``O`` in the place of ``U``."""
+    u_nRC.copy_(newton_schulz(u_nRC))
 
 
 def write(

@@ -38,6 +38,12 @@ class Kernel(Protocol):
     def step(self, work: Work, tensors: Tensors) -> None:
         """See `eager.step`."""
 
+    def send(self, number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
+        """See `eager.send`."""
+
+    def keep(self, number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
+        """See `eager.keep`."""
+
 
 class Compiled(Kernel, Protocol):
     """One that has to be built, of files that end in `SUFFIX`."""

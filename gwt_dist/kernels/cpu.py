@@ -67,6 +67,16 @@ def step(work: Work, tensors: Tensors) -> None:
     _run(_STEP, work, tensors, _NONE, _NONE)
 
 
+def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
+    """As `eager.send`."""
+    raise NotImplementedError("nothing that travels has compiled kernels yet")
+
+
+def keep(number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
+    """As `eager.keep`."""
+    raise NotImplementedError("nothing that travels has compiled kernels yet")
+
+
 def _run(what: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: Tensor, rho: Tensor) -> None:
     moments, write = what
     distinct = {id(rule): rule for rule in tensors.rules}

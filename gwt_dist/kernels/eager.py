@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Extent, Pass, Program, Rule
+from gwt_dist.declare import Extent, Pass, Program, Rule, Travel
 from gwt_dist.formulas import FORMULAS, WRITES, Share
 from gwt_dist.formulas.weights import decay_factor
 from gwt_dist.kernels import guard
@@ -56,6 +56,33 @@ def step(work: Work, tensors: Tensors) -> None:
         phase(number, work, tensors, sums)
         if its.then:
             sums[-1] = settle(work.program, its, work.lengths[number], tensors.state, tensors.rules, sums[-1])
+
+
+def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
+    """State updated, and what is sent of each part put at its place in `landing`, ``[elements]``, fp32, bf16 or fp64.
+
+    Phase `number` is a `Travel`; `sums` are the vectors of the phases before it, fp64. What is sent is rounded to the
+    dtype of `landing`; padding of units is left out, and so are elements of cut units that other ranks hold.
+    """
+    its = work.program.phases[number]
+    assert isinstance(its, Travel), "only what travels is sent"
+    function = getattr(FORMULAS[work.program.formula], its.send)
+    for part in work.parts:
+        u_NU = function(share(part, work, tensors, sums[:number]))
+        for target, padded in part.piece.views(landing, u_NU.view(-1), part.landing):
+            target.copy_(padded)
+
+
+def keep(number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
+    """The weights of each part take what came back of it, at its place in `landing`, ``[elements]``."""
+    its = work.program.phases[number]
+    assert isinstance(its, Travel), "only what travels is kept"
+    function = getattr(FORMULAS[work.program.formula], its.keep)
+    for part in work.parts:
+        fragment, rule = part.piece.fragment, tensors.rules[part.parameter]
+        weight = tensors.weights[part.parameter].view(-1).narrow(0, fragment.offset, fragment.numel)
+        elements = landing.narrow(0, part.landing, fragment.numel).to(math_dtype(weight.dtype))
+        take(weight, function(elements, fragment.shape, rule), work.program.write, rule)
 
 
 def settle(

@@ -82,6 +82,16 @@ def step(work: Work, tensors: Tensors) -> None:
     _run(work, tensors.exchange.device, phases)
 
 
+def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
+    """As `eager.send`."""
+    raise NotImplementedError("nothing that travels has compiled kernels yet")
+
+
+def keep(number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
+    """As `eager.keep`."""
+    raise NotImplementedError("nothing that travels has compiled kernels yet")
+
+
 def prepare(program: Program | None = None) -> None:
     """Raises `BuildError` if triton is not installed or finds no GPU; `program` is compiled when launched."""
     try:

@@ -60,10 +60,11 @@ class Part:
     piece: Piece
     cuts: tuple[Cut, ...]
     sums: tuple[tuple[Place, ...], ...] = ()  # of each phase; none where a phase has none
+    landing: int = -1  # where its elements, dense in the order of its fragment, begin among what travels; -1: nowhere
 
     @property
     def norm(self) -> int:
-        """The place of a single number a tensor, which is all that compiled kernels sum; -1 without one."""
+        """The place of the first number a tensor, which is all that compiled kernels sum; -1 without one."""
         places = [place for its in self.sums for place in its if place.extent is Extent.TENSOR]
         return places[0].index[0] if places else -1
 
@@ -107,6 +108,8 @@ class Item(NamedTuple):
     slot: int = -1
     lead: int = 0  # elements of a cut unit before the first that this rank holds; owned, if none
     held: int = 0  # elements of a cut unit that this rank holds
+    landing: int = -1  # first element among what travels, where its elements lie as in the local buffers; -1: nowhere
+    side: int = 0  # max(R, C) of the tensor
     norm: int = -1
 
 
@@ -135,7 +138,7 @@ class Work:
         return self._needed[names]
 
     def table(self, chunk: int) -> Tensor:
-        """The items of all parts in order of their norms, int64 ``[items, 13]``.
+        """The items of all parts in order of their norms, int64 ``[items, 15]``.
 
         They have about `chunk` elements each where a part has as many.
         """
@@ -167,6 +170,14 @@ class Work:
 
 def items_of(part: Part, chunk: int) -> Iterator[Item]:
     """The items of a part whose transform is Haar."""
+    fragment = part.piece.fragment
+    side = max(*fragment.shape[:1], fragment.columns, 0)
+    for item in _items(part, chunk):
+        landing = part.landing + item.element - fragment.offset if part.landing >= 0 else -1
+        yield item._replace(landing=landing, side=side)
+
+
+def _items(part: Part, chunk: int) -> Iterator[Item]:
     piece, cuts = part.piece, {cut.unit: cut for cut in part.cuts}
     length = piece.units.length
     for block in piece.blocks:
