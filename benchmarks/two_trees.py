@@ -64,12 +64,12 @@ def ask(process: subprocess.Popen[str], message: object) -> str:
     return process.stdout.readline().strip()
 
 
-def start(tree: Path) -> subprocess.Popen[str]:
-    """A child that imports the package of `tree`."""
+def start(tree: Path, script: Path = Path(__file__)) -> subprocess.Popen[str]:
+    """A child of `script` that imports the package of `tree`."""
     # Threads that spin while they wait would take the other process's cores.
     calm = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
     return subprocess.Popen(
-        [sys.executable, __file__, "--child"],
+        [sys.executable, str(script), "--child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from gwt_dist.comm import sum_over_ranks
 from gwt_dist.declare import Program, Rule
-from gwt_dist.kernels import Kernel, Tensors, choose
+from gwt_dist.kernels import Tensors
 from gwt_dist.plan import Plan
 from gwt_dist.stages import Maker, Run, Stage
 from gwt_dist.sums import Entry, lay_out
@@ -73,7 +73,6 @@ class Schedule:
         self._groups = [member.group for member in members]
         self.has_dtensors = any(member.is_dtensor for member in members)
         moves = [member.moves for member in members]
-        self._counting = _counting(members, device)
         make = Maker([m.dtype for m in members], [m.group for m in members], moves, self._first_slot, device)
         local: list[Entry] = []
         shared: dict[Program, list[Entry]] = {}
@@ -87,6 +86,13 @@ class Schedule:
         depth = max((len(program.phases) for program in shared), default=0)
         self._sums = [lay_out([entry for its in shared.values() for entry in its], phase) for phase in range(depth)]
         self._stages = [Stage(program, entries, self._sums, make) for program, entries in shared.items()]
+        # Which members each run is the first to step, and those that move and of which this rank steps nothing.
+        left = set(self.moving)
+        self._first: list[list[bool]] = []
+        for run in chain(self.local, *(stage.runs for stage in self._stages)):
+            self._first.append([i in left for i in run.members])
+            left.difference_update(run.members)
+        self._idle = sorted(left)
 
     def run(
         self,
@@ -116,8 +122,10 @@ class Schedule:
             raise self._lacking(states, error) from None
         for run, its in chain(local, *given):
             run.kernel.check(run.work, its)
-        for kernel, members in self._counting:
-            kernel.count([states[i]["step"] for i in members])
+        for (run, its), first in zip(chain(local, *given), self._first, strict=True):
+            run.kernel.count(run.work, its, first)
+        if self._idle:
+            torch._foreach_add_([states[i]["step"] for i in self._idle], 1)
         self._complete(exchange, gradients)
         for run, its in local:
             run.kernel.step(run.work, its)
@@ -167,16 +175,6 @@ class Schedule:
 def _of(run: Run, values: Sequence[T]) -> list[T]:
     """Those of the members of a run."""
     return list(values) if len(run.members) == len(values) else [values[i] for i in run.members]
-
-
-def _counting(members: Sequence[Member], device: torch.device) -> list[tuple[Kernel, list[int]]]:
-    """The members that move, by the kernel that counts their steps."""
-    found: dict[int, tuple[Kernel, list[int]]] = {}
-    for i, member in enumerate(members):
-        if member.moves:
-            kernel = choose(device, member.dtype, member.plain, ())
-            found.setdefault(id(kernel), (kernel, []))[1].append(i)
-    return list(found.values())
 
 
 def _indices(plan: Plan, first_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,9 @@ from gwt_dist.shards import shard_of
 
 Group = dict[str, Any]
 Numbered = tuple[int, Tensor]  # a parameter and the number of its group
+Scheduled = tuple[
+    Schedule, list[int], list[int]
+]  # of one device; which of all are its members, and which of these move
 _SHAPE = attrgetter("shape")
 _KEPT = 1024  # schedules at once; a fused backward pass has one for each group of parameters
 
@@ -40,8 +43,9 @@ class Steps:
         self.plans: dict[Tensor, Plan] = {}
         self.frozen = Frozen()
         self._shapes: dict[Tensor, tuple[int, ...]] = {}  # of local parts, when planned
-        # What is in a step -> its parameters and its schedules, one a device, with the numbers of their members
-        self._schedules: dict[Any, tuple[list[Tensor], list[tuple[Schedule, list[int]]]]] = {}
+        self._schedules: dict[
+            Any, tuple[list[Tensor], list[Scheduled]]
+        ] = {}  # what is in a step -> its parameters, ...
         self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
@@ -72,8 +76,8 @@ class Steps:
         rules = [self._rule(number, group) for number, group in enumerate(groups)]
         frozen = self.frozen.among([parameter for _, parameter in members], self.shards)
         gradients = [parameter.grad for _, parameter in members]
-        for schedule, numbers in self._scheduled(members, gradients, groups, rules, frozen, states):
-            _run(schedule, [members[i][1] for i in numbers], [gradients[i] for i in numbers], states, rules)
+        for schedule, numbers, moving in self._scheduled(members, gradients, groups, rules, frozen, states):
+            _run(schedule, [members[i][1] for i in moving], [gradients[i] for i in moving], states, rules)
             for member, i in zip(schedule.members, numbers, strict=True) if frozen else ():
                 if member.moves and member.frozen:
                     self.frozen.pass_by(members[i][1], member.frozen)
@@ -105,7 +109,7 @@ class Steps:
         rules: Sequence[Rule],
         frozen: Mapping[int, frozenset[str]],  # id of a parameter -> the tensors in it that are not trained
         states: Mapping[Tensor, Group],
-    ) -> list[tuple[Schedule, list[int]]]:
+    ) -> list[Scheduled]:
         key = (
             tuple(frozen.items()),
             tuple((g["level"], g["wavelet"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)),
@@ -140,10 +144,10 @@ class Steps:
                     still,
                 )
                 by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
-        schedules = [
-            (Schedule([member for _, member in found], device), [i for i, _ in found])
-            for device, found in by_device.items()
-        ]
+        schedules = []
+        for device, found in by_device.items():
+            schedule, numbers = Schedule([member for _, member in found], device), [i for i, _ in found]
+            schedules.append((schedule, numbers, [numbers[i] for i in schedule.moving]))
         # A dry run is known by the values of the gradients, and a parameter that was replaced by gradients elsewhere:
         # both may look otherwise the next time.
         if not dry_run and any(gradient is not None for gradient in gradients):
@@ -180,23 +184,22 @@ class Steps:
 
 def _run(
     schedule: Schedule,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Any],  # None where there is none
+    parameters: Sequence[Tensor],  # those that move
+    gradients: Sequence[Any],
     known: MutableMapping[Tensor, Group],
     rules: Sequence[Rule],
 ) -> None:
     """One step of the members of a schedule."""
-    its = [parameters[i] for i in schedule.moving]
-    weights, given = its, [gradients[i] for i in schedule.moving]
+    weights, given = parameters, gradients
     if schedule.has_dtensors:
-        weights = [dtensor.local(parameter) for parameter in its]
-        given = [dtensor.local(gradient, like=parameter) for gradient, parameter in zip(given, its, strict=True)]
+        weights = [dtensor.local(parameter) for parameter in parameters]
+        given = [dtensor.local(gradient, like=its) for gradient, its in zip(gradients, parameters, strict=True)]
     # One call of C a tensor and list, here and in kernels: with a thousand small tensors each counts.
     if list(map(_SHAPE, weights)) != schedule.shapes or list(map(_SHAPE, given)) != schedule.shapes:
         _refuse_shapes(schedule, weights, given)
-    states = [known[parameter] for parameter in its]
+    states = [known[parameter] for parameter in parameters]
     if not all(states):
-        for i, parameter, state in zip(schedule.moving, its, states, strict=True):
+        for i, parameter, state in zip(schedule.moving, parameters, states, strict=True):
             if not state:
                 state.update(schedule.members[i].plan.fresh_state(parameter))
     dense = list(map(Tensor.contiguous, weights))
@@ -221,7 +224,7 @@ def _refuse_shapes(schedule: Schedule, weights: Sequence[Tensor], gradients: Seq
         member = schedule.members[i]
         if weight.shape != member.shape:
             raise _changed_shape(member, weight)
-        if gradient.shape != member.shape and gradient.numel() == weight.numel():  # others a kernel's check tells
+        if gradient.shape != member.shape:
             raise ValueError(
                 f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
                 f"parameter of {member.plan.shard.tensors[0].fqn!r}, of shape {tuple(gradient.shape)} and not "

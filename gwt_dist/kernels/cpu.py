@@ -5,6 +5,7 @@ A library is built for each formula, details and write that a program names, on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,10 @@ def check(work: Work, tensors: Tensors) -> None:
         raise ValueError("the C++ kernels take dense fp32 or bf16 tensors on the CPU; GWT_DIST_KERNEL=eager takes more")
 
 
-def count(steps: list[Tensor]) -> None:
+def count(work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
     """As `eager.count`, without a call of torch for each."""
-    if _loaded:  # any library will do
-        next(iter(_loaded.values())).count(steps)
-    else:
-        torch._foreach_add_(steps, 1)
+    steps = [step for step, is_first in zip(tensors.steps, first, strict=True) if is_first]
+    _library(work.program).count(steps)
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:

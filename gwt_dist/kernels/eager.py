@@ -20,9 +20,14 @@ def check(work: Work, tensors: Tensors) -> None:
     guard.check(work, tensors)
 
 
-def count(steps: list[Tensor]) -> None:
-    """Add 1 to each of `steps`, 0-d fp32 tensors."""
-    torch._foreach_add_(steps, 1)
+def count(work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
+    """Count this step of the parameters of which `first` is true; comes before all phases.
+
+    Of the others, tensors that are stepped in another call before this one, it is counted.
+    """
+    steps = [step for step, is_first in zip(tensors.steps, first, strict=True) if is_first]
+    if steps:
+        torch._foreach_add_(steps, 1)
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:

@@ -6,7 +6,9 @@ tensor is beside that is asked when it has moved. Learning rates that are tensor
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple, TypeGuard
 
@@ -18,7 +20,8 @@ from gwt_dist.kernels import guard
 from gwt_dist.kernels.kept import Kept
 from gwt_dist.kernels.work import Tensors, Work
 
-_FLOATS = torch.float32, torch.bfloat16
+_MOMENTS = "exp_avg", "exp_avg_sq"
+_FLOATS, _WIDE = (torch.float32, torch.bfloat16), (torch.float32,)
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
@@ -76,19 +79,27 @@ def parameters_of(work: Work, tensors: Tensors, kept: Kept) -> tuple[Tensor, Kin
 
 def _parameters(work: Work, tensors: Tensors, kept: Kept) -> tuple[Tensor, Kinds]:
     which, state = rules_of(tensors, kept).which, tensors.state
-    addresses = [
-        _addresses(work, tensors, each)
-        for each in (tensors.weights, tensors.gradients, state["exp_avg"], state["exp_avg_sq"], tensors.steps)
-    ]
     weights, gradients = list(map(_DTYPE, tensors.weights)), list(map(_DTYPE, tensors.gradients))
+    none = [0] * len(which)  # of a moment that is not kept
+    addresses = [
+        _addresses(work, tensors, "weight", tensors.weights, _FLOATS, weights, kept),
+        _addresses(work, tensors, "gradient", tensors.gradients, _FLOATS, gradients, kept),
+        *(
+            _addresses(work, tensors, name, state[name], _WIDE, (), kept) if name in state else none
+            for name in _MOMENTS
+        ),
+        _addresses(work, tensors, "step", tensors.steps, _WIDE, (), kept),
+    ]
 
     def make() -> tuple[Tensor, Kinds]:
-        _check(work, tensors, kept.device)
-        table = torch.tensor([*addresses, which]).T.contiguous()
+        if any(n != 1 for n in map(Tensor.numel, tensors.steps)):
+            guard.check(work, tensors)
+        numbers = array("q", chain(*addresses, which))
+        table = torch.frombuffer(numbers, dtype=torch.int64).view(len(addresses) + 1, -1).T.contiguous()
         kinds = Kinds(weights, gradients, (table[:, :4] % 16 == 0).all(1).tolist())
         return kept.upload(table, torch.int64), kinds
 
-    found: tuple[Tensor, Kinds] = kept.get("parameters", (addresses, weights, gradients, which), make)
+    found: tuple[Tensor, Kinds] = kept.get("parameters", (*addresses, which), make)
     return found
 
 
@@ -102,34 +113,39 @@ def limited_of(work: Work, tensors: Tensors, kept: Kept) -> Tensor:
 
 def _limited(work: Work, tensors: Tensors, kept: Kept) -> Tensor:
     which, limited = rules_of(tensors, kept).which, tensors.state["limited_norm"]
-    addresses = _addresses(work, tensors, limited)
+    addresses = _addresses(work, tensors, "limited_norm", limited, _WIDE, (), kept)
 
     def make() -> Tensor:
-        _check_kind(work, tensors, "limited_norm", limited, (torch.float32,), kept.device)
         each = zip(addresses, which, work.norms, strict=True)
-        places = [(address + limited[0].itemsize * j, rule) for address, rule, count in each for j in range(count)]
+        places = [(address + _WIDE[0].itemsize * i, rule) for address, rule, count in each for i in range(count)]
         return kept.upload(places, torch.int64)
 
     found: Tensor = kept.get("limited", (addresses, which), make)
     return found
 
 
-def _addresses(work: Work, tensors: Tensors, each: Sequence[Tensor]) -> list[int]:
+def _addresses(
+    work: Work,
+    tensors: Tensors,
+    name: str,
+    each: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    now: Sequence[torch.dtype],  # of each, where there is a choice
+    kept: Kept,
+) -> list[int]:
+    """Of tensors of one kind, the same list for as long as they lie where they did; else they are checked."""
     try:
-        return list(map(Tensor.data_ptr, each))
-    except RuntimeError:  # no dense memory
+        addresses = list(map(Tensor.data_ptr, each))
+    except (TypeError, RuntimeError):  # no tensor, or none of dense memory
         guard.check(work, tensors)  # says which
         raise
 
+    def make() -> list[int]:
+        _check_kind(work, tensors, name, each, dtypes, kept.device)
+        return addresses
 
-def _check(work: Work, tensors: Tensors, device: torch.device) -> None:
-    _check_kind(work, tensors, "weight", tensors.weights, _FLOATS, device)
-    _check_kind(work, tensors, "gradient", tensors.gradients, _FLOATS, device)
-    for name in ("exp_avg", "exp_avg_sq"):
-        _check_kind(work, tensors, name, tensors.state[name], (torch.float32,), device)
-    _check_kind(work, tensors, "step", tensors.steps, (torch.float32,), device)
-    if any(n != 1 for n in map(Tensor.numel, tensors.steps)):
-        guard.check(work, tensors)
+    found: list[int] = kept.get(name, (addresses, now), make)
+    return found
 
 
 def _check_kind(

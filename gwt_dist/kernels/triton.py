@@ -6,7 +6,7 @@ that was written before, which a captured CUDA graph may read again at each repl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -35,12 +35,10 @@ _NORMS = 256  # ... and norms that a program takes at once
 
 
 def check(work: Work, tensors: Tensors) -> None:
-    """As `eager.check`, of sizes; what else is asked of tensors is asked when they have moved, see `tables`."""
-    names = work.program.names()
-    sizes = [map(Tensor.numel, tensors.weights), *(work.numels[name] for name in names)]
-    found = [tensors.gradients, *(tensors.state[name] for name in names)]
+    """As `eager.check`, of sizes of state; what else there is to ask is asked when tensors have moved, see `tables`."""
+    numels, state = work.numels, tensors.state
     try:
-        fits = all(list(map(Tensor.numel, its)) == list(expected) for expected, its in zip(sizes, found, strict=True))
+        fits = all(tuple(map(Tensor.numel, state[name])) == numels[name] for name in work.program.names())
     except TypeError:  # one of them is no tensor
         fits = False
     if not fits:
@@ -48,15 +46,15 @@ def check(work: Work, tensors: Tensors) -> None:
 
     def look(kept: Kept) -> None:
         parameters_of(work, tensors, kept)
-        if work.norms:
+        if any(isinstance(its, Pass) and its.then for its in work.program.phases):
             limited_of(work, tensors, kept)
 
     _run(work, tensors.exchange.device, look)
 
 
-def count(steps: list[Tensor]) -> None:
-    """As `eager.count`."""
-    torch._foreach_add_(steps, 1)
+def count(work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
+    """As `eager.count`, with all numbers that change from step to step: one launch."""
+    _run(work, tensors.exchange.device, lambda kept: _count(work, tensors, kept, first))
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
@@ -66,18 +64,27 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
 
 def settle(work: Work, tensors: Tensors, sums: Tensor) -> None:
     """As `eager.settle`, in place; of `tensors` state and rules are read."""
-    _run(work, sums.device, lambda kept: _settle(work, tensors, kept, sums))
+
+    def launch(kept: Kept) -> None:
+        limited, rules = limited_of(work, tensors, kept), rules_of(tensors, kept).table
+        if len(limited):
+            programs = (-(-len(limited) // _NORMS),)
+            _kernels().limit[programs](limited, rules, sums, len(limited), BLOCK=_NORMS, **OPTIONS)
+
+    _run(work, sums.device, launch)
 
 
 def step(work: Work, tensors: Tensors) -> None:
     """As `eager.step`; without a limiter the gradient is read once."""
 
     def phases(kept: Kept) -> None:
-        sums = [torch.zeros(size, dtype=torch.float64, device=kept.device) for size in work.sizes]
-        for number, its in enumerate(work.program.phases):
-            _phase(number, work, tensors, kept, sums)
-            if isinstance(its, Pass) and its.then:
-                _settle(work, tensors, kept, sums[number])
+        sums: list[Tensor] = kept.get(
+            "sums",
+            work.sizes,
+            lambda: [torch.empty(size, dtype=torch.float64, device=kept.device) for size in work.sizes],
+        )
+        for number in range(len(sums)):
+            _phase(number, work, tensors, kept, sums, whole=True)
 
     _run(work, tensors.exchange.device, phases)
 
@@ -168,50 +175,43 @@ def _run(work: Work, device: torch.device, do: Callable[[Kept], None]) -> None:
         do(kept)
 
 
-def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Tensor]) -> None:
+def _count(work: Work, tensors: Tensors, kept: Kept, first: Sequence[bool]) -> None:
+    parameters, count = parameters_of(work, tensors, kept)[0], len(tensors.weights)
+    ones = kept.get("first", first, lambda: kept.upload(first, torch.float32))
+    of_detail = _functions(work.program)["details"].sizes
+    programs = (-(-count // _SIZES),)
+    _kernels().count[programs](
+        parameters,
+        ones,
+        rules_of(tensors, kept).table,
+        _sizes(count, kept),
+        count,
+        OF_DETAIL=of_detail,
+        BLOCK=_SIZES,
+        **{**OPTIONS, "num_warps": 1},
+    )
+
+
+def _sizes(count: int, kept: Kept) -> Tensor:
+    """What `count` leaves for the phases after it, ``[parameters, sizes]`` fp64."""
+    shape = count, _kernels().SIZES.value
+    found: Tensor = kept.get("sizes", shape, lambda: torch.empty(shape, dtype=torch.float64, device=kept.device))
+    return found
+
+
+def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Tensor], whole: bool = False) -> None:
+    """A phase; of a `whole` step with what follows it, and then `sums` may hold anything."""
+    import triton.language as tl
+
+    if not tensors.weights:
+        return
     its = work.program.phases[number]
     assert isinstance(its, Pass), "whole matrices go by `rounds`"
     moments, write = PASSES[its.function]
-    rho = sums[number - 1] if write and not moments else None
-    _launch((moments, write), work, tensors, kept, None if write else sums[number], rho)
-
-
-def _settle(work: Work, tensors: Tensors, kept: Kept, sums: Tensor) -> None:
-    limited, rules = limited_of(work, tensors, kept), rules_of(tensors, kept).table
-    if len(limited):
-        programs = (-(-len(limited) // _NORMS),)
-        _kernels().limit[programs](limited, rules, sums, len(limited), BLOCK=_NORMS, **OPTIONS)
-
-
-def _launch(
-    phase: tuple[bool, bool],
-    work: Work,
-    tensors: Tensors,
-    kept: Kept,
-    squared_norms: Tensor | None,
-    rho: Tensor | None,
-) -> None:
-    import triton.language as tl
-
-    kernels, count, (moments, write) = _kernels(), len(tensors.weights), phase
-    if not count:
-        return
-    functions, rules = _functions(work.program), rules_of(tensors, kept).table
+    kernels, functions, rules = _kernels(), _functions(work.program), rules_of(tensors, kept).table
     parameters, kinds = parameters_of(work, tensors, kept)
     programs: _Programs = kept.get("programs", (kinds,), lambda: _programs(work, kinds, kept))
-    shape = count, kernels.SIZES.value
-    sizes = kept.get("sizes", shape, lambda: torch.empty(shape, dtype=torch.float64, device=kept.device))
-    if write:
-        programs_of_sizes = (-(-count // _SIZES),)
-        kernels.step_sizes[programs_of_sizes](
-            parameters,
-            rules,
-            sizes,
-            count,
-            OF_DETAIL=functions["details"].sizes,
-            BLOCK=_SIZES,
-            **{**OPTIONS, "num_warps": 1},
-        )
+    sizes = _sizes(len(tensors.weights), kept)
     for group in programs.groups:
         kernels.phase[(len(group.items),)](
             group.items,
@@ -219,7 +219,7 @@ def _launch(
             rules,
             sizes,
             tensors.exchange,
-            sizes if rho is None else rho,
+            sums[number - 1] if write and not moments else sizes,
             programs.partials,
             SECOND=functions["formulas"].second,
             CHANGE=functions["details"].change,
@@ -234,8 +234,19 @@ def _launch(
             BLOCK=max(1, (CHUNK if group.plain else CHUNK // _TURNS) >> group.level),
             **OPTIONS,
         )
-    if squared_norms is not None and len(programs.norms):
-        kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
+    if not write and len(programs.norms):
+        limit = whole and bool(its.then)
+        kernels.add_partials[(len(programs.norms),)](
+            programs.partials,
+            programs.norms,
+            limited_of(work, tensors, kept) if limit else programs.norms,
+            rules,
+            sums[number],
+            ADD=not whole,
+            LIMIT=limit,
+            BLOCK=_PARTIALS,
+            **OPTIONS,
+        )
 
 
 def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
