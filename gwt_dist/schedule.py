@@ -8,6 +8,7 @@ and one sum a group of processes serves them all. Which program a tensor has, no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, TypeVar
@@ -102,6 +103,17 @@ class Schedule:
         rules: Sequence[Rule],  # one a group
     ) -> None:
         """One step, counted; for members that do not move weights, gradients and states may be anything."""
+        # Kernels are launched on the current GPU.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            self._run(weights, gradients, states, rules)
+
+    def _run(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[Mapping[str, Any]],
+        rules: Sequence[Rule],
+    ) -> None:
         exchange = torch.zeros(self._first_slot[-1], dtype=self._exchange_dtype, device=self._device)
 
         def tensors(run: Run) -> Tensors:

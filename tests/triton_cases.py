@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -45,7 +45,7 @@ def interpreter() -> Iterator[None]:
     from triton.runtime import interpreter as triton_interpreter
 
     assert triton_module_is_interpreted()
-    convert, run, lock = triton_interpreter._convert_float, triton._run, threading.Lock()
+    convert, lock = triton_interpreter._convert_float, threading.Lock()
 
     def converted(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -54,14 +54,18 @@ def interpreter() -> Iterator[None]:
             return torch.from_numpy(np.array(x)).view(torch.bfloat16).float().numpy().view(np.uint32)
         return convert(x, source, target, mode)
 
-    def locked(*args: Any) -> None:
-        with lock:
-            run(*args)
+    def locked(function: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            with lock:
+                function(*args)
+
+        return run
 
     with ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(patch.object(triton_interpreter, "_convert_float", converted))
-        stack.enter_context(patch.object(triton, "_run", locked))
+        for name in ("count", "phase", "settle", "step"):
+            stack.enter_context(patch.object(triton, name, locked(getattr(triton, name))))
         yield
 
 

@@ -6,10 +6,9 @@ that was written before, which a captured CUDA graph may read again at each repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,49 +43,49 @@ def check(work: Work, tensors: Tensors) -> None:
     if not fits:
         guard.check(work, tensors)  # says which
 
-    def look(kept: Kept) -> None:
-        parameters_of(work, tensors, kept)
-        if any(isinstance(its, Pass) and its.then for its in work.program.phases):
-            limited_of(work, tensors, kept)
-
-    _run(work, tensors.exchange.device, look)
+    kept = _kept_of(work, tensors.exchange.device)
+    parameters_of(work, tensors, kept)
+    if any(isinstance(its, Pass) and its.then for its in work.program.phases):
+        limited_of(work, tensors, kept)
 
 
 def count(work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
     """As `eager.count`, with all numbers that change from step to step: one launch."""
-    _run(work, tensors.exchange.device, lambda kept: _count(work, tensors, kept, first))
+    kept, length = _kept_of(work, tensors.exchange.device), len(tensors.weights)
+    programs = (-(-length // _SIZES),)
+    _kernels().count[programs](
+        parameters_of(work, tensors, kept)[0],
+        kept.get("first", first, lambda: kept.upload(first, torch.float32)),
+        rules_of(tensors, kept).table,
+        _sizes(length, kept),
+        length,
+        OF_DETAIL=_functions(work.program)["details"].sizes,
+        BLOCK=_SIZES,
+        **{**OPTIONS, "num_warps": 1},
+    )
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
     """As `eager.phase`."""
-    _run(work, tensors.exchange.device, lambda kept: _phase(number, work, tensors, kept, sums))
+    _phase(number, work, tensors, _kept_of(work, tensors.exchange.device), sums)
 
 
 def settle(work: Work, tensors: Tensors, sums: Tensor) -> None:
     """As `eager.settle`, in place; of `tensors` state and rules are read."""
-
-    def launch(kept: Kept) -> None:
-        limited, rules = limited_of(work, tensors, kept), rules_of(tensors, kept).table
-        if len(limited):
-            programs = (-(-len(limited) // _NORMS),)
-            _kernels().limit[programs](limited, rules, sums, len(limited), BLOCK=_NORMS, **OPTIONS)
-
-    _run(work, sums.device, launch)
+    kept = _kept_of(work, sums.device)
+    limited, rules = limited_of(work, tensors, kept), rules_of(tensors, kept).table
+    if len(limited):
+        programs = (-(-len(limited) // _NORMS),)
+        _kernels().limit[programs](limited, rules, sums, len(limited), BLOCK=_NORMS, **OPTIONS)
 
 
 def step(work: Work, tensors: Tensors) -> None:
     """As `eager.step`; without a limiter the gradient is read once."""
-
-    def phases(kept: Kept) -> None:
-        sums: list[Tensor] = kept.get(
-            "sums",
-            work.sizes,
-            lambda: [torch.empty(size, dtype=torch.float64, device=kept.device) for size in work.sizes],
-        )
-        for number in range(len(sums)):
-            _phase(number, work, tensors, kept, sums, whole=True)
-
-    _run(work, tensors.exchange.device, phases)
+    kept = _kept_of(work, tensors.exchange.device)
+    empty = partial(torch.empty, dtype=torch.float64, device=kept.device)
+    sums: list[Tensor] = kept.get("sums", work.sizes, lambda: [empty(size) for size in work.sizes])
+    for number in range(len(sums)):
+        _phase(number, work, tensors, kept, sums, whole=True)
 
 
 def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
@@ -166,30 +165,11 @@ class _Programs:
 _kept: WeakKeyDictionary[Work, Kept] = WeakKeyDictionary()
 
 
-def _run(work: Work, device: torch.device, do: Callable[[Kept], None]) -> None:
-    """Call `do` on `device` with what is kept there of `work`."""
+def _kept_of(work: Work, device: torch.device) -> Kept:
     kept = _kept.get(work)
     if kept is None or kept.device != device:
         kept = _kept[work] = Kept(device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        do(kept)
-
-
-def _count(work: Work, tensors: Tensors, kept: Kept, first: Sequence[bool]) -> None:
-    parameters, count = parameters_of(work, tensors, kept)[0], len(tensors.weights)
-    ones = kept.get("first", first, lambda: kept.upload(first, torch.float32))
-    of_detail = _functions(work.program)["details"].sizes
-    programs = (-(-count // _SIZES),)
-    _kernels().count[programs](
-        parameters,
-        ones,
-        rules_of(tensors, kept).table,
-        _sizes(count, kept),
-        count,
-        OF_DETAIL=of_detail,
-        BLOCK=_SIZES,
-        **{**OPTIONS, "num_warps": 1},
-    )
+    return kept
 
 
 def _sizes(count: int, kept: Kept) -> Tensor:
