@@ -8,6 +8,7 @@ and one sum a group of processes serves them all. Which program a tensor has, no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from gwt_dist.comm import sum_over_ranks
 from gwt_dist.declare import Program, Rule
-from gwt_dist.kernels import Kernel, Tensors, choose
+from gwt_dist.kernels import Tensors
 from gwt_dist.plan import Plan
 from gwt_dist.stages import Maker, Run, Stage
 from gwt_dist.sums import Entry, lay_out
@@ -56,6 +57,8 @@ class Schedule:
 
     def __init__(self, members: Sequence[Member], device: torch.device) -> None:
         self.members, self._device = tuple(members), device
+        self.moving = [i for i, member in enumerate(members) if member.moves]
+        self.shapes = [members[i].shape for i in self.moving]
         self._first_slot = [0, *accumulate(member.plan.exchange.length for member in members)]
         exchanging = [member.plan for member in members if member.plan.exchange.length]
         self._lengths = [plan.exchange.length for plan in exchanging]
@@ -69,9 +72,8 @@ class Schedule:
             if member.moves and member.plan.exchange.sends
         ]
         self._groups = [member.group for member in members]
-        self._has_dtensors = any(member.is_dtensor for member in members)
+        self.has_dtensors = any(member.is_dtensor for member in members)
         moves = [member.moves for member in members]
-        self._counting = _counting(members, device)
         make = Maker([m.dtype for m in members], [m.group for m in members], moves, self._first_slot, device)
         local: list[Entry] = []
         shared: dict[Program, list[Entry]] = {}
@@ -85,6 +87,13 @@ class Schedule:
         depth = max((len(program.phases) for program in shared), default=0)
         self._sums = [lay_out([entry for its in shared.values() for entry in its], phase) for phase in range(depth)]
         self._stages = [Stage(program, entries, self._sums, make) for program, entries in shared.items()]
+        # Which members each run is the first to step, and those that move and of which this rank steps nothing.
+        left = set(self.moving)
+        self._first: list[list[bool]] = []
+        for run in chain(self.local, *(stage.runs for stage in self._stages)):
+            self._first.append([i in left for i in run.members])
+            left.difference_update(run.members)
+        self._idle = sorted(left)
 
     def run(
         self,
@@ -93,7 +102,18 @@ class Schedule:
         states: Sequence[Mapping[str, Any]],
         rules: Sequence[Rule],  # one a group
     ) -> None:
-        """One step, counted; for members without a gradient weights, gradients and states may be anything."""
+        """One step, counted; for members that do not move weights, gradients and states may be anything."""
+        # Kernels are launched on the current GPU.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            self._run(weights, gradients, states, rules)
+
+    def _run(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[Mapping[str, Any]],
+        rules: Sequence[Rule],
+    ) -> None:
         exchange = torch.zeros(self._first_slot[-1], dtype=self._exchange_dtype, device=self._device)
 
         def tensors(run: Run) -> Tensors:
@@ -114,8 +134,10 @@ class Schedule:
             raise self._lacking(states, error) from None
         for run, its in chain(local, *given):
             run.kernel.check(run.work, its)
-        for kernel, members in self._counting:
-            kernel.count([states[i]["step"] for i in members])
+        for (run, its), first in zip(chain(local, *given), self._first, strict=True):
+            run.kernel.count(run.work, its, first)
+        if self._idle:
+            torch._foreach_add_([states[i]["step"] for i in self._idle], 1)
         self._complete(exchange, gradients)
         for run, its in local:
             run.kernel.step(run.work, its)
@@ -127,6 +149,15 @@ class Schedule:
             sum_over_ranks(sums[-1], *laid.over)
             for stage in self._stages:
                 stage.settle(phase, sums[-1], states, rules)
+
+    def spread(self, values: list[T]) -> list[Any]:
+        """Of `values`, one a member that moves, one a member: None of the others."""
+        if len(values) == len(self.members):
+            return values
+        found: list[Any] = [None] * len(self.members)
+        for i, value in zip(self.moving, values, strict=True):
+            found[i] = value
+        return found
 
     def _lacking(self, states: Sequence[Mapping[str, Any]], error: KeyError) -> ValueError:
         """For state that was taken out of the optimizer's, and is no state any more."""
@@ -142,7 +173,7 @@ class Schedule:
 
     def _local(self, tensors: list[Tensor]) -> list[Tensor]:
         """The parts of DTensors that this rank holds; other tensors, and those that no kernel takes, as they are."""
-        if not self._has_dtensors:
+        if not self.has_dtensors:
             return tensors
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
@@ -156,16 +187,6 @@ class Schedule:
 def _of(run: Run, values: Sequence[T]) -> list[T]:
     """Those of the members of a run."""
     return list(values) if len(run.members) == len(values) else [values[i] for i in run.members]
-
-
-def _counting(members: Sequence[Member], device: torch.device) -> list[tuple[Kernel, list[int]]]:
-    """The members that move, by the kernel that counts their steps."""
-    found: dict[int, tuple[Kernel, list[int]]] = {}
-    for i, member in enumerate(members):
-        if member.moves:
-            kernel = choose(device, member.dtype, member.plain, ())
-            found.setdefault(id(kernel), (kernel, []))[1].append(i)
-    return list(found.values())
 
 
 def _indices(plan: Plan, first_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,9 @@ class Stage:
         self.groups = [make.groups[i] for i in self.members]
         self.runs = make.runs(entries, sums)
         spans = [[its.span(entry) for entry in entries] for its in sums]
-        self._lengths = [[stop - start for start, stop in each] for each in spans]
+        self._between = Work((), program, tuple(tuple(stop - start for start, stop in each) for each in spans))
+        wide = any(math_dtype(make.dtypes[i]) == torch.float64 for i in self.members)
+        self._settling: Kernel = eager if wide or len(self.runs) != 1 else self.runs[0].kernel
         self._spans = [(each[0][0], each[-1][1]) for each in spans]
         # A member without a gradient has places in the sums, but nothing to remember.
         self._nothing = {
@@ -143,8 +145,8 @@ class Stage:
             its_states = [self._nothing.get(i, states[i]) for i in self.members]
             state = {name: [one[name] for one in its_states] for name in self.program.names(Extent.TENSOR)}
             its_sums = sums[slice(*self._spans[number])]
-            its_rules = [rules[group] for group in self.groups]
-            its_sums.copy_(eager.settle(self.program, its, self._lengths[number], state, its_rules, its_sums))
+            given = Tensors([], [], state, [], [rules[group] for group in self.groups], sums)
+            self._settling.settle(number, self._between, given, its_sums)
 
 
 def _holders(entries: Sequence[Entry], runs: Sequence[Run], make: Maker) -> list[Holder]:

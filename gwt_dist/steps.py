@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from gwt_dist.shards import shard_of
 
 Group = dict[str, Any]
 Numbered = tuple[int, Tensor]  # a parameter and the number of its group
-_NO_STATE: Group = {}
+Scheduled = tuple[
+    Schedule, list[int], list[int]
+]  # of one device; which of all are its members, and which of these move
+_SHAPE = attrgetter("shape")
 _KEPT = 1024  # schedules at once; a fused backward pass has one for each group of parameters
 
 
@@ -39,8 +43,9 @@ class Steps:
         self.plans: dict[Tensor, Plan] = {}
         self.frozen = Frozen()
         self._shapes: dict[Tensor, tuple[int, ...]] = {}  # of local parts, when planned
-        # What is in a step -> its parameters and its schedules, one a device, with the numbers of their members
-        self._schedules: dict[Any, tuple[list[Tensor], list[tuple[Schedule, list[int]]]]] = {}
+        self._schedules: dict[
+            Any, tuple[list[Tensor], list[Scheduled]]
+        ] = {}  # what is in a step -> its parameters, ...
         self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
@@ -71,8 +76,8 @@ class Steps:
         rules = [self._rule(number, group) for number, group in enumerate(groups)]
         frozen = self.frozen.among([parameter for _, parameter in members], self.shards)
         gradients = [parameter.grad for _, parameter in members]
-        for schedule, numbers in self._scheduled(members, gradients, groups, rules, frozen, states):
-            _run(schedule, [members[i][1] for i in numbers], [gradients[i] for i in numbers], states, rules)
+        for schedule, numbers, moving in self._scheduled(members, gradients, groups, rules, frozen, states):
+            _run(schedule, [members[i][1] for i in moving], [gradients[i] for i in moving], states, rules)
             for member, i in zip(schedule.members, numbers, strict=True) if frozen else ():
                 if member.moves and member.frozen:
                     self.frozen.pass_by(members[i][1], member.frozen)
@@ -104,7 +109,7 @@ class Steps:
         rules: Sequence[Rule],
         frozen: Mapping[int, frozenset[str]],  # id of a parameter -> the tensors in it that are not trained
         states: Mapping[Tensor, Group],
-    ) -> list[tuple[Schedule, list[int]]]:
+    ) -> list[Scheduled]:
         key = (
             tuple(frozen.items()),
             tuple((g["level"], g["wavelet"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)),
@@ -139,10 +144,10 @@ class Steps:
                     still,
                 )
                 by_device.setdefault(dtensor.local(parameter.detach()).device, []).append((i, member))
-        schedules = [
-            (Schedule([member for _, member in found], device), [i for i, _ in found])
-            for device, found in by_device.items()
-        ]
+        schedules = []
+        for device, found in by_device.items():
+            schedule, numbers = Schedule([member for _, member in found], device), [i for i, _ in found]
+            schedules.append((schedule, numbers, [numbers[i] for i in schedule.moving]))
         # A dry run is known by the values of the gradients, and a parameter that was replaced by gradients elsewhere:
         # both may look otherwise the next time.
         if not dry_run and any(gradient is not None for gradient in gradients):
@@ -179,50 +184,53 @@ class Steps:
 
 def _run(
     schedule: Schedule,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],  # those that move
+    gradients: Sequence[Any],
     known: MutableMapping[Tensor, Group],
     rules: Sequence[Rule],
 ) -> None:
     """One step of the members of a schedule."""
-    states: list[Mapping[str, Any]] = []
-    weights, given = [], []
-    for member, parameter, gradient in zip(schedule.members, parameters, gradients, strict=True):
-        if gradient is None or not member.moves:
-            states.append(_NO_STATE)
-            weights.append(parameter)
-            given.append(parameter)
-            continue
-        weight = parameter
-        if member.is_dtensor:
-            weight, gradient = dtensor.local(weight), dtensor.local(gradient, like=parameter)
+    weights, given = parameters, gradients
+    if schedule.has_dtensors:
+        weights = [dtensor.local(parameter) for parameter in parameters]
+        given = [dtensor.local(gradient, like=its) for gradient, its in zip(gradients, parameters, strict=True)]
+    # One call of C a tensor and list, here and in kernels: with a thousand small tensors each counts.
+    if list(map(_SHAPE, weights)) != schedule.shapes or list(map(_SHAPE, given)) != schedule.shapes:
+        _refuse_shapes(schedule, weights, given)
+    states = [known[parameter] for parameter in parameters]
+    if not all(states):
+        for i, parameter, state in zip(schedule.moving, parameters, states, strict=True):
+            if not state:
+                state.update(schedule.members[i].plan.fresh_state(parameter))
+    dense = list(map(Tensor.contiguous, weights))
+    copies = [(weight, copy) for weight, copy in zip(weights, dense, strict=True) if copy is not weight]
+    for weight, _ in copies:
+        if any(n > 1 and not by for n, by in zip(weight.shape, weight.stride(), strict=True)):
+            raise ValueError(
+                f"a parameter of shape {tuple(weight.shape)} has the strides {weight.stride()}, so that elements of it "
+                f"share memory and cannot be changed one by one; give it memory of its own (p.data = p.data.clone())"
+            )
+    given = list(map(Tensor.contiguous, given))
+    if any(map(Tensor.is_neg, given)):  # torch would negate them when it reads them; a kernel reads memory
+        given = [gradient.resolve_neg() for gradient in given]
+    schedule.run(schedule.spread(dense), schedule.spread(given), schedule.spread(states), rules)
+    for weight, copy in copies:
+        weight.copy_(copy)
+
+
+def _refuse_shapes(schedule: Schedule, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Raise `ValueError` for a parameter of another shape than its plan's, or a gradient of another than it."""
+    for i, weight, gradient in zip(schedule.moving, weights, gradients, strict=True):
+        member = schedule.members[i]
         if weight.shape != member.shape:
             raise _changed_shape(member, weight)
-        if gradient.shape != member.shape and gradient.numel() == weight.numel():  # others a kernel's check tells
+        if gradient.shape != member.shape:
             raise ValueError(
                 f"a gradient of {gradient.numel()} elements for the {weight.numel()} that this rank holds of the "
                 f"parameter of {member.plan.shard.tensors[0].fqn!r}, of shape {tuple(gradient.shape)} and not "
                 f"{tuple(weight.shape)}: the step would use those of other elements. Put back what backward() made; "
                 f"under FSDP1 run the last backward pass before step() outside of no_sync()"
             )
-        state = known[parameter]
-        if not state:
-            state.update(member.plan.fresh_state(parameter))
-        states.append(state)
-        weights.append(weight)
-        given.append(gradient)
-    dense = [weight.contiguous() for weight in weights]
-    for weight, copy in zip(weights, dense, strict=True):
-        if copy is not weight and any(n > 1 and not by for n, by in zip(weight.shape, weight.stride(), strict=True)):
-            raise ValueError(
-                f"a parameter of shape {tuple(weight.shape)} has the strides {weight.stride()}, so that elements of it "
-                f"share memory and cannot be changed one by one; give it memory of its own (p.data = p.data.clone())"
-            )
-    # What torch would negate when it is read is negated now: a kernel reads memory.
-    schedule.run(dense, [gradient.contiguous().resolve_neg() for gradient in given], states, rules)
-    for weight, copy in zip(weights, dense, strict=True):
-        if copy is not weight:
-            weight.copy_(copy)
 
 
 def _changed_shape(member: Member, weight: Tensor) -> ValueError:

@@ -22,7 +22,9 @@ from gwt_dist.declare import Extent, Program
 from gwt_dist.exchange import Whole
 from gwt_dist.kernels import Part, Place, Work, build, choice, cpu
 from gwt_dist.piece import Piece
-from gwt_dist.recipes import program_of
+from gwt_dist.plan import Form, Plan
+from gwt_dist.recipes import program_of, rule_of
+from gwt_dist.schedule import Member, Schedule
 from simulated import Sharded
 
 # Divided and not by the unit, rows shorter than a unit, longer than a chunk, empty, of no and of three dimensions.
@@ -363,3 +365,25 @@ def test_a_steady_step_allocates_nothing_for_each_parameter(recipe: str) -> None
         counts.append(len(allocations.bytes))
         assert sum(allocations.bytes) <= 200
     assert counts[0] == counts[1] <= 24
+
+
+@pytest.mark.parametrize("kernel", ["eager", "cpu"])
+def test_a_buffer_that_two_programs_step_or_none_counts_one_step(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix with a limiter and a vector in one flat buffer, and a buffer of which this rank holds nothing."""
+    monkeypatch.setenv(choice.VARIABLE, kernel)
+    its = rule_of({"lr": 0.1, "recipe": "paper", "wavelet": "haar"})
+    shapes = {"matrix": (4, 8), "vector": (6,)}
+    held = Fragment("matrix", (4, 8), 0, 32, offset=0), Fragment("vector", (6,), 0, 6, offset=32)
+    nothing = Fragment("matrix", (4, 8), 0, 0), Fragment("vector", (6,), 0, 0)
+    tensors = tuple(Whole(name, shape, ()) for name, shape in shapes.items())
+    members, weights, states = [], [], []
+    for fragments, length in ((held, 38), (nothing, 0)):
+        plan = Plan.of(Shard(tensors, fragments, (), (), alone(fragments)), Form.of(2, "haar", its))
+        weights.append(torch.randn(length))
+        states.append(plan.fresh_state(weights[-1]))
+        members.append(Member(plan, 0, torch.float32, True, its.program, its.plain))
+    schedule = Schedule(members, torch.device("cpu"))
+    assert len(schedule.local) == 2
+    for t in (1, 2):
+        schedule.run(weights, [torch.ones_like(weight) for weight in weights], states, [its])
+        assert [state["step"].item() for state in states] == [t, t]

@@ -25,6 +25,7 @@ from gwt_dist.layout import Fragment
 from gwt_dist.piece import Piece
 from gwt_dist.recipes import ADAM
 from ranks import RankPool
+from test_memory_safety import BROKEN
 from triton_cases import CAUTIOUS, ENERGY, FOAM, PAPER, rule
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -98,8 +99,51 @@ def test_tables_go_to_the_device_when_they_change(interpreted: Callable[..., Any
     seen = interpreted(cases.uploads)
     assert seen.pop("launches") == 1
     sent = {what: count for what, (count, _) in seen.items()}
-    assert sent == {"first": 4, "again": 0, "rate on the device": 0, "another gradient": 1, "another rule": 1}
+    assert sent == {"first": 5, "again": 0, "rate on the device": 0, "another gradient": 1, "another rule": 1}
     assert 1.5 < seen["rate on the device"][1] / seen["again"][1] < 2.5  # the new rate was read all the same
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launches"),
+    # Levels have a launch each. With a limiter vectors have another program than matrices, which have two phases.
+    [
+        ("energy", ["count", "phase", "phase"]),
+        ("paper", ["count", "count", "phase", "phase", "add_partials", "phase"]),
+    ],
+)
+def test_what_a_step_asks_of_the_gpu_does_not_grow_with_its_tensors(
+    interpreted: Callable[..., Any], recipe: str, launches: list[str]
+) -> None:
+    few, many = interpreted(cases.of_one_step, recipe, (6, 60))
+    assert few == many
+    assert few[0] == launches
+    rate = ["aten.select.int", "aten.slice.Tensor", "aten.view.default", "aten.copy_.default"]
+    # Room for cut units, and of each program its learning rate.
+    assert few[1] == ["aten.zeros.default", *rate * launches.count("count")]
+
+
+def test_limiters_on_the_device_are_those_of_the_formula(interpreted: Callable[..., Any]) -> None:
+    found = interpreted(cases.limited)
+    assert repr(found["triton"]) == repr(found["eager"])  # to the last bit, nan among them
+    rho, norms = found["triton"]
+    assert len({*rho}) == 3 and norms[0] != 1.0
+
+
+def test_tensors_that_are_not_what_they_were_are_refused_before_anything_is_counted(
+    interpreted: Callable[..., Any],
+) -> None:
+    said = interpreted(cases.refusals)
+    patterns = {what: match for what, (_, match) in BROKEN.items()}
+    assert len(said) == 7 * (3 + 4) + 4
+    for where, message in said.items():
+        what = where.partition(": ")[2]
+        if where == "gradient: fp64":
+            expected = r"a gradient of this step is torch.float64 on cpu; .* They take dense torch.float32 or torch.bfl"
+        elif where.startswith("gradient") and what == "int":
+            expected = "the gradient of a parameter|the gradient of .* is torch.int32 and must be floating"
+        else:
+            expected = patterns.get(what, "must be dense")
+        assert re.search(expected, message), (where, message)
 
 
 PROGRAM = rule(ENERGY).program
@@ -183,9 +227,13 @@ def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(
     code = ""
     for its in (rule(FOAM).program, rule(CAUTIOUS).program, rule(PAPER).program):
         code += compiled(its, level, "float32", moments=False, write=True, plain=False)
-        arguments = dict(parameters="*i64", rules="*fp64", sizes="*fp64", count="i32")
+        arguments = dict(parameters="*i64", first="*fp32", rules="*fp64", sizes="*fp64", length="i32")
         of_detail = triton._functions(its)["details"].sizes
-        code += code_of("step_sizes", arguments, dict(OF_DETAIL=of_detail, BLOCK=32))
+        code += code_of("count", arguments, dict(OF_DETAIL=of_detail, BLOCK=32))
+    arguments = dict(limited="*i64", rules="*fp64", sums="*fp64", count="i32")
+    limit = code_of("limit", arguments, dict(BLOCK=256))
+    assert "sqrt.rn.f64" in limit and "div.rn.f64" in limit and "0d3E45798EE2308C3A" in limit  # 1e-8 in fp64
+    code += limit
     assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", code)
 
 

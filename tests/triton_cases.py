@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,13 +16,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import test_layout
+import test_memory_safety
 from gwt_dist import GWTAdamW, recipes
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent, Rule
 from gwt_dist.formulas import moments
-from gwt_dist.kernels import Place, choice, eager, triton
+from gwt_dist.kernels import Place, choice, eager, tables, triton
 from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.plan import Form, Plan
 from gwt_dist.schedule import Member, Schedule
@@ -43,7 +45,7 @@ def interpreter() -> Iterator[None]:
     from triton.runtime import interpreter as triton_interpreter
 
     assert triton_module_is_interpreted()
-    convert, run, lock = triton_interpreter._convert_float, triton._run, threading.Lock()
+    convert, lock = triton_interpreter._convert_float, threading.Lock()
 
     def converted(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -52,14 +54,18 @@ def interpreter() -> Iterator[None]:
             return torch.from_numpy(np.array(x)).view(torch.bfloat16).float().numpy().view(np.uint32)
         return convert(x, source, target, mode)
 
-    def locked(*args: Any) -> None:
-        with lock:
-            run(*args)
+    def locked(function: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            with lock:
+                function(*args)
+
+        return run
 
     with ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(patch.object(triton_interpreter, "_convert_float", converted))
-        stack.enter_context(patch.object(triton, "_run", locked))
+        for name in ("count", "phase", "settle", "step", "send", "keep"):
+            stack.enter_context(patch.object(triton, name, locked(getattr(triton, name))))
         yield
 
 
@@ -252,14 +258,16 @@ def norms() -> dict[str, list[float]]:
 def step_sizes(betas: tuple[float, float], steps: list[int], nesterov: bool) -> tuple[list[float], list[float]]:
     """``lr * sqrt(1-b2**t)/(1-b1**t)`` above level 0 as the kernel has it and as `moments.step_size` has it."""
     numbers = rule(PAPER, betas=betas, lr=0.3, nesterov=nesterov)
-    counts = [torch.tensor(float(t)) for t in steps]
+    first = torch.tensor([float(i % 2) for i in range(len(steps))])
+    counts = [torch.tensor(t - first[i].item()) for i, t in enumerate(steps)]
     parameters = torch.tensor([[0, 0, 0, 0, t.data_ptr(), 0] for t in counts])
-    rules = torch.tensor([triton._row(numbers, torch.device("cpu"))], dtype=torch.float64)
+    rules = torch.tensor([tables.row(numbers, torch.device("cpu"))], dtype=torch.float64)
     kernels, of_detail = triton._kernels(), triton._functions(numbers.program)["details"].sizes
     found = torch.zeros((len(steps), kernels.SIZES.value), dtype=torch.float64)
     with interpreter():
         programs = (-(-len(steps) // 32),)
-        kernels.step_sizes[programs](parameters, rules, found, len(steps), OF_DETAIL=of_detail, BLOCK=32)
+        kernels.count[programs](parameters, first, rules, found, len(steps), OF_DETAIL=of_detail, BLOCK=32)
+    assert [t.item() for t in counts] == steps
     return found[:, 3].tolist(), [moments.step_size(t, numbers, 1).item() for t in counts]
 
 
@@ -303,8 +311,117 @@ def uploads() -> dict[str, Any]:
         count("another gradient")
         optimizer.param_groups[0]["weight_decay"] = 0.5
         count("another rule")
-    ((schedule, _),) = next(iter(optimizer._steps._schedules.values()))[1]
+    ((schedule, *_),) = next(iter(optimizer._steps._schedules.values()))[1]
     (run,) = schedule.local
     seen["launches"] = len(triton._kept[run.work].made["programs"][1].groups)
     assert before is not None
     return seen
+
+
+class Launches:
+    """In the place of the kernels: which were launched, one name a launch."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        kernels = triton._kernels()
+        self.kernels = {name: getattr(kernels, name) for name in ("count", "phase", "add_partials", "limit")}
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name in self.kernels:
+                launch = {"__getitem__": lambda _, grid, name=name: lambda *args, **kwargs: self.names.append(name)}
+                stack.enter_context(patch.object(triton._kernels(), name, type("Launch", (), launch)()))
+            yield
+
+
+class Operations(TorchDispatchMode):
+    """Which operations torch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "aten":  # others are the profiler's
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def of_one_step(recipe: str, numbers: tuple[int, ...]) -> list[tuple[list[str], list[str]]]:
+    """Launches and operations of torch in a later step of so many matrices, vectors among them."""
+    found = []
+    for number in numbers:
+        weights = [torch.nn.Parameter(torch.randn(8, 16) if i % 3 else torch.randn(5)) for i in range(number)]
+        rate = torch.tensor(0.01)  # read on the device
+        with interpreter(), kernel("triton"):
+            optimizer = GWTAdamW(weights, lr=rate, recipe=recipe)
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            launches = Launches()
+            with launches.instead(), Operations() as operations:
+                optimizer.step()
+        found.append((launches.names, operations.names))
+    return found
+
+
+def limited() -> dict[str, Any]:
+    """`settle` beside `limiter.limit`: norms of parameters of one, three and no tensors, two rules."""
+    rules = [rule(PAPER), rule(PAPER, limiter=1.5)]
+    inf, nan = float("inf"), float("nan")
+    counts, each = (1, 3, 0, 4), [rules[0], rules[1], rules[0], rules[1]]
+    before = [[1.0], [2.0, 0.0, 0.5], [], [3.0, 0.25, 7.0, -1.0]]
+    sums = torch.tensor([1.1, 16.0, 9.0, inf, 9.1, 0.0, nan, 2.0], dtype=torch.float64)
+    found = {}
+    for name in ("eager", "triton"):
+        state = {"limited_norm": [torch.tensor(its) for its in before]}
+        work = Work((), rules[0].program, (counts, (0, 0, 0, 0)))
+        tensors = Tensors([], [], state, [], each, sums)
+        rho = sums.clone()
+        if name == "eager":
+            eager.settle(0, work, tensors, rho)
+        else:
+            with interpreter():
+                triton.settle(0, work, tensors, rho)
+        found[name] = rho.tolist(), [limited.tolist() for limited in state["limited_norm"]]
+    return found
+
+
+def refusals() -> dict[str, str]:
+    """What is said of tensors that are not what they were, and nothing of the step was done."""
+    said: dict[str, str] = {}
+    with interpreter(), kernel("triton"):
+        _refusals(said)
+    return said
+
+
+def _refusals(said: dict[str, str]) -> None:
+    for recipe in ("energy", "paper"):
+        for what, (change, _) in test_memory_safety.BROKEN.items():
+            for name in ("exp_avg", "exp_avg_sq", "step", *(["limited_norm"] if recipe == "paper" else [])):
+                parameters, optimizer = test_memory_safety.built(recipe)
+                state = optimizer.state[parameters[1]]
+                state[name] = change(state[name])
+                said[f"{recipe}, {name}: {what}"] = _refusal(parameters, optimizer)
+    for what in ("short", "fp64", "int"):
+        parameters, optimizer = test_memory_safety.built()
+        gradient = parameters[1].grad
+        assert gradient is not None
+        gradient.data = test_memory_safety.BROKEN[what][0](gradient.data)
+        said[f"gradient: {what}"] = _refusal(parameters, optimizer)
+    parameters, optimizer = test_memory_safety.built()
+    state = optimizer.state[parameters[0]]
+    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+    said["strides"] = _refusal(parameters, optimizer)
+
+
+def _refusal(parameters: list[torch.nn.Parameter], optimizer: GWTAdamW) -> str:
+    before = test_memory_safety.everything(parameters, optimizer)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        after = test_memory_safety.everything(parameters, optimizer)
+        same_as_before = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        return str(error) if same_as_before else "changed"
+    return "stepped"

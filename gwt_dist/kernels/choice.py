@@ -29,11 +29,14 @@ class Kernel(Protocol):
     def check(self, work: Work, tensors: Tensors) -> None:
         """See `eager.check`."""
 
-    def count(self, steps: list[Tensor]) -> None:
+    def count(self, work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
         """See `eager.count`."""
 
     def phase(self, number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
         """See `eager.phase`."""
+
+    def settle(self, number: int, work: Work, tensors: Tensors, sums: Tensor) -> None:
+        """See `eager.settle`."""
 
     def step(self, work: Work, tensors: Tensors) -> None:
         """See `eager.step`."""
@@ -60,7 +63,7 @@ NAMES = tuple(_MODULES)
 
 
 def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: Sequence[Piece]) -> Kernel:
-    """The kernel for the `pieces` of a parameter of `dtype` on `device` that `program` steps; without any, to count.
+    """The kernel for the `pieces` of a parameter of `dtype` on `device` that `program` steps.
 
     Raises `ValueError` if ``GWT_DIST_KERNEL`` names a kernel that cannot take them, `BuildError` if it names one that
     cannot be built.
@@ -73,8 +76,6 @@ def choose(device: torch.device, dtype: torch.dtype, program: Program, pieces: S
         return eager
     missing = missing_of(name, device, dtype, program, pieces)
     if not missing:
-        if not pieces:
-            return _MODULES[name]  # counting needs nothing that would have to be built
         return _forced(name, program) if forced else _loaded(name, program)
     if forced:
         raise ValueError(
@@ -91,7 +92,7 @@ def missing_of(name: str, device: torch.device, dtype: torch.dtype, program: Pro
         return f"parameters on {device} (a GPU is needed, or, for tests on a CPU alone, TRITON_INTERPRET=1)"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"parameters of {dtype}"
-    lacks = lacking(program, _COMPILED[name].SUFFIX) if pieces else ""
+    lacks = lacking(program, _COMPILED[name].SUFFIX)
     if lacks:
         return lacks
     for piece in pieces:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Extent, Pass, Program, Rule
-from gwt_dist.kernels import guard
+from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import library_of, load
 from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
@@ -49,12 +49,10 @@ def check(work: Work, tensors: Tensors) -> None:
         raise ValueError("the C++ kernels take dense fp32 or bf16 tensors on the CPU; GWT_DIST_KERNEL=eager takes more")
 
 
-def count(steps: list[Tensor]) -> None:
+def count(work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
     """As `eager.count`, without a call of torch for each."""
-    if _loaded:  # any library will do
-        next(iter(_loaded.values())).count(steps)
-    else:
-        torch._foreach_add_(steps, 1)
+    steps = [step for step, is_first in zip(tensors.steps, first, strict=True) if is_first]
+    _library(work.program).count(steps)
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
@@ -67,6 +65,11 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
     moments, write = PASSES[its.function]
     limits = sums[number - 1] if write and not moments else _NONE
     _run((moments, write), work, tensors, _NONE if write else sums[number], limits)
+
+
+def settle(number: int, work: Work, tensors: Tensors, sums: Tensor) -> None:
+    """As `eager.settle`."""
+    eager.settle(number, work, tensors, sums)
 
 
 def step(work: Work, tensors: Tensors) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Extent, Pass, Program, Rule, Travel
+from gwt_dist.declare import Extent, Pass, Rule, Travel
 from gwt_dist.formulas import FORMULAS, WRITES, Share
 from gwt_dist.formulas.weights import decay_factor
 from gwt_dist.kernels import guard
@@ -20,9 +20,14 @@ def check(work: Work, tensors: Tensors) -> None:
     guard.check(work, tensors)
 
 
-def count(steps: list[Tensor]) -> None:
-    """Add 1 to each of `steps`, 0-d fp32 tensors."""
-    torch._foreach_add_(steps, 1)
+def count(work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
+    """Count this step of the parameters of which `first` is true; comes before all phases.
+
+    Of the others, tensors that are stepped in another call before this one, it is counted.
+    """
+    steps = [step for step, is_first in zip(tensors.steps, first, strict=True) if is_first]
+    if steps:
+        torch._foreach_add_(steps, 1)
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
@@ -46,15 +51,6 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
 
 def step(work: Work, tensors: Tensors) -> None:
     """All phases of tensors that this process holds whole, and what stands between them."""
-    in_turn(phase, work, tensors)
-
-
-def in_turn(
-    phase: Callable[[int, Work, Tensors, list[Tensor]], None],  # of any kernel
-    work: Work,
-    tensors: Tensors,
-) -> None:
-    """As `step`, by the phases of another kernel."""
     if not tensors.weights:
         return
     sums: list[Tensor] = []
@@ -64,7 +60,7 @@ def in_turn(
         sums.append(torch.zeros(work.sizes[number], dtype=torch.float64, device=device))
         phase(number, work, tensors, sums)
         if its.then:
-            sums[-1] = settle(work.program, its, work.lengths[number], tensors.state, tensors.rules, sums[-1])
+            settle(number, work, tensors, sums[-1])
 
 
 def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
@@ -94,18 +90,15 @@ def keep(number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
         take(weight, function(elements, fragment.shape, rule), work.program.write, rule)
 
 
-def settle(
-    program: Program,
-    its: Pass,
-    lengths: Sequence[int],  # of each parameter, its numbers in `sums`
-    state: Mapping[str, Sequence[Tensor]],  # by field, one a parameter
-    rules: Sequence[Rule],  # one a parameter
-    sums: Tensor,  # fp64, complete
-) -> Tensor:
-    """What later phases read of the complete sums of a phase, in their places."""
-    known = {name: state[name] for name in program.names(Extent.TENSOR)}
-    found: Tensor = getattr(FORMULAS[program.formula], its.then)(sums, lengths, known, rules)
-    return found
+def settle(number: int, work: Work, tensors: Tensors, sums: Tensor) -> None:
+    """Put in the place of the complete sums of phase `number`, fp64, what later phases read of them.
+
+    Of `tensors` TENSOR fields and rules are read; those of members without a gradient are among them.
+    """
+    program, its = work.program, work.program.phases[number]
+    assert isinstance(its, Pass) and its.then, "there is nothing between these phases"
+    known = {name: tensors.state[name] for name in program.names(Extent.TENSOR)}
+    sums.copy_(getattr(FORMULAS[program.formula], its.then)(sums, work.lengths[number], known, tensors.rules))
 
 
 def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share:

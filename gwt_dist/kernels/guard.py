@@ -15,8 +15,9 @@ from gwt_dist.piece import math_dtype
 
 def check(work: Work, tensors: Tensors) -> None:
     """Raise `ValueError` for the first tensor that is not as the plan of its parameter says."""
+    names = {part.parameter: part.piece.fragment.fqn for part in reversed(work.parts)}  # the first of each
     for i, weight in enumerate(tensors.weights):
-        its = next((part.piece.fragment.fqn for part in work.parts if part.parameter == i), "a parameter")
+        its = names.get(i, "a parameter")
         gradient = tensors.gradients[i]
         if gradient.numel() != weight.numel():
             raise ValueError(

@@ -15,12 +15,12 @@ class Kept:
     """What stays on one device for a work from call to call."""
 
     device: torch.device
-    made: dict[str, tuple[Hashable, Any]] = field(default_factory=dict)  # name -> what it was made from, itself
+    made: dict[str, tuple[object, Any]] = field(default_factory=dict)  # name -> what it was made from, itself
     captured: list[Any] = field(default_factory=list)  # what CUDA graphs read when they are replayed
     spare: dict[Hashable, Tensor] = field(default_factory=dict)  # pinned memory for an upload while a graph is captured
 
-    def get(self, name: str, source: Hashable, make: Callable[[], Any]) -> Any:
-        """``make()``, or what it made the last time if that was from the same `source`."""
+    def get(self, name: str, source: object, make: Callable[[], Any]) -> Any:
+        """``make()``, or what it made the last time if that was from an equal `source`."""
         known = self.made.get(name)
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if known is None or known[0] != source:

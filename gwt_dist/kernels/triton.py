@@ -1,27 +1,26 @@
 """All phases on a GPU in Triton: one launch for all items of one level and dtype. See `triton_kernels.py`.
 
 Nothing here waits for the GPU: tables go there from pinned memory when what they say has changed, and never into memory
-that was written before, which a captured CUDA graph may read again at each replay. Learning rates that are tensors, and
-steps, are read on the device.
+that was written before, which a captured CUDA graph may read again at each replay. Steps are read on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import Any, TypeGuard
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Pass, Program, Rule
+from gwt_dist.declare import Pass, Program
 from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.kept import Kept
+from gwt_dist.kernels.tables import Kinds, limited_of, parameters_of, rules_of
 from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
 
@@ -30,39 +29,71 @@ CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TURNS = 4  # of a program whose places are not plain: all at once would take most registers for places
 _PARTIALS = 1024  # partial norms and ...
-_SIZES = 32  # ... step sizes that a program takes at once
-_FLOATS = (torch.float32, torch.bfloat16)
+_SIZES = 32  # ... step sizes ...
+_NORMS = 256  # ... and norms that a program takes at once
 
 
 def check(work: Work, tensors: Tensors) -> None:
-    """As `eager.check`, of sizes alone; what else is asked of tensors is asked when they have moved, see `_check`."""
-    sizes = [[weight.numel() for weight in tensors.weights], *(work.numels[name] for name in work.program.names())]
-    found = [tensors.gradients, *(tensors.state[name] for name in work.program.names())]
-    for expected, its in zip(sizes, found, strict=True):
-        if [tensor.numel() for tensor in its] != list(expected):
-            guard.check(work, tensors)
+    """As `eager.check`, of sizes of state; what else there is to ask is asked when tensors have moved, see `tables`."""
+    numels, state = work.numels, tensors.state
+    try:
+        fits = all(tuple(map(Tensor.numel, state[name])) == numels[name] for name in work.program.names())
+    except TypeError:  # one of them is no tensor
+        fits = False
+    if not fits:
+        guard.check(work, tensors)  # says which
+
+    if not tensors.weights:
+        return
+    kept = _kept_of(work, tensors.exchange.device)
+    parameters_of(work, tensors, kept)
+    if any(isinstance(its, Pass) and its.then for its in work.program.phases):
+        limited_of(work, tensors, kept)
 
 
-def count(steps: list[Tensor]) -> None:
-    """As `eager.count`."""
-    torch._foreach_add_(steps, 1)
+def count(work: Work, tensors: Tensors, first: Sequence[bool]) -> None:
+    """As `eager.count`, with all numbers that change from step to step: one launch."""
+    if work.program.travels:  # what changes from step to step is made when it is sent
+        eager.count(work, tensors, first)
+        return
+    kept, length = _kept_of(work, tensors.exchange.device), len(tensors.weights)
+    programs = (-(-length // _SIZES),)
+    _kernels().count[programs](
+        parameters_of(work, tensors, kept)[0],
+        kept.get("first", first, lambda: kept.upload(first, torch.float32)),
+        rules_of(tensors, kept).table,
+        _sizes(length, kept),
+        length,
+        OF_DETAIL=_functions(work.program)["details"].sizes,
+        BLOCK=_SIZES,
+        **{**OPTIONS, "num_warps": 1},
+    )
 
 
 def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None:
     """As `eager.phase`."""
-    its = work.program.phases[number]
-    assert isinstance(its, Pass), "whole matrices go by `rounds`"
     if work.program.travels:
         _travel().norms(work, tensors, sums[number])
-        return
-    moments, write = PASSES[its.function]
-    rho = sums[number - 1] if write and not moments else None
-    _run((moments, write), work, tensors, None if write else sums[number], rho)
+    else:
+        _phase(number, work, tensors, _kept_of(work, tensors.exchange.device), sums)
+
+
+def settle(number: int, work: Work, tensors: Tensors, sums: Tensor) -> None:
+    """As `eager.settle`, in one launch."""
+    kept = _kept_of(work, sums.device)
+    limited, rules = limited_of(work, tensors, kept), rules_of(tensors, kept).table
+    if len(limited):
+        programs = (-(-len(limited) // _NORMS),)
+        _kernels().limit[programs](limited, rules, sums, len(limited), BLOCK=_NORMS, **OPTIONS)
 
 
 def step(work: Work, tensors: Tensors) -> None:
     """As `eager.step`; without a limiter the gradient is read once."""
-    eager.in_turn(phase, work, tensors)
+    kept = _kept_of(work, tensors.exchange.device)
+    empty = partial(torch.empty, dtype=torch.float64, device=kept.device)
+    sums: list[Tensor] = kept.get("sums", work.sizes, lambda: [empty(size) for size in work.sizes])
+    for number in range(len(sums)):
+        _phase(number, work, tensors, kept, sums, whole=True)
 
 
 def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing: Tensor) -> None:
@@ -156,46 +187,33 @@ def options(plain: bool, level: int) -> dict[str, Any]:
 _kept: WeakKeyDictionary[Work, Kept] = WeakKeyDictionary()
 
 
-def _run(
-    phase: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: Tensor | None, rho: Tensor | None
-) -> None:
-    if not tensors.weights:
-        return
-    device = tensors.weights[0].device
+def _kept_of(work: Work, device: torch.device) -> Kept:
     kept = _kept.get(work)
     if kept is None or kept.device != device:
         kept = _kept[work] = Kept(device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _launch(phase, work, tensors, kept, squared_norms, rho)
+    return kept
 
 
-def _launch(
-    phase: tuple[bool, bool],
-    work: Work,
-    tensors: Tensors,
-    kept: Kept,
-    squared_norms: Tensor | None,
-    rho: Tensor | None,
-) -> None:
+def _sizes(count: int, kept: Kept) -> Tensor:
+    """What `count` leaves for the phases after it, ``[parameters, sizes]`` fp64."""
+    shape = count, _kernels().SIZES.value
+    found: Tensor = kept.get("sizes", shape, lambda: torch.empty(shape, dtype=torch.float64, device=kept.device))
+    return found
+
+
+def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Tensor], whole: bool = False) -> None:
+    """A phase; of a `whole` step with what follows it, and then `sums` may hold anything."""
     import triton.language as tl
 
-    kernels, count, (moments, write) = _kernels(), len(tensors.weights), phase
-    functions = _functions(work.program)
-    rules, which = _rules(tensors.rules, kept)
-    parameters, programs = _tables(work, tensors, which, kept)
-    shape = count, kernels.SIZES.value
-    sizes = kept.get("sizes", shape, lambda: torch.empty(shape, dtype=torch.float64, device=kept.device))
-    if write:
-        programs_of_sizes = (-(-count // _SIZES),)
-        kernels.step_sizes[programs_of_sizes](
-            parameters,
-            rules,
-            sizes,
-            count,
-            OF_DETAIL=functions["details"].sizes,
-            BLOCK=_SIZES,
-            **{**OPTIONS, "num_warps": 1},
-        )
+    if not tensors.weights:
+        return
+    its = work.program.phases[number]
+    assert isinstance(its, Pass), "whole matrices go by `rounds`"
+    moments, write = PASSES[its.function]
+    kernels, functions, rules = _kernels(), _functions(work.program), rules_of(tensors, kept).table
+    parameters, kinds = parameters_of(work, tensors, kept)
+    programs: _Programs = kept.get("programs", (kinds,), lambda: _programs(work, kinds, kept))
+    sizes = _sizes(len(tensors.weights), kept)
     for group in programs.groups:
         kernels.phase[(len(group.items),)](
             group.items,
@@ -203,7 +221,7 @@ def _launch(
             rules,
             sizes,
             tensors.exchange,
-            sizes if rho is None else rho,
+            sums[number - 1] if write and not moments else sizes,
             programs.partials,
             SECOND=functions["formulas"].second,
             CHANGE=functions["details"].change,
@@ -216,74 +234,27 @@ def _launch(
             GRADIENT=getattr(tl, group.gradient),
             **options(group.plain, group.level),
         )
-    if squared_norms is not None and len(programs.norms):
-        kernels.add_partials[(len(programs.norms),)](programs.partials, programs.norms, squared_norms, BLOCK=_PARTIALS)
+    if not write and len(programs.norms):
+        limit = whole and bool(its.then)
+        kernels.add_partials[(len(programs.norms),)](
+            programs.partials,
+            programs.norms,
+            limited_of(work, tensors, kept) if limit else programs.norms,
+            rules,
+            sums[number],
+            ADD=not whole,
+            LIMIT=limit,
+            BLOCK=_PARTIALS,
+            **OPTIONS,
+        )
 
 
-def _rules(rules: Sequence[Rule], kept: Kept) -> tuple[Tensor, list[int]]:
-    """The numbers of the rules that differ, ``[rules, numbers]`` fp64, and which of them each parameter has."""
-    distinct = {id(rule): rule for rule in rules}
-    numbers = {key: i for i, key in enumerate(distinct)}
-    rows = tuple(_row(rule, kept.device) for rule in distinct.values())
-    table: Tensor = kept.get("rules", rows, lambda: kept.upload(rows, torch.float64))
-    for i, rule in enumerate(distinct.values()):
-        if _on_device(rule.lr, kept.device):
-            table[i, :1].copy_(rule.lr.view(-1))
-    return table, [numbers[id(rule)] for rule in rules]
-
-
-def _row(rule: Rule, device: torch.device) -> tuple[float, ...]:
-    lr = 0.0 if _on_device(rule.lr, device) else float(rule.lr)
-    return lr, *(float(rule[name]) for name in _kernels().NUMBERS[1:])
-
-
-def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
-    """Whether a learning rate must not be read here: it would be to wait for the GPU."""
-    return isinstance(lr, Tensor) and lr.device.type == device.type
-
-
-def _tables(work: Work, tensors: Tensors, which: list[int], kept: Kept) -> tuple[Tensor, _Programs]:
-    """Where the tensors of each parameter lie, ``[parameters, 6]`` int64, and the programs that go with them."""
-    lists = tensors.weights, tensors.gradients, tensors.state["exp_avg"], tensors.state["exp_avg_sq"], tensors.steps
-    pointers = [tuple(tensor.data_ptr() for tensor in each) for each in lists]
-    dtypes = [tuple(tensor.dtype for tensor in each) for each in lists[:2]]
-
-    def make() -> tuple[Tensor, _Programs]:
-        _check(tensors, kept.device)
-        aligned = [all(pointer % 16 == 0 for pointer in each) for each in zip(*pointers[:4], strict=True)]
-        programs = kept.get("programs", (*dtypes, *aligned), lambda: _programs(work, tensors, aligned, kept))
-        return kept.upload(list(zip(*pointers, which, strict=True)), torch.int64), programs
-
-    source = *pointers, *dtypes, tuple(which)
-    tables: tuple[Tensor, _Programs] = kept.get("tables", source, make)
-    return tables
-
-
-def _check(tensors: Tensors, device: torch.device) -> None:
-    kinds = {
-        "weight": (tensors.weights, _FLOATS),
-        "gradient": (tensors.gradients, _FLOATS),
-        "exp_avg": (tensors.state["exp_avg"], [torch.float32]),
-        "exp_avg_sq": (tensors.state["exp_avg_sq"], [torch.float32]),
-        "step": (tensors.steps, [torch.float32]),
-    }
-    for name, (each, dtypes) in kinds.items():
-        for i, tensor in enumerate(each):
-            if tensor.device != device or tensor.dtype not in dtypes or not tensor.is_contiguous():
-                raise ValueError(
-                    f"the {name} of parameter {i} of this step, shape {tuple(tensor.shape)}, is {tensor.dtype} on "
-                    f"{tensor.device}{'' if tensor.is_contiguous() else ', not dense'}; the Triton kernels would read "
-                    f"wrong memory. They take dense {' or '.join(map(str, dtypes))} on {device}; "
-                    f"GWT_DIST_KERNEL=eager takes everything"
-                )
-
-
-def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: Kept) -> _Programs:
+def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
     """The items of a work, grouped by what a kernel is compiled for."""
     table = work.table(CHUNK)
     column = dict(zip(Item._fields, table.unbind(1), strict=True))
     number, level, norm = column["parameter"], column["level"], column["norm"]
-    plain = torch.tensor(aligned)[number] & (column["rows"] == 1) & (column["slot"] < 0)
+    plain = torch.tensor(kinds.aligned)[number] & (column["rows"] == 1) & (column["slot"] < 0)
     plain &= column["last"] == 1 << level
     for name in ("element", "moment", "units"):
         plain &= column[name] % 16 == 0
@@ -298,7 +269,7 @@ def _programs(work: Work, tensors: Tensors, aligned: list[bool], kept: Kept) -> 
     ends = lengths.cumsum(0)
 
     items = torch.cat([table, place[:, None]], 1)
-    wide = [[tensor.dtype == torch.float32 for tensor in each] for each in (tensors.weights, tensors.gradients)]
+    wide = [[dtype == torch.float32 for dtype in each] for each in (kinds.weights, kinds.gradients)]
     keys = torch.stack([level, *(torch.tensor(each)[number].long() for each in wide), plain.long()], 1)
     groups = []
     for key in keys.unique(dim=0):

@@ -42,6 +42,7 @@ WEIGHT_DECAY = tl.constexpr(NUMBERS.index("weight_decay"))
 SCALE = tl.constexpr(NUMBERS.index("scale"))
 DETAIL_GAIN = tl.constexpr(NUMBERS.index("detail_gain"))
 COHERENT = tl.constexpr(NUMBERS.index("coherent"))
+LIMITER = tl.constexpr(NUMBERS.index("limiter"))
 NESTEROV = tl.constexpr(NUMBERS.index("nesterov"))
 CORRECT_BIAS = tl.constexpr(NUMBERS.index("correct_bias"))
 
@@ -54,7 +55,7 @@ def phase(
     items,  # [programs, ITEM] int64
     parameters,  # [P, POINTERS] int64
     rules,  # [R, RULE] fp64
-    sizes,  # [P, SIZES] fp64, of `step_sizes`
+    sizes,  # [P, SIZES] fp64, of `count`
     exchange,  # elements of cut units, fp32 or fp64
     rho,  # [T] fp64
     partials,  # [places] fp64, squared norms of items
@@ -204,26 +205,64 @@ def phase(
 
 
 @triton.jit
-def add_partials(partials, norms, squared_norms, BLOCK: tl.constexpr):
-    """Adds the partial squared norms of one tensor to its own, in one order; `norms` ``[programs, 3]`` says which."""
+def add_partials(
+    partials, norms, limited, rules, squared_norms, ADD: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds the partial squared norms of one tensor in one order, `norms` ``[programs, 3]`` says which.
+
+    With ADD to what is there, else in its place; with LIMIT its rho is.
+    """
     norm = norms + tl.program_id(0) * 3
-    begin, end = tl.load(norm + 1), tl.load(norm + 2)
+    number, begin, end = tl.load(norm), tl.load(norm + 1), tl.load(norm + 2)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(begin, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
         total += tl.load(partials + i, mask=i < end, other=0.0)
-    place = squared_norms + tl.load(norm)
-    tl.store(place, tl.load(place) + tl.sum(total))
+    found = tl.sum(total)
+    if ADD:
+        found += tl.load(squared_norms + number)
+    if LIMIT:
+        found = _limited(found, number, limited, rules, True)
+    tl.store(squared_norms + number, found)
 
 
 @triton.jit(do_not_specialize=["count"])
-def step_sizes(parameters, rules, sizes, count, OF_DETAIL: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers of each parameter that change from step to step, fp64: `sizes` of its details (`OF_DETAIL`)."""
+def limit(limited, rules, sums, count, BLOCK: tl.constexpr):
+    """In the place of `count` complete squared norms their rho."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < count
+    tl.store(sums + i, _limited(tl.load(sums + i, mask=live, other=0.0), i, limited, rules, live), mask=live)
+
+
+@triton.jit
+def _limited(squared_norm, i, limited, rules, live):
+    """`limiter.limit_growth`: rho, and what is to be remembered of the norm is.
+
+    `limited` ``[norms, 2]`` int64 says where that lies, fp32, and which rule it has.
+    """
+    place = tl.load(limited + i * 2, mask=live, other=0).to(tl.pointer_type(tl.float32))
+    limiter = tl.load(rules + tl.load(limited + i * 2 + 1, mask=live, other=0) * RULE + LIMITER)
+    before = tl.load(place, mask=live, other=0.0).to(tl.float64)
+    norm = tl.sqrt(squared_norm)
+    valid = (norm > 0) & (norm < float("inf"))
+    growth = norm / (before + 1e-8)
+    rho = tl.where(valid & (before > 0), tl.where(growth > limiter, growth, limiter) / limiter, 1.0)
+    tl.store(place, tl.where(valid, norm / rho, before).to(tl.float32), mask=live)
+    return rho
+
+
+@triton.jit(do_not_specialize=["length"])
+def count(parameters, first, rules, sizes, length, OF_DETAIL: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts the step of the parameters of which `first`, fp32, is 1 and not 0, and what else changes from step to
+    step of each, fp64: `sizes` of its details (`OF_DETAIL`).
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < length
     parameter = parameters + i * POINTERS
     step = tl.load(parameter + 4, mask=live, other=0).to(tl.pointer_type(tl.float32))
-    t = tl.load(step, mask=live, other=1.0).to(tl.int32)
+    now = tl.load(step, mask=live, other=1.0) + tl.load(first + i, mask=live, other=0.0)
+    tl.store(step, now, mask=live)
+    t = now.to(tl.int32)
     rule = rules + tl.load(parameter + 5, mask=live, other=0) * RULE
     lr, beta1, beta2 = tl.load(rule + LR), tl.load(rule + BETA1), tl.load(rule + BETA2)
     nesterov, correct = tl.load(rule + NESTEROV) != 0, tl.load(rule + CORRECT_BIAS) != 0

@@ -5,8 +5,6 @@ See `triton_travel_kernels`. Tables and rules are those of `triton`, and no more
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from gwt_dist.kernels import triton
 from gwt_dist.kernels.kept import Kept
+from gwt_dist.kernels.tables import parameters_of, rules_of
 from gwt_dist.kernels.work import Tensors, Work
 
 _PARAMETERS = 32  # whose numbers a program takes at once
@@ -24,22 +23,19 @@ _SENT = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 def norms(work: Work, tensors: Tensors, sums: Tensor) -> None:
     """Add the two sums of each matrix to those in `sums`, ``[T]`` fp64."""
     if work.parts:
-        with _device(sums.device):
-            _norms(work, tensors, _tables(work, tensors), sums)
+        _norms(work, tensors, _tables(work, tensors), sums)
 
 
 def send(work: Work, tensors: Tensors, sums: Tensor, landing: Tensor) -> None:
     """As `eager.send`; `sums` are those of `norms`, complete."""
     if work.parts:
-        with _device(landing.device):
-            _send(work, tensors, _tables(work, tensors), sums, landing)
+        _send(work, tensors, _tables(work, tensors), sums, landing)
 
 
 def keep(work: Work, tensors: Tensors, landing: Tensor) -> None:
     """As `eager.keep`."""
     if work.parts:
-        with _device(landing.device):
-            _keep(work, _tables(work, tensors), landing)
+        _keep(work, _tables(work, tensors), landing)
 
 
 class _Tables(NamedTuple):
@@ -51,20 +47,11 @@ class _Tables(NamedTuple):
     programs: triton._Programs
 
 
-def _device(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _tables(work: Work, tensors: Tensors) -> _Tables:
-    """The tables of `triton`, which ask for two moments: the only one has both places."""
-    device = tensors.weights[0].device
-    kept = triton._kept.get(work)
-    if kept is None or kept.device != device:
-        kept = triton._kept[work] = Kept(device)
-    exp_avg = tensors.state["exp_avg"]
-    rules, which = triton._rules(tensors.rules, kept)
-    twice = replace(tensors, state={"exp_avg": exp_avg, "exp_avg_sq": exp_avg})
-    return _Tables(kept, rules, *triton._tables(work, twice, which, kept))
+    kept = triton._kept_of(work, tensors.exchange.device)
+    parameters, kinds = parameters_of(work, tensors, kept)
+    programs = kept.get("programs", (kinds,), lambda: triton._programs(work, kinds, kept))
+    return _Tables(kept, rules_of(tensors, kept).table, parameters, programs)
 
 
 def _norms(work: Work, tensors: Tensors, tables: _Tables, sums: Tensor) -> None:
@@ -73,8 +60,10 @@ def _norms(work: Work, tensors: Tensors, tables: _Tables, sums: Tensor) -> None:
     for group in tables.programs.groups:
         _units(work, tensors, tables, group, None, sums, squares, squares, "float32")
     for which in range(2):  # the second number of a matrix is next to the first
-        of_these = squares[which], places, sums[which:]
-        triton._kernels().add_partials[(len(places),)](*of_these, BLOCK=triton._PARTIALS)
+        of_these = squares[which], places, places, tables.rules, sums[which:]
+        triton._kernels().add_partials[(len(places),)](
+            *of_these, ADD=True, LIMIT=False, BLOCK=triton._PARTIALS, **triton.OPTIONS
+        )
 
 
 def _send(work: Work, tensors: Tensors, tables: _Tables, sums: Tensor, landing: Tensor) -> None:

@@ -15,7 +15,6 @@ from gwt_dist.kernels.triton_kernels import (
     CORRECT_BIAS,
     DETAIL_GAIN,
     ELEMENT,
-    ELEMENT_STRIDE,
     HELD,
     ITEM,
     LAST,
@@ -38,6 +37,7 @@ from gwt_dist.kernels.triton_kernels import (
 from gwt_dist.kernels.triton_math import power, unit_sum
 from gwt_dist.kernels.work import Item
 
+ELEMENT_STRIDE = tl.constexpr(Item._fields.index("element_stride"))
 LANDING = tl.constexpr(Item._fields.index("landing"))
 SIDE = tl.constexpr(Item._fields.index("side"))
 WEIGHTS = tl.constexpr(2)  # of a parameter: those of all gradients in the momentum that is read, and in the one before

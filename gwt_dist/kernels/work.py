@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gwt_dist.declare import Extent, Program, Rule
 from gwt_dist.piece import Piece
+
+T = TypeVar("T")
 
 
 class Cut(NamedTuple):
@@ -77,6 +79,14 @@ class Tensors:
     steps: list[Tensor]  # 0-d fp32, this step counted
     rules: list[Rule]  # one a parameter
     exchange: Tensor  # elements of cut units, fp32 or fp64
+    made: dict[str, Any] = field(default_factory=dict)  # what a kernel made of them, for as long as the step lasts
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """``make()``, or what it made of these tensors before."""
+        if name not in self.made:
+            self.made[name] = make()
+        found: T = self.made[name]
+        return found
 
 
 class Item(NamedTuple):
