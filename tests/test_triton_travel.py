@@ -56,6 +56,14 @@ def test_a_place_beyond_the_landing_buffer_is_refused(interpreted: Callable[...,
     assert re.search(r"lie at 3 to 524 of a landing buffer of 523 elements", message), message
 
 
+def test_a_step_of_56_matrices_is_few_operations(interpreted: Callable[..., Any]) -> None:
+    """7,952 before they were stacked, views counted."""
+    same, launches, operations = interpreted(cases.steps_of_56_matrices)
+    assert same
+    # Two rounds of 8 stacks in all, whose iterations are what is left.
+    assert (len(launches), len(operations)) == (9, 292)
+
+
 @needs_triton
 @pytest.mark.parametrize("level", [1, 5])
 def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -321,17 +321,16 @@ def uploads() -> dict[str, Any]:
 class Launches:
     """In the place of the kernels: which were launched, one name a launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: Any, kernels: Sequence[str]) -> None:
         self.names: list[str] = []
-        kernels = triton._kernels()
-        self.kernels = {name: getattr(kernels, name) for name in ("count", "phase", "add_partials", "limit")}
+        self.module, self.kernels = module, kernels
 
     @contextmanager
     def instead(self) -> Iterator[None]:
         with ExitStack() as stack:
             for name in self.kernels:
                 launch = {"__getitem__": lambda _, grid, name=name: lambda *args, **kwargs: self.names.append(name)}
-                stack.enter_context(patch.object(triton._kernels(), name, type("Launch", (), launch)()))
+                stack.enter_context(patch.object(self.module, name, type("Launch", (), launch)()))
             yield
 
 
@@ -359,7 +358,7 @@ def of_one_step(recipe: str, numbers: tuple[int, ...]) -> list[tuple[list[str], 
             for weight in weights:
                 weight.grad = torch.randn_like(weight)
             optimizer.step()
-            launches = Launches()
+            launches = Launches(triton._kernels(), ("count", "phase", "add_partials", "limit"))
             with launches.instead(), Operations() as operations:
                 optimizer.step()
         found.append((launches.names, operations.names))

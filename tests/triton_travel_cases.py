@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -9,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gwt_dist import Fragment
-from gwt_dist.kernels import triton
+from gwt_dist import Fragment, GWTAdamW, matrices, products, rounds
+from gwt_dist.kernels import triton, triton_travel
 from gwt_dist.kernels.work import Item
+from gwt_dist.products import stacks
 from test_layout import worlds
 from travel_cases import OPTIONS, WIDE, Case, equal, rule, whole
-from triton_cases import SLOW, interpreter
+from triton_cases import SLOW, Launches, Operations, interpreter, kernel
 
 PAIRS = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)
 
@@ -68,3 +70,32 @@ def a_place_beyond_the_landing_buffer() -> str:
         except ValueError as error:
             return str(error)
     return ""
+
+
+def steps_of_56_matrices() -> tuple[bool, list[str], list[str]]:
+    """Shapes of LLaMA-60M by 16, in the stacks that theirs have on a GPU: eager's bits, then launches and operations."""
+    shapes = [(32, 32)] * 32 + [(86, 32)] * 16 + [(32, 86)] * 8
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [torch.randn(shape) for shape in shapes]
+    its_kernels = Launches(triton_travel._kernels(), ("momentum_weights", "units", "keep"))
+    sums = Launches(triton._kernels(), ("add_partials",))
+
+    def places(rows: int, columns: int, device: torch.device) -> int:
+        return stacks.stack_size(16 * rows, 16 * columns, torch.device("cuda"))
+
+    small = partial(matrices.plan_rounds, limit=matrices.ROUND >> 8)
+    weights: dict[str, list[torch.nn.Parameter]] = {}
+    with interpreter(), patch.object(products, "stack_size", places), patch.object(rounds, "plan_rounds", small):
+        for name in ("eager", "triton"):
+            weights[name] = [torch.nn.Parameter(one.clone()) for one in start]
+            for weight, gradient in zip(weights[name], gradients, strict=True):
+                weight.grad = gradient
+            with kernel(name):
+                optimizer = GWTAdamW(weights[name], lr=0.01, level=1, recipe="orthogonal", detail_gain=0.5)
+                for _ in range(2):
+                    optimizer.step()
+        same = all(torch.equal(a, b) for a, b in zip(*weights.values(), strict=True))
+        with kernel("triton"), its_kernels.instead(), sums.instead(), Operations() as operations:
+            optimizer.step()
+    return same, its_kernels.names + sums.names, operations.names
