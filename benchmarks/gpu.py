@@ -23,7 +23,6 @@ for folder in (ROOT / "benchmarks", ROOT):  # the package need not be installed
         sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-
 from gpu_parts import PARTS, Part  # noqa: E402
 from gpu_parts.children import Child, Stopped  # noqa: E402
 from gpu_parts.engines import DEEPSPEED, TORCH  # noqa: E402

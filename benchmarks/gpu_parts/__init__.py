@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/gpu.py`: each is a function of a `Setting` that yields rows, one as soon as it is measured."""
+"""The parts of `benchmarks/gpu.py`: functions of a `Setting` that yield rows, one as soon as it is measured."""
 
 from __future__ import annotations
 

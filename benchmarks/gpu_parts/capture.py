@@ -86,7 +86,6 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 def captured(train_step: Callable[[], object], feed: Callable[[int], object]) -> torch.cuda.CUDAGraph:
     """A graph of `train_step`, after some of its steps on a stream of their own."""
-    # docs/kernels.md has these lines.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # state and kernels are made, and libraries are set up

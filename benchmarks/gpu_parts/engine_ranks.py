@@ -1,7 +1,7 @@
 """What a rank of the engines' part runs: a few steps of one model under an engine, and how far they are from fp64.
 
-The gradients are given: the loss is the sum of weights times numbers, and these numbers, which ranks bring unequal parts
-of, are the gradient. They have few bits, so the mean over two ranks is exact, and what is compared is the update.
+The gradients are given: the loss is the sum of weights times numbers, which are the gradient then, and of which ranks
+bring unequal parts. They have few bits, so the mean over two ranks is exact, and what is compared is the update.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The result of a run: one Markdown and one JSON, written anew with each row, so that a run which is cut off has them."""
+"""The result of a run: one Markdown and one JSON, written anew with each row, so that a cut-off run has them."""
 
 from __future__ import annotations
 
