@@ -13,6 +13,7 @@ Writes a dated Markdown and JSON into ``benchmarks/results``::
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ LAST = 5.0  # seconds kept for the end
 def main() -> int:
     """Run the parts; the exit status."""
     arguments = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part ends too
     end = time.monotonic() + 60 * arguments.minutes - LAST
     report = Report(arguments.output, {key: str(value) for key, value in vars(arguments).items()})
     for part in PARTS:

@@ -47,7 +47,7 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(tmp_path: Path) -> None:
 
 
 BREAKS = """
-import os, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 import torch
 import gpu
@@ -63,7 +63,7 @@ def dies(setting):
     os.abort()
 
 def hangs(setting):
-    yield {"case": "first", "ok": True}
+    yield {"case": "first", "ok": True, "pids": [os.getpid(), subprocess.Popen(["sleep", "100"]).pid]}
     time.sleep(100)
 
 def raises(setting):
@@ -89,6 +89,9 @@ def test_a_part_that_breaks_keeps_its_rows_and_fails_the_run(tmp_path: Path) -> 
     assert found["failed"] == ["wrong True", "dies True", "hangs True", "raises True"]
     said = {name: [row.get("error") for row in part["rows"]] for name, part in found["parts"].items()}
     assert all(part["rows"][0]["case"] == "first" for part in found["parts"].values())
+    for pid in (pid for name in ("hangs True", "hangs False") for pid in found["parts"][name]["rows"][0]["pids"]):
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z", "it goes on"
     assert said["dies False"] == [None, "its process ended with exit code -6"]
     assert said["hangs False"] == [None, "stopped: no row within its time"]
     assert said["raises False"] == [None, "ValueError: a reason"]

@@ -60,6 +60,7 @@ class Child:
 
 
 def _run(rows: Connection, leads: bool, function: Callable[..., Iterator[Row]], args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if leads:
         os.setsid()
     try:
