@@ -63,8 +63,8 @@ def dies(setting):
     os.abort()
 
 def hangs(setting):
-    yield {"case": "first", "ok": True, "pids": [os.getpid(), subprocess.Popen(["sleep", "100"]).pid]}
-    time.sleep(100)
+    yield {"case": "first", "ok": True, "pids": [os.getpid(), subprocess.Popen(["sleep", "20"]).pid]}
+    time.sleep(20)
 
 def raises(setting):
     yield {"case": "first", "ok": True}
@@ -76,7 +76,11 @@ for function in wrong, dies, hangs, raises:
         name = f"{function.__name__} {checks}"
         report.begin(name, name)
         deadline = time.monotonic() + (-2 if function is hangs else 60)  # what is left of a part comes on top
-        gpu.run(Part(name, name, function, 1, checks), Setting(torch.device("cpu"), True, deadline), report)
+        rows = gpu.run(Part(name, name, function, 1, checks), Setting(torch.device("cpu"), True, deadline), report)
+        for pid in rows[0].get("pids", ()):  # ended, if not yet waited for
+            state = Path(f"/proc/{pid}/stat")
+            if state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+                print("goes on:", pid)
 """
 
 
@@ -89,9 +93,7 @@ def test_a_part_that_breaks_keeps_its_rows_and_fails_the_run(tmp_path: Path) -> 
     assert found["failed"] == ["wrong True", "dies True", "hangs True", "raises True"]
     said = {name: [row.get("error") for row in part["rows"]] for name, part in found["parts"].items()}
     assert all(part["rows"][0]["case"] == "first" for part in found["parts"].values())
-    for pid in (pid for name in ("hangs True", "hangs False") for pid in found["parts"][name]["rows"][0]["pids"]):
-        state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z", "it goes on"
+    assert "goes on" not in done.stdout
     assert said["dies False"] == [None, "its process ended with exit code -6"]
     assert said["hangs False"] == [None, "stopped: no row within its time"]
     assert said["raises False"] == [None, "ValueError: a reason"]
