@@ -6,6 +6,7 @@
 #   make support               test and matrix, and the support matrix of docs/engines.md from its results
 #   make study-smoke           two minutes of a study of optimizers; `make study` is the whole one, hours of it
 #   make bench                 time of a step beside other optimizers, into benchmarks/results
+#   make gpu                   all that a GPU can show, in eight minutes: tests, engines, step times, graphs
 #   make bench-checkpoints     save and load beside DeepSpeed's and PyTorch's own, likewise
 #   make lint | format | clean
 #   PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip call (a mirror, CPU-only wheels of torch).
@@ -20,7 +21,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test matrix faults pretrain support study-smoke study bench bench-checkpoints lint format clean
+.PHONY: test matrix faults pretrain support study-smoke study bench gpu bench-checkpoints lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -52,6 +53,10 @@ study: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+# Where nothing can be installed: PYTHONPATH=. python benchmarks/gpu.py
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-checkpoints: $(STAMP)
 	$(BIN)/python benchmarks/checkpoint_time.py $(ARGS)

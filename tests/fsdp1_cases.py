@@ -19,12 +19,14 @@ from zero_cases import Net, gradients, initial, load, options, shapes_of
 
 
 def unit_options(strategy: str, use_orig_params: bool) -> dict[str, Any]:
-    """The arguments of `FullyShardedDataParallel`; HYBRID_SHARD has two replicas."""
+    """The arguments of `FullyShardedDataParallel`; HYBRID_SHARD has two replicas, or one on one rank."""
     options: dict[str, Any] = dict(
         sharding_strategy=ShardingStrategy[strategy], use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
     if strategy == "HYBRID_SHARD":
-        options["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s"))
+        replicas = min(2, dist.get_world_size())
+        sizes = replicas, dist.get_world_size() // replicas
+        options["device_mesh"] = init_device_mesh("cpu", sizes, mesh_dim_names=("r", "s"))
     return options
 
 
@@ -123,6 +125,18 @@ def unreduced_case(use_orig_params: bool) -> str:
     with model.no_sync():
         backward(model, next(gradients(shapes_of(Net()), 1)), "")
     return refusal(optimizer.step)
+
+
+def apart_case(use_orig_params: bool) -> tuple[str, bool]:
+    """The message of `attach` for replicas of one rank each, and whether their gradients differ."""
+    model: Any = wrapped("HYBRID_SHARD", use_orig_params)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    message = refusal(lambda: gwt_dist.attach(optimizer, model))
+    backward(model, next(gradients(shapes_of(Net()), 1)), "")
+    size = model._handle.flat_param.grad.square().sum()
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    return message, len({float(one) for one in sizes}) > 1
 
 
 def through_a_trainer_case() -> str:

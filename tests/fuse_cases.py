@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import gwt_dist
+from fairscale_cases import streams_on_cpu
 from fsdp1_cases import unit_options
 from fsdp2_cases import TARGETS, Counter, local, shard
 from gwt_dist import GWTAdamW, param_groups
@@ -125,7 +126,7 @@ def refused_case(what: str) -> str:
         model = DistributedDataParallel(model, find_unused_parameters=True)
     elif what.startswith("fsdp1"):
         offload = CPUOffload(True) if what == "fsdp1 offload" else None
-        model = wrapped("NO_SHARD" if what == "fsdp1 whole" else "FULL_SHARD", True, cpu_offload=offload)
+        model = wrapped("FULL_SHARD", True, cpu_offload=offload)
     optimizer = GWTAdamW(model.parameters(), lr=0.01, recipe="paper")
     try:
         if what.startswith("fsdp1"):
@@ -170,32 +171,69 @@ def wrapped(strategy: str, use_orig_params: bool, **options: Any) -> nn.Module:
 class ShardWatch:
     """The gradient shards that are alive whenever one more of them has been reduced, by weak references.
 
-    It looks at what FSDP1 reduces into: the storage, not the tensor, which FSDP1 keeps for its shape.
+    It looks at what FSDP1 reduces into: the storage, not the tensor, which FSDP1 keeps for its shape. Where nothing is
+    cut (NO_SHARD) that is the whole gradient.
     """
 
     def __init__(self) -> None:
         self.most = 0
-        self._shards: list[tuple[Any, int]] = []
+        self._shards: dict[int, StorageWeakRef] = {}  # by place: a gradient that accumulates is reduced again
         self._real: Any = None
 
     def __enter__(self) -> ShardWatch:
-        self._real = _runtime_utils._get_reduce_scatter_tensors
+        self._real = _runtime_utils._get_reduce_scatter_tensors, _runtime_utils._reduce_grad_no_shard
 
         def watched(state: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-            padded, shard = self._real(state, gradient)
-            storage = shard.untyped_storage()
-            self._shards.append((StorageWeakRef(storage), storage.nbytes()))
-            self.most = max(self.most, self.alive())
+            padded, shard = self._real[0](state, gradient)
+            self._see(shard)
             return padded, shard
 
-        _runtime_utils._get_reduce_scatter_tensors = watched
+        def watched_whole(state: Any, handle: Any) -> None:
+            self._see(handle.flat_param.grad)
+            self._real[1](state, handle)
+
+        _runtime_utils._get_reduce_scatter_tensors, _runtime_utils._reduce_grad_no_shard = watched, watched_whole
         return self
 
     def __exit__(self, *_: object) -> None:
-        _runtime_utils._get_reduce_scatter_tensors = self._real
+        _runtime_utils._get_reduce_scatter_tensors, _runtime_utils._reduce_grad_no_shard = self._real
+
+    def _see(self, shard: Tensor) -> None:
+        storage = shard.untyped_storage()
+        self._shards[storage.data_ptr()] = StorageWeakRef(storage)
+        self.most = max(self.most, self.alive())
 
     def alive(self) -> int:
-        return sum(not reference.expired() for reference, _ in self._shards)
+        return sum(not reference.expired() for reference in self._shards.values())
+
+
+def fairscale_case(flatten: bool, recipe: str) -> dict[str, Any]:
+    """Both on one rank under fairscale's `FullyShardedDataParallel`, which keeps its tensors whole there."""
+    trained = {}
+    for fused in (False, True):
+        torch.manual_seed(0)
+        with streams_on_cpu() as wrap:
+            options = {"compute_device": torch.device("cpu"), "flatten_parameters": flatten}
+            model = Chain()
+            del model.mlp_unused  # it would be in a unit of its own, without a forward pass
+            for i in range(LAYERS):
+                setattr(model, f"block{i}", wrap(getattr(model, f"block{i}"), **options))
+            model = wrap(model, **options)
+            optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=2, recipe=recipe, lr=0.01)
+            gwt_dist.attach(optimizer, model)
+            if fused:
+                gwt_dist.fuse_backward(optimizer, model)
+            start = [p.detach().clone() for p in model.parameters()]
+            for (x,) in micro_batches(STEPS, 1):
+                model(x).backward()
+                assert not fused or all(p.grad is None for p in model.parameters())
+                optimizer.step()
+                optimizer.zero_grad()
+        trained[fused] = [p.detach() for p in model.parameters()]
+    return {
+        "equal": all(torch.equal(a, b) for a, b in zip(trained[False], trained[True], strict=True)),
+        "moved": any(not torch.equal(a, b) for a, b in zip(trained[True], start, strict=True)),
+    }
 
 
 def trained_fsdp1(

@@ -62,6 +62,9 @@ ELSEWHERE = {
         "gwt-dist compare smoke": "test_study.py::test_the_command",
         "yaml": "test_study.py::test_study_of_the_page",
     },
+    "docs/kernels.md": {
+        "python": "test_gpu_benchmark.py::test_the_capture_in_the_documents_is_that_of_the_benchmark",
+    },
     "docs/quality.md": {"gwt-dist compare": "test_study.py::test_rows_of_the_quality_page_are_in_the_study"},
     "docs/report.md": {"gwt-dist report": "test_report.py::test_the_commands_of_the_documentation_work"},
     "docs/resume.md": {

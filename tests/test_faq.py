@@ -82,7 +82,7 @@ def test_a_compiled_model_trains_as_it_does_uncompiled(recipe: str, backend: str
         loss_of(torch.compile(model, backend=backend), tokens).backward()
         optimizer.step()
 
-    assert furthest(trained(recipe, step), trained(recipe, plain)) < 1e-12
+    assert furthest(trained(recipe, step), trained(recipe, plain)) == 0
 
 
 def test_a_compiled_model_has_the_names_of_its_targets() -> None:

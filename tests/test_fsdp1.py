@@ -10,7 +10,7 @@ from math import prod
 
 import pytest
 
-from fsdp1_cases import forgotten_attach_case, fsdp1_case, shifted_case, unreduced_case
+from fsdp1_cases import apart_case, forgotten_attach_case, fsdp1_case, shifted_case, unreduced_case
 from gwt_dist.piece import moments_shape
 from zero_cases import Net, shapes_of
 
@@ -68,3 +68,12 @@ def test_a_step_on_gradients_that_were_not_reduced_is_refused_by_all_ranks(ranks
     """Each rank holds less than the whole of some tensor, so each sees it by itself and none is left waiting."""
     for message in ranks(4, unreduced_case, use_orig_params):
         assert re.search(r"gradient of \d+ elements for the \d+ that this rank holds", message), message
+
+
+@pytest.mark.support("FSDP1", "HYBRID_SHARD with one rank in each shard group", outcome="refused")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_replicas_whose_gradients_fsdp1_does_not_sum_are_refused(ranks, use_orig_params) -> None:
+    """If the second assertion fails, a newer torch sums them and the refusal can go."""
+    for message, apart in ranks(2, apart_case, use_orig_params):
+        assert "sums no gradient over its 2 replicas" in message
+        assert apart

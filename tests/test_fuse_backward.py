@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from fuse_cases import LAYERS, STEPS, fsdp1_case, fuse_case, refused_case, trained
+from fuse_cases import LAYERS, STEPS, fairscale_case, fsdp1_case, fuse_case, refused_case, trained
 
 RECIPES = ["paper", "energy", "orthogonal"]
 
@@ -43,7 +43,7 @@ def test_in_one_process_it_frees_each_gradient_at_once(recipe: str) -> None:
     assert (most, most_fused) == (LAYERS, 1)
 
 
-FSDP1_ROW = "`fuse_backward` with NO_SHARD, CPU offload or another hook"
+FSDP1_ROW = "`fuse_backward` with CPU offload or another hook"
 TWICE_ROW = "`fuse_backward`: a second gradient before `step()`, a step on accumulated ones"
 REFUSED = {
     "ddp": ("DDP", "`fuse_backward`", "sees the gradient of this rank before it is averaged"),
@@ -51,7 +51,6 @@ REFUSED = {
     "scaler": ("FSDP2", "`fuse_backward` with a GradScaler", "a GradScaler drives an optimizer whose update was fused"),
     "twice": ("FSDP2", TWICE_ROW, "a second gradient since the last step() for 3 parameters"),
     "accumulated": ("FSDP2", TWICE_ROW, "have gradients that were only accumulated: this step would leave them out"),
-    "fsdp1 whole": ("FSDP1", FSDP1_ROW, "has NO_SHARD (or one rank alone): its gradients are whole"),
     "fsdp1 offload": ("FSDP1", FSDP1_ROW, "keeps its weights on CPU (cpu_offload)"),
     "fsdp1 hook": ("FSDP1", FSDP1_ROW, "has a communication hook already"),
     "fsdp1 alone": ("FSDP1", "a forgotten `attach`", "Call gwt_dist.attach(optimizer, model) first"),
@@ -109,3 +108,44 @@ def test_under_fsdp1_further_settings(ranks, world_size, strategy, accumulation,
     for result in ranks(world_size, fsdp1_case, strategy, use_orig_params, "paper", accumulation, what):
         assert result["moved"]
         assert result["equal"] and result["states"]
+
+
+@pytest.mark.support("FSDP1", "`fuse_backward` where nothing is cut: one rank, NO_SHARD")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"), [(1, "FULL_SHARD"), (1, "SHARD_GRAD_OP"), (1, "HYBRID_SHARD"), (2, "NO_SHARD")]
+)
+def test_under_fsdp1_where_nothing_is_cut(ranks, world_size, strategy, use_orig_params) -> None:
+    """FSDP1 gives the hook no shard then, and the gradient accumulates in place."""
+    for recipe, accumulation, what in (
+        ("energy", 1, ""),
+        ("paper", 4, ""),
+        ("orthogonal", 1, ""),
+        ("energy", 2, "bf16"),
+        ("paper", 2, "no_sync"),
+        ("energy", 2, "reentrant"),
+    ):
+        for result in ranks(world_size, fsdp1_case, strategy, use_orig_params, recipe, accumulation, what):
+            assert result["moved"], (recipe, what)
+            assert result["equal"] and result["states"], (recipe, what)
+            assert accumulation > 1 or result["most"] == (LAYERS, 1), recipe
+            assert result["collectives"] == ([0] * STEPS, [0] * STEPS), (recipe, what)
+
+
+@pytest.mark.support("FSDP2", "`fuse_backward` on one rank")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_under_fsdp2_on_one_rank(ranks, recipe) -> None:
+    for accumulation in (1, 4):
+        (result,) = ranks(1, fuse_case, recipe, accumulation)
+        assert result["moved"]
+        assert result["equal"] and result["states"]
+        assert accumulation > 1 or result["groups"] == (LAYERS, 1)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("flatten", [True, False])
+def test_under_fairscale_on_one_rank(ranks, flatten) -> None:
+    """On more it is refused, as any parameter that is no DTensor."""
+    for recipe in RECIPES:
+        (result,) = ranks(1, fairscale_case, flatten, recipe)
+        assert result["moved"] and result["equal"], recipe

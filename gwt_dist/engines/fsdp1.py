@@ -24,13 +24,17 @@ WRAPPER = "_fsdp_wrapped_module."
 
 
 def read(model: Any) -> list[FlatBuffer] | None:
-    """The parameters that the units of an FSDP1 model hand to the optimizer; None for any other thing."""
+    """The parameters that the units of an FSDP1 model hand to the optimizer; None for any other thing.
+
+    Raises `ValueError` for a HYBRID_SHARD that FSDP1 does not carry out.
+    """
     if not isinstance(model, nn.Module) or not any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         return None
     buffers = []
     for name, module in model.named_modules():
         handle = getattr(module, "_handle", None) if isinstance(module, FullyShardedDataParallel) else None
         if handle is not None:
+            _refuse_apart(module)
             prefix = (name + ".").removeprefix(".").replace(WRAPPER, "").removeprefix(".")
             buffers += _read_unit(handle, prefix)
     return buffers
@@ -61,6 +65,20 @@ def _read_unit(handle: Any, prefix: str) -> list[FlatBuffer]:
         FlatBuffer(parameter, (Fragment(f.fqn, f.shape, f.start, f.stop, 0),), (weight,), group)
         for parameter, f, weight in zip(flat._params, fragments, weights, strict=True)
     ]
+
+
+def _refuse_apart(module: Any) -> None:
+    """Raise `ValueError` for replicas whose gradients FSDP1 does not sum.
+
+    It takes HYBRID_SHARD over shard groups of one rank for NO_SHARD on one rank.
+    """
+    replicas = getattr(module, "_inter_node_pg", None)
+    if not module._handle.uses_sharded_strategy and replicas is not None and dist.get_world_size(replicas) > 1:
+        raise ValueError(
+            f"the FSDP1 unit of {module._handle.flat_param._fqns[0]!r} has HYBRID_SHARD with one rank in each shard "
+            f"group: FSDP1 makes NO_SHARD of it and sums no gradient over its {dist.get_world_size(replicas)} "
+            f"replicas, which would train apart in silence. Use NO_SHARD over all ranks or DistributedDataParallel"
+        )
 
 
 def _local(flat: Any) -> Tensor:

@@ -41,8 +41,8 @@ def fuse_backward(optimizer: Any, model: nn.Module) -> None:
         model: The module whose trainable parameters are all in `optimizer`.
 
     Raises:
-        ValueError: Where gradients that a hook sees are not the averaged ones (DDP, DeepSpeed), FSDP1 shards nothing or
-            keeps its weights on another device, or `optimizer` does not hold the parameters of `model`.
+        ValueError: Where gradients that a hook sees are not the averaged ones (DDP, DeepSpeed), FSDP1 keeps its weights
+            on another device, or `optimizer` does not hold the parameters of `model`.
     """
     inner = find_optimizer(optimizer)
     ours = {id(parameter) for group in inner.param_groups for parameter in group["params"]}

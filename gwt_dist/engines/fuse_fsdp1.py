@@ -1,9 +1,10 @@
 """`fuse_backward` under FSDP1: each unit's gradient shard is taken in where it is reduced, in its communication hook.
 
-FSDP1 gives the hook the whole gradient and an empty shard, and keeps the shard until the backward pass ends. The hook
-has a state for each unit here, so it knows whose shard it is: it reduces as FSDP1 does, steps, and leaves a zero of one
-element, expanded to the shape of the shard, in its place. FSDP1 keeps that. The private attributes of FSDP1 are read
-here alone.
+FSDP1 gives the hook the whole gradient and an empty shard, and keeps the shard until the backward pass ends. With
+NO_SHARD, which is any strategy on one rank, it gives the gradient alone, with those of earlier micro-batches in it: the
+shard is the whole. The hook has a state for each unit here, so it knows whose shard it is: it reduces as FSDP1 does,
+steps, and leaves a zero of one element, expanded to the shape of the shard, in its place. FSDP1 keeps that. The private
+attributes of FSDP1 are read here alone.
 """
 
 from __future__ import annotations
@@ -31,11 +32,6 @@ def units_of(model: nn.Module) -> list[FullyShardedDataParallel]:
 def check(module: Any) -> None:
     """Raise `ValueError` for an FSDP1 module whose gradient shard a hook does not see."""
     handle, name = module._handle, _name(module)
-    if handle._sharding_strategy.name == ShardingStrategy.NO_SHARD.name:
-        raise ValueError(
-            f"{name} has NO_SHARD (or one rank alone): its gradients are whole and accumulate in place, so there "
-            f"is no shard to free. Call step() after the backward pass"
-        )
     if handle._offload_params:
         raise ValueError(
             f"{name} keeps its weights on CPU (cpu_offload): its gradient is reduced on another device than the "
@@ -54,11 +50,19 @@ class Unit(Group):
         super().__init__(optimizer, [p for p in flat._params if p.requires_grad] if flat._params else [flat])
         module._comm_hook, module._comm_hook_state = Unit.reduce, self
 
-    def reduce(self, gradient: Tensor, shard: Tensor) -> None:
-        """Reduce the whole `gradient` of this rank into `shard`, as FSDP1 does without a hook, and take it in."""
+    def reduce(self, gradient: Tensor, shard: Tensor | None = None) -> None:
+        """Reduce the whole `gradient` of this rank into `shard`, as FSDP1 does without a hook, and take it in.
+
+        Both are 1-D, of the dtype that FSDP1 reduces in. Without a `shard` (NO_SHARD) the sum stays in `gradient`, that
+        of the flat parameter.
+        """
         module = self._module
         _divide(gradient, module._gradient_predivide_factor)
-        _reduce_scatter(shard, gradient, group=module.process_group)
+        if shard is None:
+            dist.all_reduce(gradient, group=module.process_group)
+            shard = gradient
+        else:
+            _reduce_scatter(shard, gradient, group=module.process_group)
         if self._handle._sharding_strategy.name in HYBRID:
             dist.all_reduce(shard, group=module._inter_node_pg)
         _divide(shard, module._gradient_postdivide_factor)
@@ -80,6 +84,8 @@ class Unit(Group):
         self.update()
         del flat._saved_grad_shard
         shard.data = shard.new_zeros(()).expand_as(shard)
+        if not self._handle.uses_sharded_strategy:
+            flat.grad = shard  # FSDP1 goes on with it
         # It runs after FSDP1's own callback, which makes gradients of what FSDP1 has kept.
         torch.autograd.Variable._execution_engine.queue_callback(self.clear)
 
