@@ -73,7 +73,7 @@ def a_place_beyond_the_landing_buffer() -> str:
 
 
 def steps_of_56_matrices() -> tuple[bool, list[str], list[str]]:
-    """Shapes of LLaMA-60M by 16, in the stacks that theirs have on a GPU: eager's bits, then launches and operations."""
+    """Shapes of LLaMA-60M by 16, in stacks as theirs on a GPU: whether bits are eager's; launches and operations."""
     shapes = [(32, 32)] * 32 + [(86, 32)] * 16 + [(32, 86)] * 8
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in shapes]
