@@ -97,7 +97,7 @@ def test_dtypes_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_of_stacks() -> None:
     sizes = {(512, 512): 16, (512, 1376): 5, (1024, 1024): 4, (2048, 2048): 1, (4096, 11008): 1, (64, 64): 64}
     assert {shape: products.stack_size(*shape, GPU) for shape in sizes} == sizes
-    assert [products.stack_size(r, c, CPU) for r, c in ((8, 8), (64, 64), (256, 256), (512, 512))] == [64, 16, 1, 1]
+    assert [products.stack_size(r, c, CPU) for r, c in ((8, 8), (64, 64), (256, 256), (512, 512))] == [64, 2, 1, 1]
     assert stacks.MOST == 64
 
 

@@ -7,7 +7,7 @@ import torch
 PRODUCTS = "auto", "bf16", "fp32"
 
 GPU_ELEMENTS = 1 << 22  # of a stack: enough to fill a GPU
-CPU_ELEMENTS = 1 << 16  # a CPU is full with one matrix, and unused places only waste its time
+CPU_ELEMENTS = 1 << 13  # a CPU is full with one matrix, and unused places only waste its time
 MOST = 64  # matrices of a stack
 BF16_CAPABILITY = 8, 0  # of NVIDIA's GPUs with bf16 units; torch numbers AMD's with them from (9, 0)
 
