@@ -105,7 +105,7 @@ def test_sizes_of_stacks() -> None:
 def test_the_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(["--shapes", "8x21", "--rounds", "1"])
     said = capsys.readouterr().out
-    assert "| 8x21 | 64 | gram | " in said and "| 8x21 | 64 | quadratic | " in said and said.count("| none |") == 2
+    assert "| 8x21 | 48 | gram | " in said and "| 8x21 | 48 | quadratic | " in said and said.count("| none |") == 2
     assert "There is no GPU here" in said and "MEASURED" not in said
 
 
