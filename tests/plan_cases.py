@@ -84,18 +84,9 @@ class Messages:
         comm.post = self._real
 
 
-def with_products(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The matrices of groups with numbers of rows in bf16, changed in place; those of others as the device has them."""
-    for group in groups:
-        if group.get("nor"):
-            group["products"] = "bf16"
-    return groups
-
-
 def allocated_case(family: str, arguments: tuple[Any, ...], kind: str) -> dict[str, Any]:
-    """Bytes after a step in which every trained tensor has a gradient, elements of its collectives, bytes of messages."""
+    """Bytes after a step in which every trained tensor has a gradient, and what the step sends: elements, bytes."""
     with FAMILIES[family](kind, *arguments) as built:
-        with_products(built.optimizer.param_groups)
         held = {id(p) for p in built.model.parameters()}
         given: list[int] = []
         stepped: dict[Tensor, None] = {}
