@@ -29,16 +29,37 @@ def owners(shapes: Sequence[Sequence[int]], held: Sequence[Mapping[int, int]], w
     even, most = _evenly(shapes, order, world_size)
     bound = most * (1 + SLACK)
     busy, found = [0] * world_size, [0] * len(shapes)
+    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+
+    def idlest(ranks: tuple[int, ...]) -> int:
+        """The one of these, in order, that has least to do."""
+        if ranks not in heaps:
+            heaps[ranks] = [(0, rank) for rank in ranks]
+        heap = heaps[ranks]
+        while heap[0][0] < busy[heap[0][1]]:  # work of a rank only grows, so what is too low here comes first
+            heapq.heapreplace(heap, (busy[heap[0][1]], heap[0][1]))
+        return heap[0][1]
+
+    alike: dict[int, list[tuple[int, ...]]] = {}  # by identity: many matrices may be held as one is
+    everyone = tuple(range(world_size))
     for number in order:
         its, work = held[number], cost(shapes[number])
-        fits = [rank for rank in its if busy[rank] + work <= bound]
-        fits = fits or [rank for rank in range(world_size) if busy[rank] + work <= bound]
-        if not fits:
+        if id(its) not in alike:
+            alike[id(its)] = [*_by_elements(its), everyone]
+        owner = next((rank for rank in map(idlest, alike[id(its)]) if busy[rank] + work <= bound), None)
+        if owner is None:
             return even
-        owner = min(fits, key=lambda rank: (-its.get(rank, 0), busy[rank], rank))
         busy[owner] += work
         found[number] = owner
     return found
+
+
+def _by_elements(held: Mapping[int, int]) -> list[tuple[int, ...]]:
+    """The ranks that hold most of a matrix, those that hold less, and so on."""
+    found: dict[int, list[int]] = {}
+    for rank, numel in sorted(held.items()):
+        found.setdefault(numel, []).append(rank)
+    return [tuple(found[numel]) for numel in sorted(found, reverse=True)]
 
 
 def _evenly(shapes: Sequence[Sequence[int]], order: Sequence[int], world_size: int) -> tuple[list[int], int]:

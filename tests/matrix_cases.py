@@ -36,7 +36,10 @@ COMBINATIONS = [
 ]
 # Blocks of each kind of model, and what a block's name says beside a recipe.
 BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")]}
+# For traffic: groups whose matrices have one program, with numbers of rows and without, in both dtypes of products.
+BLOCKS["travelling"] = [*COMBINATIONS, (1, "orthogonal"), *((level, "bf16") for level in (1, 3))]
 NAMED = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
+NAMED["bf16"] = {**NAMED["normuon"], "products": "bf16"}
 
 
 class Shapes(nn.Module):

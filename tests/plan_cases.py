@@ -1,9 +1,10 @@
-"""What the ranks of `test_plan_command.py` run: an engine of the matrix takes a step, and its bytes are counted."""
+"""What the ranks of `test_plan.py` run: an engine of the matrix takes a step, and its bytes are counted."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fsdp2_cases import Counter, local
-from gwt_dist import param_groups, save
+from gwt_dist import comm, param_groups, save
 from gwt_dist.cli.models import meta_model
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.recipes import rule_of
@@ -63,8 +64,28 @@ def weights_of(model: nn.Module) -> int:
     return storages(parameters)
 
 
+class Messages:
+    """Counts the bytes that the optimizer hands over for other ranks: matrices and what goes along, there and back."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._real = comm.post
+
+    def __enter__(self) -> Messages:
+        def counted(outgoing: comm.Kinds, incoming: comm.Kinds, peers: comm.Peers) -> Callable[[], None]:
+            to_others = [buffer for kind in outgoing for i, buffer in enumerate(kind) if i != peers.here]
+            self.bytes += sum(buffer.nbytes for buffer in to_others)
+            return self._real(outgoing, incoming, peers)
+
+        comm.post = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        comm.post = self._real
+
+
 def allocated_case(family: str, arguments: tuple[Any, ...], kind: str) -> dict[str, Any]:
-    """Bytes after a step in which every trained tensor has a gradient, and the elements of the step's collectives."""
+    """Bytes after a step in which every trained tensor has a gradient, and what the step sends: elements, bytes."""
     with FAMILIES[family](kind, *arguments) as built:
         held = {id(p) for p in built.model.parameters()}
         given: list[int] = []
@@ -77,7 +98,7 @@ def allocated_case(family: str, arguments: tuple[Any, ...], kind: str) -> dict[s
 
         built.optimizer.register_step_pre_hook(watch)
         step = next(gradients(shapes_of(Model(kind)), 1))
-        with Counter() as counter:
+        with Counter() as counter, Messages() as messages:
             built.take(step)
         own = {id(p) for p in stepped} & held
         return {
@@ -86,6 +107,7 @@ def allocated_case(family: str, arguments: tuple[Any, ...], kind: str) -> dict[s
             "masters": sum(size(p) for p in stepped if id(p) not in held) if not own else 0,
             "given": max(given),
             "collectives": sum(length for _, length in counter.calls),
+            "travelling": messages.bytes,
         }
 
 

@@ -62,6 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "exchange",
         "units",
         "groups",
+        "owners",
+        "matrices",
         "ds_json",
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be

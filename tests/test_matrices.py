@@ -57,7 +57,11 @@ def holdings(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[dict[int, int
     """Shapes, what ranks hold of each, and how many ranks there are."""
     world = draw(st.integers(1, 6))
     shapes = draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=20))
-    held = [draw(st.dictionaries(st.integers(0, world - 1), st.integers(1, prod(s)), min_size=1)) for s in shapes]
+    # Of few numbers, so that ranks often hold as much as others, and work that is as dear.
+    most = draw(st.sampled_from([1, 3, 2500]))
+    held = [
+        draw(st.dictionaries(st.integers(0, world - 1), st.integers(1, min(most, prod(s))), min_size=1)) for s in shapes
+    ]
     return shapes, held, world
 
 
@@ -81,6 +85,26 @@ def test_a_matrix_goes_to_the_rank_that_holds_most_of_it() -> None:
     assert owners([(4, 8), (4, 8), (4, 16)], [{0: 8, 1: 8}] * 3, 2) == [1, 1, 0]
     # One rank holds everything: work comes first.
     assert Counter(owners(shapes, [{0: 16}] * 4, 2)) == {0: 2, 1: 2}
+
+
+@given(holdings())
+def test_quickly_found_owners_are_those_of_the_plain_search(case: Any) -> None:
+    """Ranks that hold as much of a matrix are kept in order; here all of them are looked at for each matrix."""
+    shapes, held, world = case
+    order = sorted(range(len(shapes)), key=lambda i: (-cost(shapes[i]), i))
+    even, busy = [0] * world, [0] * world
+    expected, alone = {}, {}
+    for i in order:
+        alone[i] = min(range(world), key=lambda rank: (even[rank], rank))
+        even[alone[i]] += cost(shapes[i])
+    for i in order:
+        fits = [rank for rank in range(world) if busy[rank] + cost(shapes[i]) <= max(even) * (1 + SLACK)]
+        if not fits:
+            expected = alone
+            break
+        expected[i] = min(fits, key=lambda rank: (-held[i].get(rank, 0), busy[rank], rank))
+        busy[expected[i]] += cost(shapes[i])
+    assert owners(shapes, held, world) == [expected[i] for i in range(len(shapes))]
 
 
 LLAMA_60M = {

@@ -25,11 +25,12 @@ from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.model import ModelSpec, TensorSpec, of_config, of_module
 from gwt_dist.memory.model import groups_of as groups_by_name
 from gwt_dist.memory.plan import MemoryPlan
-from gwt_dist.memory.setup import Setup
+from gwt_dist.memory.setup import DEVICES, Setup
 from gwt_dist.memory.traffic import traffic
 from gwt_dist.piece import moments_shape
 from gwt_dist.plan import Form
 from gwt_dist.plan import Plan as ParameterPlan
+from gwt_dist.products import stacks as products
 from gwt_dist.schedule import Member
 from gwt_dist.sums import lay_out
 from matrix_cases import Model, groups_of
@@ -43,6 +44,7 @@ SUITE = {"deepspeed 1", "deepspeed 2 bf16", "deepspeed 3 bf16 init", "fsdp2 rows
     "zro",
     "oss",
 }
+PLANNED = {"shapes": "travelling", "vectors": "vectors"}  # by a model of `kinds`, the one that is planned
 # A tensor whose columns are sharded is cut by the model's own parallelism, which a plan is not told.
 NOT_PLANNED = {"fsdp2 columns", "fsdp2 tensor parallel"}
 
@@ -88,7 +90,7 @@ def model_for(name: str, kind: str) -> tuple[ModelSpec, list[memory.GroupSpec]]:
 
 
 def planned(name: str, world_size: int, kind: str) -> MemoryPlan:
-    return fill.plan(*model_for(name, kind), setup_for(name, world_size))
+    return fill.plan(*model_for(name, kind), replace(setup_for(name, world_size), device="cpu"))
 
 
 def state_of(plan: MemoryPlan, shard: int) -> dict[str, int]:
@@ -110,7 +112,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_planned_is_allocated(ranks, name, world_size) -> None:
     engine = ENGINES[name]
-    for kind in kinds(name, world_size):
+    for kind in map(PLANNED.__getitem__, kinds(name, world_size)):
         results = ranks(world_size, allocated_case, engine.family, engine.arguments, kind)
         expected = planned(name, world_size, kind)
         for rank, result in enumerate(results):
@@ -119,6 +121,7 @@ def test_planned_is_allocated(ranks, name, world_size) -> None:
                 **state_of(expected, shard),
                 "weights": expected.weights[shard],
                 "masters": expected.masters[shard],
+                "travelling": expected.travelling[shard],
             }
             if expected.setup.shards > 1:  # FSDP2 sums norms over one rank too
                 told["collectives"] = expected.exchange + expected.norms
@@ -337,8 +340,38 @@ def test_what_is_sent_in_a_step() -> None:
     whole = groups_by_name(model, 2, ("attn", "mlp"), recipe="orthogonal")
     found = fill.plan(model, whole, Setup("zero1", 7))
     ours = {t.name: t.bytes for t in traffic(found) if t.ours}
-    matrices = sum(prod(shape) for group in whole if group.level for _, shape in group.tensors)
-    assert ours["matrices"] == 2 * (matrices // 7 * 4 * 6 // 7) and found.norms == 28
-    found = fill.plan(model, groups_by_name(model, 2, ("attn", "mlp"), recipe="orthogonal", nor=0.9), Setup("zero1", 7))
-    rows = sum(shape[0] for group in whole if group.level for _, shape in group.tensors)
-    assert found.travelling == matrices + rows and found.norms == 28  # a number a row goes along
+    assert ours["matrices"] == max(found.travelling) and found.norms == 28
+
+
+def test_matrices_that_travel_by_hand() -> None:
+    """Two matrices [16, 10] on 3 ranks."""
+    shapes = [("a.q", (16, 10)), ("a.k", (16, 10))]
+    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, name) for name, shape in shapes))
+
+    def sent(engine: str, device: str = "cuda", world: int = 3, **keys: Any) -> list[int]:
+        groups = groups_by_name(model, 1, "a", recipe="orthogonal", **keys)
+        return fill.plan(model, groups, Setup(engine, world, device=device)).travelling
+
+    # In parts of 108 elements rank 0 holds 108 of a.q and rank 1 the other 52, rank 1 holds 56 of a.k and rank 2 the
+    # other 104: rank 0 owns a.q and rank 2 a.k, and rank 1, whose parts travel, gets them back.
+    assert sent("zero1") == [2 * 52, 2 * (52 + 56), 2 * 56]
+    assert sent("zero1", products="fp32") == sent("zero1", "cpu") == [4 * 52, 4 * (52 + 56), 4 * 56]
+    assert sent("zero1", "cpu", products="bf16") == sent("zero1")
+    # A number in fp32 for each row that a part touches: rank 1 has rows 10 to 15 of a.q, and 0 to 5 of a.k.
+    assert sent("zero1", nor=0.9) == [2 * 52 + 4 * 6, 2 * (52 + 56) + 4 * (6 + 6), 2 * 56 + 4 * 6]
+    # Both ranks hold half of each, and own one.
+    assert sent("fsdp2", world=2, nor=0.9) == [2 * (80 + 80) + 4 * (8 + 8)] * 2
+    assert sent("zero1", world=1) == sent("ddp") == [0]
+
+
+def test_bytes_of_products_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    for device in DEVICES:
+        for weights, math in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32)):
+            for name in products.PRODUCTS:
+                its = products.dtype_of(name, math, torch.device(device))
+                assert Setup("fsdp2", 2, weights=weights, device=device).bytes_of_products(name) == its.itemsize
+    # The moments of an optimizer on the host, and its products, are a CPU's.
+    assert Setup("zero2", 2, offload="optimizer").bytes_of_products("auto") == 4
+    with pytest.raises(ValueError, match="device 'tpu' must be one of cuda, cpu"):
+        Setup("ddp", device="tpu")

@@ -19,7 +19,7 @@ from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
 from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.report import report
-from gwt_dist.memory.setup import ENGINES, Setup
+from gwt_dist.memory.setup import DEVICES, ENGINES, Setup
 from gwt_dist.recipes import DEFAULT, RECIPES
 from gwt_dist.report.pages import check_free, write_page
 
@@ -54,6 +54,7 @@ def plan(
         Path | None, typer.Option(help="A DeepSpeed JSON, for engine, dtypes, offload and the optimizer's settings.")
     ] = None,
     use_orig_params: Annotated[bool, typer.Option(help="Of FSDP1.")] = True,
+    device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}: in which dtype matrices travel.")] = "cuda",
     micro_batch: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass of a rank.")] = 1,
     sequence: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 2048,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of a rank in a step.")] = 1,
@@ -119,7 +120,7 @@ def plan(
 
     def make(lv: int, ranks: int) -> MemoryPlan:
         groups = groups_of(spec, **{**options, "level": lv})
-        return fill.plan(spec, groups, replace(base, world_size=ranks))
+        return fill.plan(spec, groups, replace(base, world_size=ranks, device=device))
 
     tried: list[Tried] = []
     limit = 0

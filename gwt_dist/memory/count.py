@@ -9,7 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from gwt_dist import extents
-from gwt_dist.declare import Extent, Field, Program, Travel
+from gwt_dist.declare import Extent, Field, Program
 from gwt_dist.exchange import Whole, plan_exchange
 from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory.splits import Concatenation
@@ -93,14 +93,8 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> C
 
 
 @lru_cache(maxsize=4096)
-def summed(extent: Extent, laid: Concatenation, number: int, units: Units) -> int:
-    """Places of a sum of `extent` for a tensor by its number, of these units."""
+def summed(extent: Extent, one: Concatenation, units: Units) -> int:
+    """Places of a sum of `extent` for the one tensor of `one`, of these units."""
     # Where a tensor is cut matters to its rows alone.
-    cuts = [start for _, start, _ in laid.intervals(number) if start] if extent is Extent.ROW else ()
-    return extents.summed(extent, Whole("", laid.shapes[number], tuple(cuts)), units)
-
-
-def travelling(program: Program, shape: tuple[int, ...]) -> int:
-    """Elements of a tensor that go to one rank and back, and the numbers of its rows that go along."""
-    rows = shape[0] if len(shape) >= 2 else 1
-    return sum(prod(shape) + rows * len(phase.rows) for phase in program.phases if isinstance(phase, Travel))
+    cuts = [start for _, start, _ in one.intervals(0) if start] if extent is Extent.ROW else ()
+    return extents.summed(extent, Whole("", one.shapes[0], tuple(cuts)), units)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 from gwt_dist.declare import Program
 from gwt_dist.memory import splits
-from gwt_dist.memory.count import count, per_tensor, summed, travelling
+from gwt_dist.memory.count import count, per_tensor, summed
 from gwt_dist.memory.model import ModelSpec, TensorSpec
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import STEP, Setup
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.memory.state import GroupSpec
+from gwt_dist.memory.travel import Matrices
 
 Part = tuple[Concatenation, int]  # a tensor, by its number
 
@@ -35,6 +36,7 @@ class _Filler:
         self.plan, self.setup, self.shards = found, found.setup, found.setup.shards
         self.groups = {name: group for group in found.groups for name, _ in group.tensors}
         self.frozen = [t for t in found.model.tensors if t.name not in self.groups]
+        self.matrices = Matrices()  # of the step that is being planned
 
     def tensors(
         self,
@@ -66,25 +68,35 @@ class _Filler:
             _add(found.fields[field], kept, times * size, first)
         if owner is None and self.shards > 1:
             found.exchange += times * counts.exchange
-            for group, shape in zip(groups, laid.shapes, strict=True):
-                found.travelling += times * travelling(group.program_for(shape), shape) if group else 0
 
     def parameter(self, group: GroupSpec, parts: Sequence[Part], owner: int | None = None) -> None:
         """What a parameter of these tensors has on every shard, or on `owner`, whatever is held of them."""
-        programs = {group.program_for(laid.shapes[i]) for laid, i in parts}
+        programs = _programs(group, parts)
         once, first = [1] * (self.shards if owner is None else 1), owner or 0
         _add(self.plan.steps, once, STEP, first)
         for field in per_tensor(programs):
             _add(self.plan.fields[field], once, self.setup.state_bytes * len(parts), first)
         if owner is None:
-            self.sums(group, programs, parts)
+            self.shared(group, parts)
 
-    def sums(self, group: GroupSpec, programs: Iterable[Program], parts: Sequence[Part]) -> None:
-        """A parameter's places in sums over ranks: those of each program for all of its tensors."""
-        for one in (one for program in programs for one in program.sums if self.shards > 1):
+    def shared(self, group: GroupSpec, parts: Sequence[Part]) -> None:
+        """A parameter's places in sums over ranks, those of each program for all of its tensors, and its matrices.
+
+        Parameters come in the order in which the optimizer has them.
+        """
+        if self.shards == 1:
+            return
+        for one in (one for program in _programs(group, parts) for one in program.sums):
             for laid, i in parts:
-                places = summed(one.extent, laid, i, group.units_for(laid.shapes[i]))
+                places = summed(one.extent, laid.one(i), group.units_for(laid.shapes[i]))
                 self.plan.norms += one.numbers * places
+        for laid, i in parts:
+            self.matrices.add(group.program_for(laid.shapes[i]), laid, i)
+
+    def step(self) -> None:
+        """The parameters since the last one are those of one call of the optimizer's ``step``."""
+        _add(self.plan.travelling, self.matrices.sent(self.setup), 1)
+        self.matrices = Matrices()
 
     def everywhere(self, values: list[int], number: int) -> None:
         """Add the same number for each shard."""
@@ -95,6 +107,10 @@ class _Filler:
         numel = sum(tensor.numel for tensor in self.frozen)
         self.everywhere(self.plan.weights, numel * self.setup.bytes_of("weights"))
         self.plan.checkpoint_common += numel * self.setup.bytes_of("weights")
+
+
+def _programs(group: GroupSpec, parts: Sequence[Part]) -> set[Program]:
+    return {group.program_for(laid.shapes[i]) for laid, i in parts}
 
 
 def _whole(found: MemoryPlan) -> None:
@@ -147,8 +163,10 @@ def _zero_1_and_2(found: MemoryPlan) -> None:
         padded = laid.part * filler.shards
         held = padded if setup.bf16_optimizer else whole if setup.engine == "zero1" else laid.part
         filler.everywhere(found.gradients, held * setup.bytes_of("gradients"))
-        if not setup.bf16_optimizer:  # which steps with a part of its fp32 gradients
+        if not setup.bf16_optimizer:  # which steps with a part of its fp32 gradients, and all groups in one call
             _largest(found.step_gradients, laid.part * 4)
+            filler.step()
+    filler.step()
 
 
 def _zero_3(found: MemoryPlan) -> None:
@@ -164,6 +182,7 @@ def _zero_3(found: MemoryPlan) -> None:
             filler.everywhere(found.masters, slots * 4)
             filler.everywhere(found.gradients, slots * setup.bytes_of("gradients"))
             _largest(found.step_gradients, slots * 4)
+            filler.step()  # a call for each buffer
     whole = 0
     bound = setup.persistence_total
     for tensor in found.model.tensors:
@@ -187,6 +206,7 @@ def _fsdp2(found: MemoryPlan) -> None:
             found.gradients[s] += (now - then) * gradient
         for _, shape in group.tensors:
             filler.parameter(group, [(splits.rows(shape, filler.shards), 0)])
+    filler.step()
     _frozen_parts(filler, lambda tensor: splits.rows(tensor.shape, filler.shards))
 
 
@@ -216,6 +236,8 @@ def _flat_units(found: MemoryPlan) -> None:
         alone = setup.engine == "fairscale" and not setup.flatten
         units.setdefault(tensor.name if alone else tensor.unit, []).append(tensor)
     parts = setup.engine == "fsdp1" and setup.use_orig_params  # each tensor's part is a parameter by itself
+    place = {name: i for i, name in enumerate(name for group in found.groups for name, _ in group.tensors)}
+    stepped: list[tuple[int, GroupSpec, list[Part]]] = []
     for unit, tensors in units.items():
         names, shapes = [t.name for t in tensors], [t.shape for t in tensors]
         if setup.engine == "fsdp1":
@@ -236,11 +258,14 @@ def _flat_units(found: MemoryPlan) -> None:
             continue
         filler.everywhere(found.gradients, laid.part * gradient)
         filler.tensors(laid, names, alone=parts)
-        for i, group in enumerate(groups):
-            if parts and group:
-                filler.sums(group, [group.program_for(shapes[i])], [(laid, i)])
-        if not parts and groups[0]:
-            filler.parameter(groups[0], [(laid, i) for i in range(len(tensors))])
+        if parts:
+            its = enumerate(zip(names, groups, strict=True))
+            stepped += [(place[name], group, [(laid, i)]) for i, (name, group) in its if group]
+        elif groups[0]:
+            stepped.append((place[names[0]], groups[0], [(laid, i) for i in range(len(tensors))]))
+    for _, group, held in sorted(stepped, key=lambda one: one[0]):
+        (filler.shared if parts else filler.parameter)(group, held)
+    filler.step()
     for tensor in filler.frozen:
         found.checkpoint_common += tensor.numel * weight
 

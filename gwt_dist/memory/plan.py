@@ -33,16 +33,17 @@ class MemoryPlan:
     step_gradients: list[int] = field(init=False)  # fp32, of one buffer at a time, beside masters
     elements: list[int] = field(init=False)  # trained elements, not bytes
     checkpoint: list[int] = field(init=False)  # what a shard's ranks write between them
+    travelling: list[int] = field(init=False)  # what a shard sends of matrices to their owners and back, each step
     checkpoint_common: int = 0  # what all ranks hold alike, of which each writes a part
     exchange: int = 0  # elements of all cut units in the sum that completes them, each step
     norms: int = 0  # numbers of all other sums over ranks, each step
-    travelling: int = 0  # numbers that are sent to the ranks of their matrices and back, each step
 
     def __post_init__(self) -> None:
         programs = [program for group in self.groups for program in (group.plain, group.program)]
         self.fields = {field: self._nothing() for program in programs for field in program.fields}
         self.steps, self.cut, self.weights, self.masters = (self._nothing() for _ in range(4))
         self.gradients, self.step_gradients, self.elements, self.checkpoint = (self._nothing() for _ in range(4))
+        self.travelling = self._nothing()
 
     def _nothing(self) -> list[int]:
         return [0] * self.setup.shards

@@ -70,6 +70,7 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
             "masters": "fp32" if setup.masters else None,
             "states": states,
             "offload": setup.offload,
+            "device": setup.device,
             "accumulation": accumulation,
         },
         "levels": _levels(plan),

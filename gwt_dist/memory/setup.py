@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+DEVICES = "cuda", "cpu"
 ENGINES = ("single", "ddp", "zro", "oss", "zero0", "zero1", "zero2", "zero3", "fsdp2", "fsdp1", "fairscale")
 MESHES = ("fsdp2", "fsdp1")  # those that may shard over a part of the ranks and replicate over the rest
 STEP = 4  # bytes of a step counter: fp32
@@ -28,6 +29,7 @@ class Setup:
     persistence_total: int | None = None  # ... and of all of them no more than this; None: no bound
     use_orig_params: bool = True  # FSDP1
     flatten: bool = True  # fairscale
+    device: str = "cuda"  # where it trains; "cuda": GPUs with units for bf16
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -35,6 +37,8 @@ class Setup:
         for key, value in (("weights", self.weights), ("gradients", self.gradients or self.weights)):
             if value not in DTYPES:
                 raise ValueError(f"dtype {value!r} of {key} must be one of {', '.join(DTYPES)}")
+        if self.device not in DEVICES:
+            raise ValueError(f"device {self.device!r} must be one of {', '.join(DEVICES)}")
         if self.world_size < 1 or self.replicas < 1 or self.world_size % self.replicas:
             raise ValueError(f"{self.world_size} ranks cannot be {self.replicas} replicas of equal size")
         if self.engine == "single" and self.world_size > 1:
@@ -80,3 +84,9 @@ class Setup:
     def bytes_of(self, what: str) -> int:
         """Of an element of "weights" or "gradients"."""
         return DTYPES[self.weights if what == "weights" else self.gradients or self.weights]
+
+    def bytes_of_products(self, products: str) -> int:
+        """Of an element of the matrices that travel: what `products.dtype_of` says where the optimizer steps."""
+        on_gpu = self.device == "cuda" and self.offload not in ("optimizer", "both")
+        fast = products == "bf16" or (products == "auto" and on_gpu and self.state_bytes == 4)
+        return DTYPES["bf16"] if fast else self.state_bytes

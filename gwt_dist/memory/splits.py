@@ -43,6 +43,10 @@ class Concatenation:
         held = zip(names, self.shapes, self.held(shard), strict=True)
         return [Fragment(name, shape, *interval) for name, shape, interval in held]
 
+    def one(self, number: int) -> Concatenation:
+        """A tensor by itself where it lies: quick to hash, whatever stands beside it, so that counts are kept by it."""
+        return Concatenation((self.shapes[number],), (self.begins[number],), self.part)
+
     def intervals(self, number: int) -> Iterator[tuple[int, int, int]]:
         """``(shard, start, stop)`` of tensor `number` on the shards that hold any of it, in order."""
         begin, numel = self.begins[number], prod(self.shapes[number])

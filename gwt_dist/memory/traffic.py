@@ -3,6 +3,8 @@
 Of n bytes over S ranks a reduce-scatter or an all-gather sends ``n (S - 1) / S``, an all-reduce twice that. Which of
 them an engine makes is as in the ZeRO paper (arXiv 1910.02054, section 7): 2 n with stages 0 to 2, 3 n with weights
 sharded. Padding, and what a compressed or hierarchical collective saves, are left out.
+
+Matrices go from rank to rank, in no ring: there it is what the rank that sends most really sends.
 """
 
 from __future__ import annotations
@@ -57,8 +59,7 @@ def _ours(plan: MemoryPlan) -> Iterator[Traffic]:
     exchange = plan.exchange * setup.state_bytes
     yield Traffic("cut units", "all-reduce", 2 * _ring(exchange, setup.shards), ours=True)
     yield Traffic("norms", "all-reduce", 2 * _ring(plan.norms * NORM, setup.shards), ours=True)
-    matrices = plan.travelling // setup.shards * setup.state_bytes
-    yield Traffic("matrices", "to a rank each and back", 2 * _ring(matrices, setup.shards), ours=True)
+    yield Traffic("matrices", "to their owners and back, the rank that sends most", max(plan.travelling), ours=True)
 
 
 def _ring(number: int, ranks: int) -> int:
