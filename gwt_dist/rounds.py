@@ -147,9 +147,8 @@ class Rounds:
         self, found: Sequence[tuple[Holder, str, tuple[int, ...]]], dtype: torch.dtype, kernels: Sequence[Kernel]
     ) -> list[_Round]:
         peers = found[0][0].plan.shard.peers
-        matrices = [
-            Matrix(shape, partial(_held(holder.plan.shard.peers), fqn), holder.group) for holder, fqn, shape in found
-        ]
+        held = {id(holder): _held(holder.plan.shard.peers) for holder, _, _ in found}
+        matrices = [Matrix(shape, partial(held[id(holder)], fqn), holder.group) for holder, fqn, shape in found]
         message = products.dtype_of(self._phase.products, dtype, self._device)
         stack_size = partial(products.stack_size, device=self._device)
         its_parts: dict[tuple[int, str], list[Part]] = {}

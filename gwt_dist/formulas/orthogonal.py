@@ -35,7 +35,6 @@ from gwt_dist.layout import columns_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-ALIGNED = 16  # elements: of rows and columns in the iteration
 
 
 def newton_schulz(
@@ -49,18 +48,14 @@ def newton_schulz(
     rows, columns = u_nRC.shape[-2:]
     u = u_nRC.reshape(-1, rows, columns)
     norm = torch.linalg.vector_norm(u, dim=(1, 2), keepdim=True, dtype=torch.promote_types(u.dtype, torch.float32))
-    padded = u.new_zeros(len(u), _aligned(rows), _aligned(columns))
+    # A library's product has other bits where a matrix begins at an odd place. Zeros that are added stay zeros.
+    padded = u.new_zeros(len(u), products.aligned(rows), products.aligned(columns))
     torch.div(u, (norm + 1e-7).to(u.dtype), out=padded[:, :rows, :columns])
     x: Tensor = padded.mT if rows > columns else padded
     for _ in range(STEPS):
         x = torch.baddbmm(x, products.quadratic(products.gram(x), b, c), x, beta=a)
     x = x.mT if rows > columns else x
     return x[:, :rows, :columns].view(u_nRC.shape)
-
-
-def _aligned(length: int) -> int:
-    """A library's product has other bits where a matrix begins at an odd place. Zeros that are added stay zeros."""
-    return -(-length // ALIGNED) * ALIGNED
 
 
 def norms(share: Share) -> dict[str, tuple[Tensor, ...]]:

@@ -9,9 +9,9 @@ then (the kernel single elements otherwise), and all matrices begin alike, on wh
 from torch import Tensor
 
 from gwt_dist.products.choice import choose
-from gwt_dist.products.stacks import dtype_of, stack_size
+from gwt_dist.products.stacks import aligned, dtype_of, stack_size
 
-__all__ = ["dtype_of", "gram", "quadratic", "stack_size"]
+__all__ = ["aligned", "dtype_of", "gram", "quadratic", "stack_size"]
 
 
 def gram(x_nRC: Tensor) -> Tensor:

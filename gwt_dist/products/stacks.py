@@ -7,8 +7,9 @@ import torch
 PRODUCTS = "auto", "bf16", "fp32"
 
 GPU_ELEMENTS = 1 << 22  # of a stack: enough to fill a GPU
-CPU_ELEMENTS = 1 << 13  # a CPU is full with one matrix, and unused places only waste its time
+CPU_ELEMENTS = 1 << 14  # a CPU is busy with little, larger stacks leave its cache, and unused places waste its time
 MOST = 64  # matrices of a stack
+ALIGNED = 16  # elements: what rows and columns of matrices in products are multiples of, with zeros added
 BF16_CAPABILITY = 8, 0  # of NVIDIA's GPUs with bf16 units; torch numbers AMD's with them from (9, 0)
 
 
@@ -34,4 +35,9 @@ def stack_size(rows: int, columns: int, device: torch.device) -> int:
     the bits of a matrix are the same on any number of ranks.
     """
     limit = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
-    return min(MOST, max(1, limit // (rows * columns)))
+    return min(MOST, max(1, limit // (aligned(rows) * aligned(columns))))
+
+
+def aligned(length: int) -> int:
+    """A number of rows or columns as products should have it."""
+    return -(-length // ALIGNED) * ALIGNED
