@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ class Peers:
 
     ranks: tuple[int, ...]  # their ranks in the whole world, in an order that is the same on all of them
     here: int  # the place of this one
-    group: ProcessGroup | None  # through which they send; None: that of the whole world
+    group: ProcessGroup | None  # through which they send; None: there is none of these ranks alone, see `connected`
     fragments: Callable[[int], Sequence[Fragment]]  # of a place: the fragments there, empty ones or not
 
     @property
@@ -89,6 +90,30 @@ def sum_over_ranks(buffer: Tensor, lengths: Sequence[int], groups: Sequence[tupl
 def all_reduce(buffer: Tensor, group: ProcessGroup) -> None:
     """The sum of `buffer` over the ranks of `group`, in place."""
     dist.all_reduce(buffer, group=group)
+
+
+# Groups by the ranks that they were made for, of each world.
+_groups: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
+
+
+def connected(peers: Peers, device: torch.device) -> Peers:
+    """`peers` with a group of their own, which is made the first time that all of them ask.
+
+    The first call of a group over NCCL connects all its ranks, so it must not be a message that concerns some of them:
+    the others would be waited for. Groups of engines and meshes have summed before anything travels; a tensor that is
+    cut along several axes of a mesh has no group, and its new one begins with a sum.
+    """
+    if peers.group is not None or peers.world_size == 1:
+        return peers
+    world = dist.group.WORLD
+    assert world is not None, "there are other ranks"
+    made = _groups.setdefault(world, {})
+    if peers.ranks not in made:
+        # Ranks outside do not take part: they may have no such tensor.
+        group = dist.new_group(list(peers.ranks), use_local_synchronization=True)
+        all_reduce(torch.zeros(1, device=device), group)
+        made[peers.ranks] = group
+    return replace(peers, group=made[peers.ranks])
 
 
 Kinds = Sequence[Sequence[Tensor]]  # of each kind of message, a buffer for each peer

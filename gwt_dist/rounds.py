@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist import products
-from gwt_dist.comm import Peers, begin, needs_host
+from gwt_dist.comm import Peers, begin, connected, needs_host
 from gwt_dist.declare import Program, Rule, Travel
 from gwt_dist.formulas import FORMULAS
 from gwt_dist.kernels import Kernel, Part, Tensors, Work
@@ -146,7 +146,7 @@ class Rounds:
     def _planned(
         self, found: Sequence[tuple[Holder, str, tuple[int, ...]]], dtype: torch.dtype, kernels: Sequence[Kernel]
     ) -> list[_Round]:
-        peers = found[0][0].plan.shard.peers
+        peers = connected(found[0][0].plan.shard.peers, self._device)
         held = {id(holder): _held(holder.plan.shard.peers) for holder, _, _ in found}
         matrices = [Matrix(shape, partial(held[id(holder)], fqn), holder.group) for holder, fqn, shape in found]
         message = products.dtype_of(self._phase.products, dtype, self._device)

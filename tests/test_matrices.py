@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -293,6 +294,25 @@ def test_messages_over_gloo_from_a_gpu_go_through_the_host(monkeypatch: pytest.M
         warnings.simplefilter("error")
         monkeypatch.undo()
         trained(2, 1)
+
+
+def test_peers_without_a_group_get_one_that_has_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the same ranks: over NCCL a group must not begin with messages in which some ranks take no part."""
+
+    class Group:
+        pass
+
+    made, group, calls = Group(), Group(), []
+    new_group = lambda ranks, **options: calls.append((ranks, options)) or made  # noqa: E731
+    monkeypatch.setattr(comm, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=Group()), new_group=new_group))
+    monkeypatch.setattr(comm, "all_reduce", lambda buffer, over: calls.append((buffer.numel(), over)))
+    without, cpu = comm.Peers((4, 1, 5), 1, None, lambda _: ()), torch.device("cpu")
+    assert [comm.connected(without, cpu).group for _ in range(2)] == [made, made]
+    assert calls == [([4, 1, 5], {"use_local_synchronization": True}), (1, made)]
+    calls.clear()
+    for peers in (comm.Peers((0, 1), 0, group, lambda _: ()), comm.alone(())):
+        assert comm.connected(peers, cpu) is peers
+    assert not calls
 
 
 @settings(max_examples=20)

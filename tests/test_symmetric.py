@@ -20,6 +20,7 @@ import symmetric_cases as cases
 from gwt_dist import products
 from gwt_dist.products import choice, plain, symmetric
 from ranks import RankPool
+from test_triton import needs_gpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
@@ -168,7 +169,7 @@ def test_without_triton_a_measured_gpu_is_an_error(monkeypatch: pytest.MonkeyPat
         choice.choose(GPU, BF16, 2048)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@needs_gpu
 @pytest.mark.parametrize(("rows", "columns"), [(5, 3), (130, 51), (512, 1376), (1000, 2000), (2048, 2048)])
 def test_near_the_sum_in_fp64_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
     monkeypatch.setenv(choice.VARIABLE, "1")

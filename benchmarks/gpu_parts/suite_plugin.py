@@ -1,4 +1,4 @@
-"""For pytest: keeps the tests that need a GPU, and writes how each ended as soon as it has."""
+"""For pytest: keeps its share of the tests that need a GPU, and writes how each ended as soon as it has."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what runs without a GPU."""
+    """Leave out what runs without a GPU, and what other processes run."""
+    number, count = map(int, os.environ["GPU_SHARE"].split("/"))
     kept = [item for item in items if any(m.kwargs.get("reason") == REASON for m in item.iter_markers("skipif"))]
+    kept = kept[number::count]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
