@@ -268,7 +268,8 @@ def test_what_ranks_hold_is_read_once_however_many_matrices_there_are() -> None:
     """Read for each matrix again, the plan of 4,000 experts in a flat buffer took 17 s, and of 40,000 half an hour."""
     shapes = {str(i): (4, 4) for i in range(12)}
     ranks, read = flat(shapes, 3), []
-    peers = comm.Peers((0, 1, 2), 0, None, lambda place: (read.append(place), ranks[place])[1])
+    group: Any = object()
+    peers = comm.Peers((0, 1, 2), 0, group, lambda place: (read.append(place), ranks[place])[1])
     shard = comm.Shard(tuple(exchange.join(ranks)), tuple(ranks[0]), (), (), peers)
     rule = rule_of({"lr": 0.1, "wavelet": "haar", "recipe": "orthogonal"})
     holder = rounds.Holder(Plan.of(shard, Form.of(2, "haar", rule)), (), torch.float32, 0, frozenset({True}))
