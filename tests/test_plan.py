@@ -364,6 +364,17 @@ def test_matrices_that_travel_by_hand() -> None:
     assert sent("zero1", world=1) == sent("ddp") == [0]
 
 
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_matrices_are_handed_out_in_the_order_of_the_groups(use_orig_params: bool) -> None:
+    """Of three that are as dear, each in equal parts on 3 ranks, and of which the model has the largest first."""
+    shapes = [("a", (2, 18)), ("b", (3, 8)), ("c", (3, 8))]
+    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, name, name) for name, shape in shapes))
+    groups = groups_by_name(model, 1, {"a": 1, "b": 2, "c": 2}, recipe="orthogonal")
+    found = fill.plan(model, groups, Setup("fsdp1", 3, weights="fp32", use_orig_params=use_orig_params))
+    # Level 2 is the first group: b to rank 0, c to rank 1, a to rank 2.
+    assert found.travelling == [2 * (8 + 12 + 16), 2 * (8 + 12 + 16), 2 * (8 + 8 + 24)]
+
+
 def test_bytes_of_products_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     for device in DEVICES:
