@@ -43,7 +43,7 @@ def main() -> int:
         if part.name not in ("machine", *arguments.parts):
             continue
         begin = time.monotonic()
-        report.begin(part.name, part.title)
+        report.begin(part.name, part.title, part.legend)
         seconds = part.seconds
         if begin + 3 > end:
             report.add(part.name, {"case": part.title, "note": NO_TIME}, part.checks)

@@ -111,7 +111,7 @@ def connected(peers: Peers, device: torch.device) -> Peers:
     if peers.ranks not in made:
         # Ranks outside do not take part: they may have no such tensor.
         group = dist.new_group(list(peers.ranks), use_local_synchronization=True)
-        all_reduce(torch.zeros(1, device=device), group)
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # not one of a step's
         made[peers.ranks] = group
     return replace(peers, group=made[peers.ranks])
 

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PARTS = "machine", "tests", "engines", "slices", "steps", "capture", "products", "training"
 
@@ -43,7 +45,8 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(tmp_path: Path) -> None:
     assert [row["ok"] for row in rows["capture"]] == [True] * 5
     assert all(0 < row["share of the iteration"] < 1 for row in rows["training"]) and len(rows["training"]) == 4
     text = path.with_suffix(".md").read_text()
-    assert "Failed: nothing." in text and text.count("\n## ") == len(PARTS)
+    assert "Failed: nothing. Rows that checked nothing: 1 of tests, 1 of engines; " in text
+    assert text.count("\n## ") == len(PARTS) and "`ratio`: to fused AdamW" in text
 
 
 BREAKS = """
@@ -97,6 +100,17 @@ def test_a_part_that_breaks_keeps_its_rows_and_fails_the_run(tmp_path: Path) -> 
     assert said["dies False"] == [None, "its process ended with exit code -6"]
     assert said["hangs False"] == [None, "stopped: no row within its time"]
     assert said["raises False"] == [None, "ValueError: a reason"]
+
+
+def test_a_run_leaves_the_results_of_another_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu_parts.report import Report
+
+    for number in range(3):
+        report = Report(tmp_path, {"device": f"device {number}"})
+        report.begin("part", "part")
+    said = [path.read_text() for path in sorted(tmp_path.glob("*.md"), key=lambda path: path.stem)]
+    assert [f"device {number}" in text for number, text in enumerate(said)] == [True] * 3
 
 
 def test_the_capture_in_the_documents_is_that_of_the_benchmark() -> None:

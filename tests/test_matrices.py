@@ -304,9 +304,12 @@ def test_peers_without_a_group_get_one_that_has_summed(monkeypatch: pytest.Monke
         pass
 
     made, group, calls = Group(), Group(), []
-    new_group = lambda ranks, **options: calls.append((ranks, options)) or made  # noqa: E731
-    monkeypatch.setattr(comm, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=Group()), new_group=new_group))
-    monkeypatch.setattr(comm, "all_reduce", lambda buffer, over: calls.append((buffer.numel(), over)))
+    stand_in = SimpleNamespace(
+        group=SimpleNamespace(WORLD=Group()),
+        new_group=lambda ranks, **options: calls.append((ranks, options)) or made,
+        all_reduce=lambda buffer, group: calls.append((buffer.numel(), group)),
+    )
+    monkeypatch.setattr(comm, "dist", stand_in)
     without, cpu = comm.Peers((4, 1, 5), 1, None, lambda _: ()), torch.device("cpu")
     assert [comm.connected(without, cpu).group for _ in range(2)] == [made, made]
     assert calls == [([4, 1, 5], {"use_local_synchronization": True}), (1, made)]

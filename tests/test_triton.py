@@ -362,7 +362,7 @@ class OnGpu:
 @needs_gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("rate", ["tensor", "float"])
-@pytest.mark.parametrize("recipe", ["paper", "energy", "foam"])
+@pytest.mark.parametrize("recipe", ["paper", "energy", "foam", "orthogonal"])
 @pytest.mark.parametrize("kernel", ["triton", "eager"])
 def test_a_step_never_waits_for_the_gpu(kernel: str, recipe: str, rate: str) -> None:
     model = OnGpu(kernel, recipe)

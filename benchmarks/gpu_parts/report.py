@@ -1,9 +1,13 @@
-"""The result of a run: one Markdown and one JSON, written anew with each row, so that a cut-off run has them."""
+"""The result of a run: one Markdown and one JSON, written anew with each row, so that a cut-off run has them.
+
+A run has files of its own, and does not write over those of another of the same day.
+"""
 
 from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ class Report:
 
     def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc)
-        self._path = folder / f"{now:%Y-%m-%d}-gpu"
+        names = (f"{now:%Y-%m-%d}-gpu{f'-{number}' if number > 1 else ''}" for number in count(1))
+        self._path = next(path for name in names if not (path := folder / name).with_suffix(".json").exists())
         self._found: dict[str, Any] = {
             "started": f"{now:%Y-%m-%d %H:%M} UTC",
             "arguments": arguments,
@@ -35,14 +40,16 @@ class Report:
         """Of both files."""
         return f"{self._path}.md, {self._path}.json"
 
-    def begin(self, name: str, title: str) -> None:
-        """Rows of this part come next."""
-        self._found["parts"][name] = {"title": title, "seconds": None, "rows": []}
+    def begin(self, name: str, title: str, legend: str = "") -> None:
+        """Rows of this part come next; `legend` says what their columns are."""
+        self._found["parts"][name] = {"title": title, "legend": legend, "seconds": None, "rows": [], "unchecked": 0}
         self._write()
 
     def add(self, name: str, row: Row, checks: bool) -> None:
         """Take a row, and write."""
-        self._found["parts"][name]["rows"].append(row)
+        part = self._found["parts"][name]
+        part["rows"].append(row)
+        part["unchecked"] += int(checks and "ok" not in row and "error" not in row)
         if checks and (row.get("error") or row.get("ok") is False) and name not in self._found["failed"]:
             self._found["failed"].append(name)
         self._write()
@@ -65,11 +72,15 @@ class Report:
 
     def _lines(self) -> list[str]:
         found = self._found
-        lines = [f"# On a GPU, {found['started']}", ""]
+        lines = [f"# benchmarks/gpu.py, {found['arguments'].get('device', '')}, {found['started']}", ""]
+        unchecked = [f"{n} of {name}" for name, part in found["parts"].items() if (n := part["unchecked"])]
         lines += [f"Failed: {', '.join(found['failed']) or 'nothing'}.{'' if found['complete'] else ' Not complete.'}"]
+        if unchecked:
+            lines[-1] += f" Rows that checked nothing: {', '.join(unchecked)}; their notes say why."
         for part in found["parts"].values():
             took = "" if part["seconds"] is None else f" ({part['seconds']:.0f} s)"
-            lines += ["", f"## {part['title']}{took}", "", *table(part["rows"])]
+            lines += ["", f"## {part['title']}{took}", "", *([part["legend"], ""] if part["legend"] else [])]
+            lines += table(part["rows"])
         return lines
 
 

@@ -62,12 +62,16 @@ def measured(setting: Setting, tensors: Tensors, dtype: torch.dtype, bandwidth: 
                 yield its | {"note": there}
         elif not contender.installed:
             yield its | {"note": f"{contender.package} is not installed"}
+        elif turns and setting.left() < 4:  # time for rounds of those that are there
+            yield its | {"note": NO_TIME}
         else:
             try:
                 turns.append(_prepared(setting, contender, parameters, its))
             except Exception as error:  # a row of the table, not the end of the run
                 yield its | {"error": summary(error)}
-    for _ in range(_rounds(setting, turns)):
+    for number in range(_rounds(setting, turns)):
+        if number and setting.left() < 1:  # rows come after the last round
+            break
         for turn in turns:
             device, host = setting.timed(turn.step)
             turn.device.append(device)
