@@ -99,7 +99,8 @@ class Steps:
             check_group(group, f"parameter group {number}")
             known = self._rules[number] = said, rule_of(group)
         rule = known[1]
-        return Rule(rule.program, rule.plain, lr, rule.numbers)
+        # 0-d: of one dimension its dtype would decide that of the mathematics.
+        return Rule(rule.program, rule.plain, lr.reshape(()) if isinstance(lr, Tensor) else lr, rule.numbers)
 
     def _scheduled(
         self,

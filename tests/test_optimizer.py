@@ -129,6 +129,16 @@ def test_a_tensor_learning_rate_is_the_same_step() -> None:
     assert torch.equal(weights(one), weights(two))
 
 
+@pytest.mark.parametrize("recipe", ["energy", "paper", "orthogonal"])
+def test_a_learning_rate_of_one_dimension_is_the_same_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a factor in the reference it would bring its dtype along, which a 0-d tensor does not."""
+    monkeypatch.setenv("GWT_DIST_KERNEL", "eager")
+    (one, first), (two, second) = (make(recipe=recipe, lr=torch.tensor(lr)) for lr in (0.0123, [0.0123]))
+    train(one, first, batches(3))
+    train(two, second, batches(3))
+    assert torch.equal(weights(one), weights(two))
+
+
 def test_weights_that_are_not_contiguous_move_as_contiguous_ones() -> None:
     torch.manual_seed(0)
     dense = nn.Parameter(torch.randn(6, 10))
