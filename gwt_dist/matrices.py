@@ -24,7 +24,7 @@ from math import prod
 from gwt_dist.layout import Fragment, Overlap, Units, columns_of
 from gwt_dist.owners import cost, owners
 
-ROUND = 1 << 24  # elements of the stacks that a rank has in one round, or one stack: 32 MiB in bf16
+ROUND = 1 << 23  # elements of the stacks that a rank has in one round, or one stack: 16 MiB in bf16
 ALIGNED = 64  # elements: where stacks begin, so that matrix products read aligned memory
 
 StackSize = Callable[[int, int], int]  # of rows and columns: places of a stack

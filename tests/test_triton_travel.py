@@ -60,8 +60,8 @@ def test_a_step_of_56_matrices_is_few_operations(interpreted: Callable[..., Any]
     """7,952 before they were stacked, views counted."""
     same, launches, operations = interpreted(cases.steps_of_56_matrices)
     assert same
-    # Two rounds of 8 stacks in all, whose iterations are what is left.
-    assert (len(launches), len(operations)) == (9, 292)
+    # Four rounds of 8 stacks in all, whose iterations are what is left.
+    assert (len(launches), len(operations)) == (15, 312)
 
 
 @needs_triton
