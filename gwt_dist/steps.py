@@ -100,7 +100,8 @@ class Steps:
             known = self._rules[number] = said, rule_of(group)
         rule = known[1]
         # 0-d: of one dimension its dtype would decide that of the mathematics.
-        return Rule(rule.program, rule.plain, lr.reshape(()) if isinstance(lr, Tensor) else lr, rule.numbers)
+        rate = lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr
+        return Rule(rule.program, rule.plain, rate, rule.numbers)
 
     def _scheduled(
         self,
