@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -75,6 +76,20 @@ def forks(nothing_left_over: None, request: pytest.FixtureRequest) -> Iterator[F
     forks = Forks(*modules)
     yield forks
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def interpreted(nothing_left_over: None) -> Iterator[Callable[..., Any]]:
+    """Runs a case in a process of its own, where Triton interprets kernels; other tests keep their compiler."""
+    pytest.importorskip("triton")
+    pool = RankPool(1)
+
+    def run(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):
+            return pool.run(function, *args, timeout=timeout)[0]
+
+    yield run
+    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,25 +17,11 @@ pytest.importorskip("triton")
 import symmetric_cases as cases
 from gwt_dist import products
 from gwt_dist.products import choice, plain, symmetric
-from ranks import RankPool
 from test_triton import needs_gpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
 SMALL_AND_LARGE = pytest.mark.parametrize("small", [symmetric.SMALL, 0])
-
-
-@pytest.fixture(scope="module")
-def interpreted(nothing_left_over: None) -> Iterator[Callable[..., Any]]:
-    """Runs a case in a process of its own, where Triton interprets kernels."""
-    pool = RankPool(1)
-
-    def run(function: Callable[..., Any], *args: Any) -> Any:
-        with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            return pool.run(function, *args, timeout=120.0)[0]
-
-    yield run
-    pool.close()
 
 
 @SMALL_AND_LARGE

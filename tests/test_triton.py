@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,21 +31,6 @@ from triton_cases import CAUTIOUS, ENERGY, FOAM, PAPER, rule
 INSTALLED = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
-
-@pytest.fixture(scope="module")
-def interpreted(nothing_left_over: None) -> Iterator[Callable[..., Any]]:
-    """Runs a case in a process of its own, where Triton interprets kernels; other tests keep their compiler."""
-    if not INSTALLED:
-        pytest.skip("triton is not installed")
-    pool = RankPool(1)
-
-    def run(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
-        with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            return pool.run(function, *args, timeout=timeout)[0]
-
-    yield run
-    pool.close()
 
 
 def test_equal_to_eager_on_random_tensors(interpreted: Callable[..., Any]) -> None:

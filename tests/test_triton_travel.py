@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 
 import triton_travel_cases as cases
 from gwt_dist.kernels import triton, triton_travel
-from ranks import RankPool
-from test_triton import INSTALLED, needs_gpu, needs_triton
+from test_triton import needs_gpu, needs_triton
 from travel_cases import WIDE, Case, equal, rule, whole
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """As in `test_triton`."""
-    if not INSTALLED:
-        pytest.skip("triton is not installed")
-    pool = RankPool(1)
-
-    def run(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
-        with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            return pool.run(function, *args, timeout=timeout)[0]
-
-    yield run
-    pool.close()
 
 
 def test_equal_to_eager_at_every_level(interpreted: Callable[..., Any]) -> None:
