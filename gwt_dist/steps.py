@@ -23,9 +23,8 @@ from gwt_dist.shards import shard_of
 
 Group = dict[str, Any]
 Numbered = tuple[int, Tensor]  # a parameter and the number of its group
-Scheduled = tuple[
-    Schedule, list[int], list[int]
-]  # of one device; which of all are its members, and which of these move
+# Of one device; which of all are its members, and which of these move.
+Scheduled = tuple[Schedule, list[int], list[int]]
 _SHAPE = attrgetter("shape")
 _KEPT = 1024  # schedules at once; a fused backward pass has one for each group of parameters
 
@@ -43,9 +42,8 @@ class Steps:
         self.plans: dict[Tensor, Plan] = {}
         self.frozen = Frozen()
         self._shapes: dict[Tensor, tuple[int, ...]] = {}  # of local parts, when planned
-        self._schedules: dict[
-            Any, tuple[list[Tensor], list[Scheduled]]
-        ] = {}  # what is in a step -> its parameters, ...
+        # What is in a step -> its parameters and its schedules
+        self._schedules: dict[Any, tuple[list[Tensor], list[Scheduled]]] = {}
         self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 

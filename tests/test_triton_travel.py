@@ -13,6 +13,7 @@ import torch
 import triton_travel_cases as cases
 from gwt_dist.kernels import triton, triton_travel
 from test_triton import needs_gpu, needs_triton
+from test_triton_code import code_of
 from travel_cases import WIDE, Case, equal, rule, whole
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -55,17 +56,19 @@ def test_the_code_for_a_gpu_rounds_each_operation_and_moves_whole_vectors(
     if triton.interpreted():
         pytest.skip("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    weights = code_of(
-        "momentum_weights", dict(parameters="*i64", rules="*fp64", weights="*fp64", count="i32"), BLOCK=32
-    )
+    weights = code("momentum_weights", dict(parameters="*i64", rules="*fp64", weights="*fp64", count="i32"), BLOCK=32)
     for dtype in ("float32", "bfloat16"):
         sums, sent, kept = units(level, dtype, send=False), units(level, dtype, send=True), elements(level, dtype)
         assert not re.findall(r"\bfma\.|\.ftz\b|\.approx|div\.full|\bmad\.\w*\.?f", sums + sent + kept + weights)
         assert "div.rn.f32" in sent and "div.rn.f64" in sent and "sqrt.rn.f64" in kept
-        for code, ways in ((sums, ("ld",)), (sent, ("ld", "st")), (kept, ("ld", "st"))):
+        for its, ways in ((sums, ("ld",)), (sent, ("ld", "st")), (kept, ("ld", "st"))):
             for way in ways:  # gradients, what is sent, what comes back, weights
-                assert len(re.findall(rf"{way}\.global\.v[24]\.b32", code)) >= 2, (dtype, way)
-            assert not re.findall(r"(?:ld|st)\.global\.b16", code), dtype
+                assert len(re.findall(rf"{way}\.global\.v[24]\.b32", its)) >= 2, (dtype, way)
+            assert not re.findall(r"(?:ld|st)\.global\.b16", its), dtype
+
+
+def code(kernel: str, arguments: dict[str, str], **constants: Any) -> str:
+    return code_of(kernel, arguments, constants, module=triton_travel._kernels(), aligned=["landing"])
 
 
 def units(level: int, dtype: str, send: bool) -> str:
@@ -75,7 +78,7 @@ def units(level: int, dtype: str, send: bool) -> str:
     given = dict(items="*i64", parameters="*i64", rules="*fp64", weights="*fp64", exchange="*fp32", sums="*fp64")
     its = dict(GAINED=formula.detail_gain, MOMENTUM=formula.momentum, SEND=send, LEVEL=level, GAIN=2.0 ** (-level / 2))
     its |= dict(GRADIENT=getattr(tl, dtype), SENT=getattr(tl, dtype), PLAIN=True, BLOCK=triton.CHUNK >> level)
-    return code_of("units", given | dict(squares="*fp64", landing=f"*{SHORT[dtype]}", partials="i32"), **its)
+    return code("units", given | dict(squares="*fp64", landing=f"*{SHORT[dtype]}", partials="i32"), **its)
 
 
 def elements(level: int, dtype: str) -> str:
@@ -84,22 +87,7 @@ def elements(level: int, dtype: str) -> str:
     functions = triton._functions(rule(cautious=True).program)
     given = dict(items="*i64", parameters="*i64", rules="*fp64", landing=f"*{SHORT[dtype]}")
     its = dict(LOST=functions["formulas"].lost, WRITTEN=functions["writes"].written, LEVEL=level)
-    return code_of("keep", given, **its, WEIGHT=getattr(tl, dtype), PLAIN=True, BLOCK=triton.CHUNK)
-
-
-def code_of(kernel: str, arguments: dict[str, str], **constants: Any) -> str:
-    """PTX of a kernel for an H100, its landing buffer aligned as torch aligns it."""
-    import triton as compiler
-    from triton.backends.compiler import GPUTarget
-
-    source = compiler.compiler.ASTSource(
-        fn=getattr(triton_travel._kernels(), kernel),
-        signature=arguments | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name == "landing"},
-    )
-    found = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=triton.OPTIONS)
-    return str(found.asm["ptx"])
+    return code("keep", given, **its, WEIGHT=getattr(tl, dtype), PLAIN=True, BLOCK=triton.CHUNK)
 
 
 @needs_gpu
