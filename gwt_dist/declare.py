@@ -7,7 +7,8 @@ recipe it came from. `recipes` builds programs, `formulas` has the mathematics t
     with a limiter   Pass("moments") -> one number a tensor, summed over ranks -> Pass("write", writes)
     orthogonal       Pass("norms") -> two numbers a tensor, summed -> Travel to the owner of the matrix and back
 
-Words: R rows, C columns, K coefficients a row, N coefficients of what a rank holds, U elements of a unit.
+Words: R rows, C columns, K coefficients a row, N coefficients of what a rank holds, U elements of a unit; a cell is the
+neighbouring coefficients of a row that are stored together.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from gwt_dist.formats import FORMATS, FP32, scale_of
+
 RESERVED = "step", "weight", "params"  # keys of state and of checkpoints
 
 
 class Extent(Enum):
     """What one number of a state tensor, or of a sum, stands for; its shape for a whole tensor ``[R, C]``."""
 
-    UNIT = "unit"  # [R, K]  a coefficient: kept by every rank that touches its unit
+    UNIT = "unit"  # [R, K]  a coefficient: kept by every rank that touches its cell
+    CELL = "cell"  # [R, ceil(K / coefficients of a cell)]  a cell: likewise
     ROW = "row"  # [R, 1]  a row: kept by every rank that touches it
     COLUMN = "column"  # [1, K]  a coefficient's place in a row: kept whole by every rank that touches the tensor
     TENSOR = "tensor"  # [1]  the tensor: kept by every rank that has the parameter
@@ -35,6 +39,14 @@ class Field:
 
     name: str
     extent: Extent
+    format: str = FP32  # of `formats.FORMATS`; only coefficients, UNIT, have another
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS or (self.format != FP32 and self.extent is not Extent.UNIT):
+            raise ValueError(
+                f"field {self.name!r} over a {self.extent.value} cannot have the format {self.format!r}: formats are "
+                f"{', '.join(FORMATS)}, and only fields over coefficients have another than {FP32}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,8 @@ class Program:
     phases: tuple[Pass | Travel, ...]
     detail: str = ""  # what the details of a unit contribute: a name of `formulas.DETAILS`
     write: str = "decay"  # how a weight takes its change: a name of `formulas.WRITES`
+    rounding: str = "nearest"  # of bf16 weights; "stochastic": by noise, so that no small change is lost
+    least_level: int = 1  # of the matrices that it steps; vectors, and matrices of lower levels, have the plain program
     numbers: tuple[str, ...] = ()  # names of the numbers that functions read of a `Rule`, in the order of kernel tables
 
     def __post_init__(self) -> None:
@@ -97,11 +111,15 @@ class Program:
         last = [*[False] * (len(ends) - 1), True]
         rows = {f.name for f in self.fields if f.extent is Extent.ROW}
         lost = [name for phase in self.phases if isinstance(phase, Travel) for name in phase.rows if name not in rows]
+        scales = {f.name for f in self.fields if f.extent is Extent.CELL}
+        needed = {scale_of(f.name) for f in self.fields if FORMATS[f.format].scaled}
         for wrong, what in (
             (twice, f"{', '.join(twice)} stand twice among its fields or sums"),
             (taken, f"a field cannot be called {', '.join(taken)}, which state and checkpoints have for other things"),
             (ends != last, "its last phase, and no other, must write the weights or travel"),
             (lost, f"{', '.join(lost)} travel along and are no fields over rows"),
+            (needed != scales, f"its fields over cells must be {sorted(needed)} and are {sorted(scales)}"),
+            (self.rounding not in ("nearest", "stochastic"), f"rounding {self.rounding!r} is none"),
         ):
             if wrong:
                 raise ValueError(f"the program of formula {self.formula!r} cannot run: {what}")
@@ -110,6 +128,11 @@ class Program:
     def travels(self) -> bool:
         """Whether whole matrices go to one rank."""
         return any(isinstance(phase, Travel) for phase in self.phases)
+
+    @property
+    def cell(self) -> int:
+        """Coefficients that are kept together: where ranks share some of them, all of them keep all."""
+        return max((FORMATS[f.format].cell for f in self.fields), default=1)
 
     @property
     def sums(self) -> tuple[Sum, ...]:
@@ -125,7 +148,7 @@ class Program:
 class Rule:
     """A parameter group at one step: its programs, and the numbers that change from step to step or from run to run."""
 
-    program: Program  # of tensors with level > 0
+    program: Program  # of matrices of its least level or more: those with level > 0, where nothing else is said
     plain: Program  # of all others
     lr: Any  # float, or 0-d tensor
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -134,5 +157,5 @@ class Rule:
         return self.numbers[name]
 
     def of(self, level: int) -> Program:
-        """The program of a tensor of this level."""
-        return self.program if level else self.plain
+        """The program of a matrix of this level."""
+        return self.program if level >= self.program.least_level else self.plain

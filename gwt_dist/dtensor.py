@@ -41,16 +41,17 @@ def shard_of(parameter: DTensor, fqn: str) -> Shard:
     partial = [placement for placement in placements if placement.is_partial()]
     if partial:
         raise ValueError(f"{fqn} has the placement {partial[0]}; reduce it before the optimizer sees it")
-    fragments = _fragments(parameter, shape, fqn, _column_axes(parameter))
+    axes = _row_axes(parameter)
+    fragments = _fragments(parameter, shape, fqn, axes)
     columns = layout.columns_of(shape)
-    # Cuts between rows cut no unit. Those within a row concern the ranks that hold the rest of these rows alone.
+    # Cuts between rows cut no cell. Those within a row concern the ranks that hold the rest of these rows alone.
     cuts = {start for fragment in fragments.values() for start, _ in fragment.intervals if start % max(1, columns)}
     mine = fragments[tuple(_coordinate(parameter))]
     return Shard(
-        tensors=(exchange.Whole(fqn, shape, tuple(sorted(cuts)) if len(shape) > 1 else ()),),
+        tensors=(exchange.Whole(fqn, shape, tuple(sorted(cuts))),),
         fragments=(mine,),
         groups=tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate()),
-        row_groups=tuple(mesh.get_group(i) for i in _column_axes(parameter)),
+        row_groups=tuple(mesh.get_group(i) for i in axes),
         peers=_peers(parameter, shape, fqn),
         local_shape=tuple(parameter.to_local().shape),
     )
@@ -63,8 +64,8 @@ def wrap(moments: Tensor, parameter: Tensor, shape: Sequence[int], units: Units)
     """
     if not isinstance(parameter, DTensor):
         return moments
-    if tuple(shape) != tuple(parameter.shape):
-        axes = _column_axes(parameter)
+    if tuple(shape) != tuple(parameter.shape) or units.cell > 1:
+        axes = _row_axes(parameter)
         expected = _fragments(parameter, tuple(shape), "", axes)
         for coordinate, fragment in _fragments(parameter, tuple(parameter.shape), "", axes).items():
             if units.moments(fragment) != expected[coordinate]:
@@ -126,10 +127,11 @@ def _fragment(parameter: DTensor, shape: tuple[int, ...], coordinate: list[int],
     return Fragment(fqn, shape, start, start + width, 0, part[0])
 
 
-def _column_axes(parameter: DTensor) -> list[int]:
-    """Mesh axes over which a dimension after the first is sharded."""
+def _row_axes(parameter: DTensor) -> list[int]:
+    """Mesh axes whose ranks hold parts of one row: a dimension after the first is sharded, or that of a vector."""
     # _StridedShard (rows under FSDP and tensor parallelism both) does not say of itself that it is a Shard.
-    return [i for i, p in enumerate(parameter.placements) if not p.is_replicate() and getattr(p, "dim", 0) > 0]
+    first = 0 if parameter.dim() == 1 else 1
+    return [i for i, p in enumerate(parameter.placements) if not p.is_replicate() and getattr(p, "dim", 0) >= first]
 
 
 def _coordinate(parameter: DTensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""Who completes whose cut units: what all ranks hold between them, and one sum that gives each what it lacks.
+"""Who completes whose cut cells: what all ranks hold between them, and one sum that gives each what it lacks.
 
 Integers alone, as `layout`: the plan is the same arithmetic before a run, in a run and in a simulation.
 """
@@ -63,9 +63,9 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """`length` elements at `slot` of the exchange buffer complete a unit of local fragment number `fragment`.
+    """`length` elements at `slot` of the exchange buffer complete a cell of local fragment number `fragment`.
 
-    `unit` counts the units that the fragment touches, row by row.
+    `unit` is the first of the cell, counted over the units of the cells that the fragment touches, row by row.
     """
 
     fragment: int
@@ -76,7 +76,7 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """How one rank takes part in completing cut units: a sum over ranks of a buffer of `length` elements."""
+    """How one rank takes part in completing cut cells: a sum over ranks of a buffer of `length` elements."""
 
     length: int
     sends: tuple[Send, ...]
@@ -86,9 +86,9 @@ class Exchange:
 def plan_exchange(
     tensors: Sequence[Whole], fragments: Sequence[Fragment], units_of: Callable[[tuple[int, ...]], Units]
 ) -> Exchange:
-    """The exchange that completes the cut units of `tensors`, seen from the rank that holds `fragments`.
+    """The exchange that completes the cut cells of `tensors`, seen from the rank that holds `fragments`.
 
-    The buffer has a place for each cut unit, in the order of `tensors`, so it is the same on every rank; each element
+    The buffer has a place for each cut cell, in the order of `tensors`, so it is the same on every rank; each element
     of it is sent by exactly one rank. `units_of` gives the units of a shape.
     """
     slots: dict[tuple[str, int], int] = {}
@@ -96,23 +96,25 @@ def plan_exchange(
     for tensor in tensors:
         units = units_of(tensor.shape)
         for cut in tensor.cuts:
-            unit = units.index(cut)
-            start, stop = units.bounds(unit)
-            if start < cut and (tensor.fqn, unit) not in slots:
-                slots[tensor.fqn, unit] = length
+            cell = units.index(cut)
+            start, stop = units.bounds(cell)
+            if start < cut and (tensor.fqn, cell) not in slots:
+                slots[tensor.fqn, cell] = length
                 length += stop - start
     sends, receives = [], []
     for number, fragment in enumerate(fragments):
-        units = units_of(fragment.shape)
+        units, before = units_of(fragment.shape), 0
         for row, (begin, end) in enumerate(fragment.intervals):
             first, last = units.index(begin), units.index(end - 1)
-            for unit in sorted({first, last}):
-                slot = slots.get((fragment.fqn, unit))
+            for cell in sorted({first, last}):
+                slot = slots.get((fragment.fqn, cell))
                 if slot is None:
                     continue
-                start, stop = units.bounds(unit)
+                start, stop = units.bounds(cell)
                 low, high = max(start, begin), min(stop, end)
                 source = fragment.offset + row * (end - begin) + low - begin
                 sends.append(Send(source, slot + low - start, high - low))
-                receives.append(Receive(number, row * (last - first + 1) + unit - first, slot, stop - start))
+                unit = before + (units.place(cell) - units.place(first)) // units.coefficients
+                receives.append(Receive(number, unit, slot, stop - start))
+            before += (units.place(last + 1) - units.place(first)) // units.coefficients
     return Exchange(length, tuple(sends), tuple(receives))

@@ -1,7 +1,7 @@
 """What a rank keeps of a state tensor, by the extent of its field: integers, from layouts alone.
 
-A field over rows is nothing new to `layout`: its units are the rows. Every question of a fragment, which numbers it
-keeps and which of them it owns, then has the answer that it has for coefficients.
+A field over rows or cells is nothing new to `layout`: its units are the rows, or the cells. Every question of a
+fragment, which numbers it keeps and which of them it owns, then has the answer that it has for coefficients.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from gwt_dist.declare import Extent
 from gwt_dist.exchange import Whole
 from gwt_dist.layout import Fragment, Units, columns_of
 
-SHARDED = Extent.UNIT, Extent.ROW  # fields that are sharded as the tensor is; all others are kept whole
+SHARDED = Extent.UNIT, Extent.CELL, Extent.ROW  # fields that are sharded as the tensor is; all others are kept whole
 
 
 def units_along(extent: Extent, shape: tuple[int, ...], units: Units) -> Units:
-    """The units of which a field of `extent`, UNIT or ROW, has one number a coefficient; `units` are the tensor's."""
+    """The units of which a field of a SHARDED `extent` has one number a coefficient; `units` are the tensor's."""
+    if extent is Extent.UNIT:
+        return units
     columns = columns_of(shape)
-    return units if extent is Extent.UNIT else Units(columns, max(1, columns))
+    return Units(columns, max(1, columns) if extent is Extent.ROW else units.length * units.cell)
 
 
 def kept(extent: Extent, fragment: Fragment, units: Units, offset: int = 0) -> Fragment:
     """The numbers that go with `fragment` of a tensor of these units, as an interval of the whole field.
 
-    The whole field is ``[R, K]`` for UNIT, ``[R, 1]`` for ROW, ``[1, K]`` for COLUMN and ``[1]`` for TENSOR; `offset`
-    is the place in this rank's buffer.
+    The whole field is ``[R, K]`` for UNIT, ``[R, cells of a row]`` for CELL, ``[R, 1]`` for ROW, ``[1, K]`` for
+    COLUMN and ``[1]`` for TENSOR; `offset` is the place in this rank's buffer.
     """
     if extent in SHARDED:
         return units_along(extent, fragment.shape, units).moments(fragment, offset)
@@ -41,8 +43,7 @@ def owned(extent: Extent, fragment: Fragment, units: Units) -> Fragment:
     if extent not in SHARDED:
         return numbers
     along = units_along(extent, fragment.shape, units)
-    first, _ = along.touched(fragment)
-    low, high = (along.coefficients * (unit - first) for unit in along.owned(fragment))
+    low, high = (along.place(cell) - numbers.start for cell in along.owned(fragment))
     start = numbers.start + low
     if high <= low:
         return Fragment(numbers.fqn, numbers.shape, start, start)

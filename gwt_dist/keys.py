@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gwt_dist.formats import FP32, STATE_DTYPES
+
 SECOND_MOMENTS = ("approximation", "energy", "none")
+SEEDS = 1 << 32
 PRODUCTS = ("auto", "bf16", "fp32")  # of whole matrices: see `products.dtype_of`
 
 
@@ -38,6 +41,14 @@ def within(value: object, low: float, high: float) -> bool:
 
 def _betas(value: object) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(within(b, 0, 1) and b < 1 for b in value)
+
+
+def _seed(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < SEEDS
+
+
+def _level(value: object) -> bool:
+    return value in (0, 1) and not isinstance(value, bool)
 
 
 def _number(value: object) -> bool:
@@ -70,6 +81,10 @@ KEYS: dict[str, Key] = {
     "correct_bias": Key(True, lambda v: isinstance(v, bool), _FLAG),
     "nor": Key(0.0, lambda v: within(v, 0, 1) and v < 1, f"must be in [0, 1), 0 for none, {_MEANT}"),
     "products": Key("auto", lambda v: v in PRODUCTS, f"must be one of {PRODUCTS} {_MEANT}"),
+    "least_level": Key(1, _level, f"must be 0, which orthogonalizes matrices of level 0 too, or 1, {_MEANT}"),
+    "state_dtype": Key(FP32, lambda v: v in list(STATE_DTYPES), f"must be one of {tuple(STATE_DTYPES)} {_MEANT}"),
+    "stochastic_rounding": Key(False, lambda v: isinstance(v, bool), _FLAG),
+    "rounding_seed": Key(0, _seed, f"must be a whole number from 0 to {SEEDS - 1} {_MEANT}"),
 }
 
 # Arguments of `GWTAdamW` that every recipe has, beside the parameters.

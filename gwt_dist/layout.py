@@ -7,12 +7,13 @@ elements of a row come in units, and moments are kept for each unit that a fragm
 
     element   0  1  2  3 | 4  5  6  7 | 8  9  .  .           . is padding, never stored
     unit           0     |     1      |     2
-    rank      0  0  0  0 | 0  0  0  1 | 1  1                 unit 1 is a cut unit
+    rank      0  0  0  0 | 0  0  0  1 | 1  1                 unit 1 is cut
               10 11 12 13|14 15 16 17 |18 19  .  .
     unit           3     |     4      |     5                units never cross rows
 
-A cut unit is kept by each rank that touches it, computed by all of them from the same completed elements. The rank that
-holds its first element owns it: counts it in norms and writes it to checkpoints.
+A unit that is cut is kept by each rank that touches it, computed by all of them from the same completed elements. The
+rank that holds its first element owns it: counts it in norms and writes it to checkpoints. So it is with cells, several
+units that are kept together; without a word to the contrary a cell is one unit.
 
 This module knows no torch: plans are the same arithmetic before a run, in a run and in a simulation.
 """
@@ -160,38 +161,50 @@ class Block:
 class Units:
     """How rows of `columns` elements are cut into units of `length`, with `coefficients` moments for each unit.
 
-    Units are numbered over the whole tensor, row by row. A fragment of several rows touches the same units in each:
-    `touched` and `owned` speak of its first row.
+    Units that are kept together are a cell, `cell` neighbours of a row, fewer at its end: where a boundary cuts one,
+    ranks complete, keep and own all of it. Cells are numbered over the whole tensor, row by row. A fragment of several
+    rows touches the same cells in each: `touched` and `owned` speak of its first row.
     """
 
     columns: int
     length: int
     coefficients: int = 1
+    cell: int = 1
 
     @property
     def per_row(self) -> int:
         """Units of a row."""
         return -(-self.columns // self.length)
 
-    def index(self, element: int) -> int:
-        """The unit that holds `element`."""
-        row, column = divmod(element, self.columns)
-        return row * self.per_row + column // self.length
+    @property
+    def cells(self) -> int:
+        """Cells of a row."""
+        return -(-self.columns // (self.length * self.cell))
 
-    def bounds(self, unit: int) -> tuple[int, int]:
-        """First element of `unit` and the end of its last; the last unit of a row may be short."""
-        row, k = divmod(unit, self.per_row)
-        first = k * self.length
-        return row * self.columns + first, row * self.columns + min(first + self.length, self.columns)
+    def index(self, element: int) -> int:
+        """The cell that holds `element`."""
+        row, column = divmod(element, self.columns)
+        return row * self.cells + column // (self.length * self.cell)
+
+    def bounds(self, cell: int) -> tuple[int, int]:
+        """First element of `cell` and the end of its last; the last cell of a row may be short."""
+        row, k = divmod(cell, self.cells)
+        span = self.length * self.cell
+        return row * self.columns + k * span, row * self.columns + min((k + 1) * span, self.columns)
+
+    def place(self, cell: int) -> int:
+        """Number of moments before those of `cell`, in the whole tensor."""
+        row, k = divmod(cell, self.cells or 1)
+        return (row * self.per_row + k * self.cell) * self.coefficients
 
     def touched(self, fragment: Fragment) -> tuple[int, int]:
-        """First unit that `fragment` touches and the one after the last."""
+        """First cell that `fragment` touches and the one after the last."""
         if fragment.numel == 0:
             return 0, 0
         return self.index(fragment.start), self.index(fragment.stop - 1) + 1
 
     def owned(self, fragment: Fragment) -> tuple[int, int]:
-        """As `touched`, without a first unit that begins on another rank."""
+        """As `touched`, without a first cell that begins on another rank."""
         first, last = self.touched(fragment)
         if first < last and self.bounds(first)[0] < fragment.start:
             first += 1
@@ -199,13 +212,13 @@ class Units:
 
     def moments(self, fragment: Fragment, offset: int = 0) -> Fragment:
         """The interval of the ``[rows, per_row * coefficients]`` moments that goes with `fragment`."""
-        first, last = (unit * self.coefficients for unit in self.touched(fragment))
+        first, last = map(self.place, self.touched(fragment))
         rows = prod(fragment.shape) // self.columns if self.columns else 0
         shape = (rows, self.per_row * self.coefficients)
         return Fragment(fragment.fqn, shape, first, last, offset, fragment.rows)
 
     def blocks(self, fragment: Fragment) -> tuple[Block, ...]:
-        """Where the elements of `fragment` stand in its units, a ``[rows * touched units, length]`` buffer.
+        """Where the elements of `fragment` stand in the units of its cells, a ``[rows * units, length]`` buffer.
 
         `Block.source` counts from the start of the fragment.
         """
@@ -214,10 +227,11 @@ class Units:
         first, last = self.touched(fragment)
         if fragment.rows > 1:
             lead, width = fragment.start - self.bounds(first)[0], fragment.stop - fragment.start
-            return (Block(0, lead, fragment.rows, width, (last - first) * self.length),)
+            stride = (self.place(last) - self.place(first)) // self.coefficients * self.length
+            return (Block(0, lead, fragment.rows, width, stride),)
         padded = self.per_row * self.length
         origin = self._padded(self.bounds(first)[0])
-        if padded == self.columns:
+        if self.columns % (self.length * self.cell) == 0:  # cells go on from row to row
             return (Block(0, self._padded(fragment.start) - origin, 1, fragment.numel, fragment.numel),)
         first_row, last_row = -(-fragment.start // self.columns), fragment.stop // self.columns
         if first_row > last_row:  # within one row

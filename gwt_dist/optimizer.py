@@ -60,6 +60,14 @@ class GWTAdamW(torch.optim.Optimizer):
             to one size (NorMuon, arXiv 2510.05491; 0.95 there), R numbers more a matrix; 0 for none.
         products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
+        least_level: Of ``"orthogonal"``: 0 orthogonalizes matrices of level 0 too, which is Muon; 1, the default,
+            leaves them to AdamW, as embeddings are. Vectors are AdamW's always.
+        state_dtype: In which format moments are kept: ``"fp32"`` (fp64 for fp64 parameters), ``"bf16"``, or ``"int8"``
+            with an fp32 scale for 64 neighbours of a row, ``exp_avg_scale``. See `formulas.codecs`. What is kept is
+            what the update uses, and its bits are the same under every sharding.
+        stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by chance, so that
+            changes below half of what bf16 can say are not lost. The same chance under every sharding.
+        rounding_seed: Of both, 0 to 2**32 - 1; the same on all ranks.
 
     Raises:
         ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
@@ -85,6 +93,10 @@ class GWTAdamW(torch.optim.Optimizer):
         correct_bias: bool | None = None,
         nor: float | None = None,
         products: str | None = None,
+        least_level: int | None = None,
+        state_dtype: str | None = None,
+        stochastic_rounding: bool | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
         self._forget_layout()
         defaults = dict(
@@ -104,6 +116,10 @@ class GWTAdamW(torch.optim.Optimizer):
             correct_bias=correct_bias,
             nor=nor,
             products=products,
+            least_level=least_level,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
         check_group(defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
@@ -261,9 +277,11 @@ class GWTAdamW(torch.optim.Optimizer):
         self.refuse_copy()
         parameters = state.check_loadable(state_dict, self.param_groups, self._steps)
         super().load_state_dict(state.completed(state_dict, self.param_groups))
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for key, values in state_dict["state"].items():
             if key in parameters:
-                state.put_back(self.state[parameters[key]], values, parameters[key])
+                parameter = parameters[key]
+                state.put_back(self.state[parameter], values, parameter, groups[id(parameter)])
                 self.restored(parameters[key], state_dict.get(state.MISSED, {}).get(key))
 
     def __getstate__(self) -> Group:

@@ -9,7 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from gwt_dist.declare import Field
+from gwt_dist.formats import FORMATS, FP32
 from gwt_dist.layout import Block, Fragment, Units
+from gwt_dist.noise import salt
 from gwt_dist.units import level_of, units_of
 from gwt_dist.wavelet import Transform, transform
 
@@ -38,12 +41,12 @@ class Piece:
         level: int,
         wavelet: str,
         places: Mapping[str, Fragment] | None = None,
+        cell: int = 1,
     ) -> Piece:
-        """The piece of `fragment` in a group of `level`, with its coefficients at `moments`."""
-        units = units_of(tuple(fragment.shape), level, wavelet)
+        """The piece of `fragment` in a group of `level`, coefficients at `moments`, `cell` kept together."""
+        units = units_of(tuple(fragment.shape), level, wavelet, cell)
         level = level_of(fragment.shape, level)
-        first = units.touched(fragment)[0]
-        low, high = (units.coefficients * (unit - first) for unit in units.owned(fragment))
+        low, high = (units.place(one) - moments.start for one in units.owned(fragment))
         blocks = units.blocks(fragment)
         return cls(fragment, moments, level, transform(wavelet, level), units, blocks, (low, high), places or {})
 
@@ -64,6 +67,33 @@ class Piece:
         if not moments.numel:
             return 0
         return moments.rows if moments.rows > 1 else (moments.stop - 1) // moments.columns - self.first_row + 1
+
+    @property
+    def salt(self) -> int:
+        """What the tensor is known by in noise."""
+        columns = self.fragment.columns
+        return salt(prod(self.fragment.shape) // columns if columns else 0, columns)
+
+    def elements_at(self, first: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row and column in the tensor of elements of the fragment from `first` of it on, int64 of `shape` each."""
+        fragment = self.fragment
+        i = torch.arange(first, first + prod(shape), device=device).view(*shape)
+        if fragment.rows > 1:
+            width = fragment.stop - fragment.start
+            element = fragment.start + i // width * fragment.columns + i % width
+        else:
+            element = fragment.start + i
+        return element // fragment.columns, element % fragment.columns
+
+    def cells_of(self, device: torch.device) -> Tensor:
+        """Of each coefficient, which of the cells touched it is in, int64 ``[N]``; of units of one coefficient."""
+        moments, units = self.moments, self.units
+        first, last = units.touched(self.fragment)
+        if not moments.numel:
+            return torch.zeros(0, dtype=torch.int64, device=device)
+        row, place = self.rows_of(device), self.columns_of(device) // units.cell
+        along = last - first if moments.rows > 1 else units.cells
+        return row * along + place - first % units.cells
 
     def rows_of(self, device: torch.device) -> Tensor:
         """Of each coefficient, which of the rows touched it is in, int64 ``[N]``."""
@@ -118,9 +148,14 @@ def moments_shape(shape: Sequence[int], level: int, wavelet: str) -> tuple[int, 
     return units_of(tuple(shape), level, wavelet).moments(whole).shape
 
 
-def math_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the mathematics and the state of parameters of `dtype`: fp64 for fp64, fp32 for all others.
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 
-    bf16 second moments could not decay: round-to-nearest loses every small step.
-    """
+
+def stored_dtype(field: Field, dtype: torch.dtype) -> torch.dtype:
+    """Of a field in the state of parameters of `dtype`."""
+    return math_dtype(dtype) if field.format == FP32 else _STORED[FORMATS[field.format].stored]
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the mathematics of parameters of `dtype`, and of their state in the format fp32: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

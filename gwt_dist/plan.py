@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from gwt_dist import dtensor, exchange, extents
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent, Field, Rule
+from gwt_dist.formats import FP32
 from gwt_dist.layout import Fragment, Units
-from gwt_dist.piece import Piece, math_dtype, moments_shape
-from gwt_dist.units import level_of, units_of
+from gwt_dist.piece import Piece, moments_shape, stored_dtype
+from gwt_dist.units import takes, units_of
 
 _ORDER = list(Extent)
 
@@ -27,22 +29,30 @@ class Form:
     leveled: tuple[Field, ...]  # of tensors with level > 0
     plain: tuple[Field, ...]  # of all others
     formula: str  # where the state of tensors with level > 0 comes from, so what it means
+    least_level: int = 1  # of the tensors that are stepped by it
+    cell: int = 1  # coefficients that are kept together
 
     @classmethod
     def of(cls, level: int, wavelet: str, rule: Rule) -> Form:
         """That of a group of these options."""
-        return cls(level, wavelet, rule.program.fields, rule.plain.fields, rule.program.formula)
+        program, plain = rule.program, rule.plain
+        cell = max(program.cell, plain.cell)
+        return cls(level, wavelet, program.fields, plain.fields, program.formula, program.least_level, cell)
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether the recipe's own program steps a tensor of `shape`; else the plain one does."""
+        return takes(shape, self.level, self.least_level)
 
     def fields(self, shape: Sequence[int]) -> tuple[Field, ...]:
         """Of a tensor of `shape`."""
-        return self.leveled if level_of(shape, self.level) else self.plain
+        return self.leveled if self.takes(shape) else self.plain
 
     def units(self, shape: tuple[int, ...]) -> Units:
         """The units of a tensor of `shape`."""
-        return units_of(shape, self.level, self.wavelet)
+        return units_of(shape, self.level, self.wavelet, self.cell)
 
     def __str__(self) -> str:
-        names = ", ".join(field.name for field in self.leveled)
+        names = ", ".join(f.name if f.format == FP32 else f"{f.name} in {f.format}" for f in self.leveled)
         return f"level={self.level}, wavelet={self.wavelet!r} with {names} by {self.formula}"
 
 
@@ -71,7 +81,7 @@ class Plan:
             units = form.units(fragment.shape)
             coefficients = next((f for f in form.fields(fragment.shape) if f.extent is Extent.UNIT), None)
             moments = its[coefficients.name] if coefficients else units.moments(fragment)
-            pieces.append(Piece.of(fragment, moments, form.level, form.wavelet, its))
+            pieces.append(Piece.of(fragment, moments, form.level, form.wavelet, its, form.cell))
         return cls(
             shard=shard,
             form=form,
@@ -88,7 +98,7 @@ class Plan:
         state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
         shape = self.shard.tensors[0].shape
         for field in self.fields:
-            dtype = math_dtype(parameter.dtype)
+            dtype = stored_dtype(field, parameter.dtype)
             zeros = torch.zeros(self.shapes[field.name], dtype=dtype, device=device)
             if field.extent in extents.SHARDED and self.shard.local_shape is not None:
                 units = extents.units_along(field.extent, shape, self.form.units(shape))
@@ -128,10 +138,13 @@ def _shape(shard: Shard, form: Form, field: Field, kept: Sequence[dict[str, Frag
         return (numbers,)
     local, shape = shard.local_shape, shard.tensors[0].shape
     whole = _whole(field.extent, shape, form)
-    if field.extent is Extent.UNIT and whole == tuple(shape):  # level 0, or rows of one element
+    # Level 0, or rows of one element, of which no cell is cut.
+    if field.extent is Extent.UNIT and whole == tuple(shape) and numbers == prod(local):
         return tuple(local)
     if field.extent is Extent.ROW:
         return numbers, 1
+    if len(shape) < 2:  # a vector of which a cell is cut, or cells of a vector
+        return (numbers,)
     return local[0], numbers // local[0] if numbers else whole[1]
 
 

@@ -5,12 +5,13 @@ A new recipe is a file of `formulas` and an entry here. Nothing else names one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from gwt_dist.declare import RESERVED, Extent, Field, Pass, Program, Rule, Sum, Travel
+from gwt_dist.formats import CELL, FORMATS, STATE_DTYPES, scale_of
 from gwt_dist.keys import COMMON, KEYS, Key, check_keys
 from gwt_dist.units import check_haar, check_level, check_wavelet
 
@@ -20,10 +21,11 @@ Options = Mapping[str, Any]  # a parameter group, every key of it resolved
 EXP_AVG, EXP_AVG_SQ = Field("exp_avg", Extent.UNIT), Field("exp_avg_sq", Extent.UNIT)
 EXP_AVG_SQ_ROW = Field("exp_avg_sq_row", Extent.ROW)
 LIMITED_NORM = Field("limited_norm", Extent.TENSOR)
+_NOT_NEGATIVE = (EXP_AVG_SQ,)
 # What compiled kernels read of a rule besides lr, in the order of their tables.
 ADAM = (
     *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
-    "correct_bias",
+    *("correct_bias", "rounding_seed"),
 )
 
 
@@ -39,44 +41,78 @@ class Recipe:
     why: Mapping[str, str] = field(default_factory=dict)  # of keys that it does not read: why not, and what to do
 
 
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What keys that all recipes here read say of a program."""
+
+    state_dtype: str
+    write: str
+    rounding: str
+
+    @classmethod
+    def of(cls, options: Options) -> _Common:
+        write, rounding = ("cautious", "decay"), ("stochastic", "nearest")
+        return cls(options["state_dtype"], write[not options["cautious"]], rounding[not options["stochastic_rounding"]])
+
+    def fields(self, *moments: Field, others: tuple[Field, ...]) -> tuple[Field, ...]:
+        """Moments in the formats that fit them, with scales where these need any, and `others` as they are."""
+        formats = STATE_DTYPES[self.state_dtype]
+        stored = [replace(m, format=formats[m in _NOT_NEGATIVE]) for m in moments]
+        scales = [Field(scale_of(m.name), Extent.CELL) for m in stored if FORMATS[m.format].scaled]
+        return (*stored, *scales, *others)
+
+
 def _adamw(options: Options) -> Program:
     """Level 0, which is AdamW: there are no details, and no scale, limiter or Nesterov acts."""
-    return _adam_program(str(options["second_moment"]), "weighed", False, bool(options["cautious"]))
+    return _adam_program(str(options["second_moment"]), "weighed", False, _Common.of(options))
 
 
 def _adam(options: Options) -> Program:
-    return _adam_program(options["second_moment"], "weighed", options["limiter"] > 0, bool(options["cautious"]))
+    _check_cells(options)
+    return _adam_program(options["second_moment"], "weighed", options["limiter"] > 0, _Common.of(options))
 
 
 def _residual(options: Options) -> Program:
     if options["second_moment"] == "none":
         raise ValueError('second_moment="none" leaves nothing to divide by; write recipe="orthogonal"')
     check_haar(options["wavelet"], "the denominator of an element has the residual of its Haar unit in it")
-    return _adam_program(options["second_moment"], "residual", False, bool(options["cautious"]))
+    return _adam_program(options["second_moment"], "residual", False, _Common.of(options))
+
+
+def _check_cells(options: Options) -> None:
+    """Raise `ValueError` where cells of several coefficients cannot be cut out of a row."""
+    if any(FORMATS[name].cell > 1 for name in STATE_DTYPES[options["state_dtype"]]):
+        check_haar(
+            options["wavelet"],
+            f"state_dtype={options['state_dtype']!r} stores {CELL} neighbouring coefficients together, and those of "
+            f'other wavelets need the whole row. Write wavelet="haar", or state_dtype="bf16"',
+        )
 
 
 @lru_cache
-def _adam_program(second_moment: str, detail: str, limited: bool, cautious: bool) -> Program:
+def _adam_program(second_moment: str, detail: str, limited: bool, common: _Common) -> Program:
     phases: tuple[Pass, ...] = (Pass("step", writes=True),)
     if limited:
         phases = Pass("moments", (Sum("update"),), then="limit"), Pass("write", writes=True)
     # What orthogonalizes has no second moment of its own to name; its tensors of level 0 have that of the default.
     formula = "adam_approximation" if second_moment == "approximation" else "adam_energy"
-    fields = EXP_AVG, EXP_AVG_SQ, LIMITED_NORM
-    return Program(formula, fields, phases, detail, "cautious" if cautious else "decay", ADAM)
+    fields = common.fields(EXP_AVG, EXP_AVG_SQ, others=(LIMITED_NORM,))
+    return Program(formula, fields, phases, detail, common.write, common.rounding, numbers=ADAM)
 
 
 def _orthogonal(options: Options) -> Program:
-    return _orthogonal_program(options["nor"] > 0, bool(options["cautious"]), options["products"])
+    _check_cells(options)
+    return _orthogonal_program(options["nor"] > 0, options["products"], options["least_level"], _Common.of(options))
 
 
 @lru_cache
-def _orthogonal_program(rows: bool, cautious: bool, products: str) -> Program:
-    state = (EXP_AVG, EXP_AVG_SQ_ROW, LIMITED_NORM) if rows else (EXP_AVG, LIMITED_NORM)
+def _orthogonal_program(rows: bool, products: str, least_level: int, common: _Common) -> Program:
+    state = common.fields(EXP_AVG, others=(EXP_AVG_SQ_ROW, LIMITED_NORM) if rows else (LIMITED_NORM,))
     along = tuple(f.name for f in state if f.extent is Extent.ROW)
     travel = Travel("momentum", "orthogonalize", "write", along, products)
     phases = Pass("norms", (Sum("m_a", numbers=2),)), travel
-    return Program("normuon" if rows else "orthogonal", state, phases, "", "cautious" if cautious else "decay", ADAM)
+    name = "normuon" if rows else "orthogonal"
+    return Program(name, state, phases, "", common.write, common.rounding, least_level, numbers=ADAM)
 
 
 def _adam_numbers(options: Options) -> dict[str, float]:
@@ -87,7 +123,7 @@ def _adam_numbers(options: Options) -> dict[str, float]:
         "detail_gain": 1 - beta1 if isinstance(gain, str) else gain,  # what a fresh gradient is to Adam's momentum
         "coherent": float(isinstance(gain, str)),
         **{key: options[key] for key in ("eps", "weight_decay", "scale", "limiter")},
-        **{key: float(options[key]) for key in ("nesterov", "correct_bias")},
+        **{key: float(options[key]) for key in ("nesterov", "correct_bias", "rounding_seed")},
     }
 
 
@@ -97,7 +133,7 @@ def _orthogonal_numbers(options: Options) -> dict[str, float]:
     return _adam_numbers(options) | {"nor": options["nor"], "detail_gain": 0.0 if isinstance(gain, str) else gain}
 
 
-_ANY = "nesterov", "cautious", "correct_bias"
+_ANY = "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"
 _ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_ANY
 
 RECIPES: dict[str, Recipe] = {
@@ -121,7 +157,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
     "orthogonal": Recipe(
-        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", "products", *_ANY)),
+        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", "products", "least_level", *_ANY)),
         {"second_moment": "none"},
         {
             "limiter": "no second moment is kept: it limits the growth of a normalized momentum, and an "
@@ -176,9 +212,10 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
 
 
 def program_of(group: Mapping[str, Any], level: int) -> Program:
-    """The program of a tensor of this level in a parameter group, which may lack keys."""
+    """The program of a matrix of this level in a parameter group, which may lack keys."""
     recipe, options = resolved(group)
-    return recipe.program(options) if level else recipe.plain(options)
+    program = recipe.program(options)
+    return program if level >= program.least_level else recipe.plain(options)
 
 
 def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +238,8 @@ def check_meaning(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, 
     now, read = meaning(mine), resolved(mine)[0].keys
     differ = {key: (then, now[key]) for key, then in meaning(saved).items() if key in read and then != now[key]}
     before, after = program_of(saved, 1), program_of(mine, 1)
-    if before.fields == after.fields and (before.formula, before.detail) != (after.formula, after.detail):
+    same = _meant(before.fields) == _meant(after.fields)
+    if same and (before.formula, before.detail) != (after.formula, after.detail):
         # The same state of another meaning.
         differ.setdefault("formula", (f"{before.formula}, {before.detail}", f"{after.formula}, {after.detail}"))
     for key, (then, here) in differ.items():
@@ -210,6 +248,11 @@ def check_meaning(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, 
             f"{key}={here!r} (recipe {mine['recipe']!r}); its moments would mean something else. Build the "
             f"optimizer as it was"
         )
+
+
+def _meant(fields: Iterable[Field]) -> list[tuple[str, Extent]]:
+    """Of fields, what they are whatever their formats."""
+    return [(f.name, f.extent) for f in fields if f.extent is not Extent.CELL]
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:

@@ -29,7 +29,6 @@ from gwt_dist.kernels import Kernel, Part, Tensors, Work
 from gwt_dist.layout import Fragment
 from gwt_dist.matrices import Matrix, Round, Route, plan_rounds
 from gwt_dist.plan import Plan
-from gwt_dist.units import level_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Holder:
     parts: tuple[Part, ...]  # of the tensors that travel; none of those without a gradient, or frozen
     dtype: torch.dtype  # of its moments
     group: int  # number of its parameter group
-    levels: frozenset[bool]  # whether tensors with level > 0 travel, the others, or both
+    takes: frozenset[bool]  # whether tensors that the recipe's own program takes travel, the others, or both
     run: int = 0  # in whose `Tensors` its parts have their parameters
 
 
@@ -129,7 +128,7 @@ class Rounds:
         by_peers: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[Holder, str, tuple[int, ...]]]] = {}
         for holder in holders:
             for tensor in holder.plan.shard.tensors:
-                if prod(tensor.shape) and bool(level_of(tensor.shape, holder.plan.form.level)) in holder.levels:
+                if prod(tensor.shape) and holder.plan.form.takes(tensor.shape) in holder.takes:
                     key = holder.plan.shard.peers.ranks, holder.dtype
                     by_peers.setdefault(key, []).append((holder, tensor.fqn, tensor.shape))
         self._rounds = [

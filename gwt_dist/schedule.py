@@ -23,7 +23,6 @@ from gwt_dist.kernels import Tensors
 from gwt_dist.plan import Plan
 from gwt_dist.stages import Maker, Run, Stage
 from gwt_dist.sums import Entry, lay_out
-from gwt_dist.units import level_of
 
 T = TypeVar("T")
 
@@ -36,7 +35,7 @@ class Member:
     group: int  # number of its parameter group
     dtype: torch.dtype
     moves: bool  # it has a gradient and is not frozen; else it takes part in collectives alone
-    leveled: Program  # of its tensors with level > 0
+    leveled: Program  # of its tensors that the recipe takes, those with level > 0 where it says nothing else
     plain: Program  # of the others
     shape: tuple[int, ...] = ()  # of the local part
     is_dtensor: bool = False
@@ -44,11 +43,11 @@ class Member:
 
     def entries(self, number: int) -> Iterator[Entry]:
         """Its programs, whichever rank holds the tensors that they step, so that all ranks agree on sums."""
-        levels: dict[Program, set[bool]] = {}
+        taken: dict[Program, set[bool]] = {}
         for tensor in self.plan.shard.tensors:
-            level = bool(level_of(tensor.shape, self.plan.form.level))
-            levels.setdefault(self.leveled if level else self.plain, set()).add(level)
-        for program, its in levels.items():
+            takes = self.plan.form.takes(tensor.shape)
+            taken.setdefault(self.leveled if takes else self.plain, set()).add(takes)
+        for program, its in taken.items():
             yield Entry(number, self.plan, program, frozenset(its), self.frozen)
 
 

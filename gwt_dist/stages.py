@@ -161,7 +161,7 @@ def _holders(entries: Sequence[Entry], runs: Sequence[Run], make: Maker) -> list
             tuple(parts.get(entry.member, ())),
             math_dtype(make.dtypes[entry.member]),
             make.groups[entry.member],
-            entry.levels,
+            entry.takes,
             run_of.get(entry.member, 0),
         )
         for entry in entries

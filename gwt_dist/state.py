@@ -15,14 +15,15 @@ from gwt_dist import dtensor
 from gwt_dist.comm import Shard
 from gwt_dist.extents import SHARDED
 from gwt_dist.keys import KEYS, within
-from gwt_dist.piece import math_dtype
+from gwt_dist.piece import stored_dtype
 from gwt_dist.plan import Form, Plan
 from gwt_dist.recipes import check_group, check_meaning, rule_of
 from gwt_dist.shards import shard_of
 from gwt_dist.steps import Group, Steps
-from gwt_dist.units import level_of
+from gwt_dist.units import takes
 
 STEP = "step"
+_MATH = torch.float32, torch.float64
 MISSED = "missed"  # the key of a state_dict that says which steps tensors of flat parameters did not take
 LAYOUTS = "layouts"  # the key of a state_dict that says which elements the states of flat parameters are of
 Layout = list[list[Any]]
@@ -100,13 +101,20 @@ def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> 
                 )
         check_group(saved, f"parameter group {i} of the state to load")
         then, now = (rule_of(group).of(mine["level"]) for group in (saved, mine))
+        if then.fields != now.fields and saved["state_dtype"] != mine["state_dtype"]:
+            raise ValueError(
+                f"parameter group {i} has state_dtype={saved['state_dtype']!r} in the state to load and "
+                f"{mine['state_dtype']!r} in this optimizer: its moments are stored in another format. Build the "
+                f"optimizer with the state_dtype of then. What gwt_dist.save wrote can be converted: "
+                f"gwt_dist.load(..., convert_state=True)"
+            )
         if then.fields != now.fields:
             raise ValueError(
                 f"parameter group {i} has the state {', '.join(then.names())} in what is to be loaded (recipe "
                 f"{theirs.get('recipe')!r}) and {', '.join(now.names())} in this optimizer (recipe "
                 f"{mine['recipe']!r}); its moments would mean something else. Build the optimizer as it was"
             )
-        if any(_has_level(parameter, mine["level"], steps) for parameter in mine["params"]):
+        if any(_is_taken(parameter, mine, steps) for parameter in mine["params"]):
             check_meaning(saved, mine, f"parameter group {i}", "the state to load")
         for key, parameter in zip(theirs["params"], mine["params"], strict=False):
             by_id[key] = parameter
@@ -141,17 +149,19 @@ def completed(state_dict: Group, groups: Sequence[Group]) -> Group:
     return {**state_dict, "param_groups": saved}
 
 
-def put_back(state: Group, values: Mapping[str, Any], parameter: Tensor) -> None:
-    """Put `values` into a state as they were saved.
+def put_back(state: Group, values: Mapping[str, Any], parameter: Tensor, group: Group) -> None:
+    """Put `values` into the state of a parameter of `group`, as they were saved.
 
-    torch casts floating state to the dtype of the parameter, which bf16 moments do not survive, and it shares the step
-    with the state that was loaded.
+    torch casts state to the dtype of the parameter, which neither fp32 moments of bf16 weights nor codes survive, and
+    it shares the step with the state that was loaded.
     """
+    rule = rule_of(group)
+    fields = {field.name: field for field in (*rule.plain.fields, *rule.program.fields)}
     for name, value in values.items():
         if name == STEP:
             state[STEP] = torch.as_tensor(value).to(parameter.device, torch.float32, copy=True)
         elif isinstance(value, Tensor):
-            state[name] = value.to(parameter.device, math_dtype(parameter.dtype), copy=True)
+            state[name] = value.to(parameter.device, stored_dtype(fields[name], parameter.dtype), copy=True)
 
 
 def fill_keys(groups: Sequence[Group]) -> None:
@@ -180,13 +190,14 @@ def given_of(
     return given, attached
 
 
-def _has_level(parameter: Tensor, level: int, steps: Steps) -> bool:
-    """Whether any tensor that a parameter stands for has details; a buffer that was not attached yet may."""
+def _is_taken(parameter: Tensor, group: Group, steps: Steps) -> bool:
+    """Whether the recipe's own program steps any tensor that a parameter stands for; a buffer not attached yet may."""
+    level, least = group["level"], rule_of(group).program.least_level
     if parameter in steps.shards:
-        return any(level_of(tensor.shape, level) for tensor in steps.shards[parameter].tensors)
+        return any(takes(tensor.shape, level, least) for tensor in steps.shards[parameter].tensors)
     if isinstance(parameter, DTensor) or parameter in steps.given:
-        return bool(level_of(tuple(parameter.shape), level))
-    return level > 0
+        return takes(tuple(parameter.shape), level, least)
+    return bool(level >= least)
 
 
 def _check_state(
@@ -224,6 +235,11 @@ def _check_tensor(name: str, found: Any, needed: Tensor, where: str) -> None:
         raise ValueError(
             f"{name} of {where} has shape {shape} in the state to load and needs {tuple(needed.shape)} here; it was "
             f"saved with another level, model, world size or engine. {_WAY_OUT}"
+        )
+    if found.dtype != needed.dtype and not (found.is_floating_point() and needed.dtype in _MATH):
+        raise ValueError(
+            f"{name} of {where} is {found.dtype} in the state to load and needs to be {needed.dtype} here: what is "
+            f"stored in one format means nothing in another. Build the optimizer with the state_dtype of then"
         )
     # The shape of a DTensor is that of the whole tensor, so it says nothing of what this rank has of it.
     if _placed(found) != _placed(needed) or dtensor.local(found).shape != dtensor.local(needed).shape:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from gwt_dist import dtensor, replaced
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Rule
+from gwt_dist.formats import FP32
 from gwt_dist.frozen import Frozen
 from gwt_dist.keys import COMMON
 from gwt_dist.plan import Form, Plan
@@ -169,12 +170,28 @@ class Steps:
                 return None
             plan = self.plans[parameter] = Plan.of(shard, form)
             self._shapes.setdefault(parameter, tuple(dtensor.local(parameter.detach()).shape))
+        self._check_dtype(parameter, rule or rule_of(group), form, self._where(parameter, number, groups))
         if plan.form != form:
             raise ValueError(
                 f"{form} of {self._where(parameter, number, groups)} differ from {plan.form} at its first step; its "
                 f"state cannot follow. Build a new optimizer"
             )
         return plan
+
+    def _check_dtype(self, parameter: Tensor, rule: Rule, form: Form, where: str) -> None:
+        """Raise `ValueError` for a parameter whose dtype cannot have what its group says."""
+        stored = sorted({f.format for f in (*form.leveled, *form.plain)} - {FP32})
+        if stored and parameter.dtype == torch.float64:
+            raise ValueError(
+                f"{where} is float64, and its group keeps moments in {', '.join(stored)}, which is a rounding of fp32: "
+                f"double precision would be lost in silence. Leave state_dtype out of the group, or train in fp32"
+            )
+        if rule.program.rounding == "stochastic" and parameter.dtype != torch.bfloat16:
+            raise ValueError(
+                f"{where} is {parameter.dtype} and its group says stochastic_rounding=True, which is for bfloat16 "
+                f"parameters: with fp32 weights, or masters that an engine keeps, no change of a weight is lost. Leave "
+                f"stochastic_rounding out of the group"
+            )
 
     def _where(self, parameter: Tensor, number: int, groups: Sequence[Group]) -> str:
         """For messages; what an engine took out of its group, as ZeRO-3 does, has no number."""

@@ -29,7 +29,7 @@ class Entry:
     member: int  # number of the parameter
     plan: Plan
     program: Program
-    levels: frozenset[bool]  # whether it steps tensors with level > 0, the others, or both
+    takes: frozenset[bool]  # whether it steps tensors that the recipe's own program takes, the others, or both
     frozen: frozenset[str] = frozenset()  # names of the tensors that stay as they are; all ranks sum over them too
 
     @property
@@ -42,7 +42,7 @@ class Entry:
         return [
             (i, p)
             for i, p in enumerate(self.plan.pieces)
-            if p.touched and bool(p.level) in self.levels and p.fragment.fqn not in self.frozen
+            if p.touched and self.plan.form.takes(p.fragment.shape) in self.takes and p.fragment.fqn not in self.frozen
         ]
 
     def sums(self, phase: int) -> tuple[Sum, ...]:

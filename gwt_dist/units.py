@@ -37,16 +37,21 @@ def level_of(shape: Sequence[int], level: int) -> int:
     return level if len(shape) >= 2 else 0
 
 
+def takes(shape: Sequence[int], level: int, least_level: int) -> bool:
+    """Whether a program for matrices of `least_level` or more steps a tensor of `shape` in a group of `level`."""
+    return len(shape) >= 2 and level >= least_level
+
+
 @lru_cache(maxsize=4096)
-def units_of(shape: tuple[int, ...], level: int, wavelet: str) -> Units:
-    """The units of a tensor of `shape` in a group of `level`.
+def units_of(shape: tuple[int, ...], level: int, wavelet: str, cell: int = 1) -> Units:
+    """The units of a tensor of `shape` in a group of `level`, `cell` coefficients of which are kept together.
 
     Raises `ValueError` for a level out of range or an unknown wavelet.
     """
     check_level(level)
     level, columns = level_of(shape, level), layout.columns_of(shape)
     unit = haar_unit if level == 0 or _two_taps(wavelet) else row_unit
-    return Units(columns, *unit(level, columns))
+    return Units(columns, *unit(level, columns), cell)
 
 
 def coefficients(shape: tuple[int, ...], level: int, wavelet: str) -> int:

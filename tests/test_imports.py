@@ -19,8 +19,8 @@ LINES = 400  # aim at 300; at this length a module does two things
 
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
-DECLARED = {"declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
-MATH = {"units", "wavelet", "piece", "products", "formulas", *DECLARED}
+DECLARED = {"formats", "declare", "keys", "recipes", "extents"}  # what a recipe is, without torch
+MATH = {"units", "wavelet", "noise", "piece", "products", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer"}
@@ -30,21 +30,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exchange": {"layout"},
     "units": {"layout"},
     "wavelet": {"units"},
-    "declare": set(),
-    "keys": set(),
-    "recipes": {"units", "declare", "keys"},
+    "formats": set(),
+    "declare": {"formats"},
+    "keys": {"formats"},
+    "recipes": {"units", "formats", "declare", "keys"},
     "ds_json": {"keys"},
     "extents": {"layout", "exchange", "declare"},
-    "piece": {"layout", "units", "wavelet"},
+    "noise": set(),
+    "piece": {"layout", "units", "wavelet", "formats", "declare", "noise"},
     "products": set(),
     "formulas": {"declare", "piece", "layout", "products"},
     "owners": {"layout"},
     "matrices": {"layout", "owners"},
-    "kernels": {"wavelet", "declare", "recipes", "piece", "formulas"},
+    "kernels": {"wavelet", "layout", "noise", "formats", "declare", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
     "groups": set(),
     "dtensor": {"layout", "exchange", "comm"},
-    "plan": {"units", "exchange", "declare", "extents", "piece", "layout", "comm", "dtensor"},
+    "plan": {"units", "exchange", "formats", "declare", "extents", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
     "rounds": {"units", "declare", "products", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
     "stages": {"declare", "exchange", "piece", "formulas", "kernels", "rounds", "sums"},
@@ -52,8 +54,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards": {"comm", "dtensor"},
     "frozen": {"comm"},
     "replaced": set(),
-    "steps": {"comm", "declare", "dtensor", "frozen", "keys", "plan", "recipes", "replaced", "schedule", "shards"},
-    "state": {"units", "comm", "dtensor", "extents", "keys", "piece", "plan", "recipes", "shards", "steps"},
+    "steps": {
+        "comm",
+        "declare",
+        "dtensor",
+        "formats",
+        "frozen",
+        "keys",
+        "plan",
+        "recipes",
+        "replaced",
+        "schedule",
+        "shards",
+    },
+    "state": {
+        "units",
+        "comm",
+        "declare",
+        "dtensor",
+        "extents",
+        "formats",
+        "keys",
+        "piece",
+        "plan",
+        "recipes",
+        "shards",
+        "steps",
+    },
     "optimizer": {"comm", "dtensor", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
     "engines": MATH | RUNTIME | {"ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},

@@ -53,6 +53,7 @@ class Adam:
         n_N = a_N * (1 - beta1)
         exp_avg_N.mul_(beta1).add_(n_N)
         exp_avg_sq_N.mul_(beta2).add_(e_N.mul_(1 - beta2))
+        share.keep("exp_avg", "exp_avg_sq")
         if not share.program.sums:
             return {}
         n_N = read(exp_avg_N, n_N, share.rule)

@@ -27,11 +27,11 @@ def read(
     return exp_avg_N * rule["beta1"] + fresh_N if rule["nesterov"] else exp_avg_N
 
 
-def first_weight(t: Tensor, rule: Rule, level: int) -> Tensor:
+def first_weight(t: Tensor, rule: Rule, level: int = 1) -> Tensor:
     """The sum of the weights that gradients have in the momentum that is read, 0-d fp64; `t` is the step in fp64.
 
-    ``1 - b1**t``; one more decay is in it with Nesterov. 1 without correction of bias, and what divides by it does not
-    correct.
+    ``1 - b1**t``; one more decay is in it with Nesterov, which Adam of level 0 does not have. 1 without correction
+    of bias, and what divides by it does not correct.
     """
     if not rule["correct_bias"]:
         return torch.ones_like(t)

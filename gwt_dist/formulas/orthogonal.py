@@ -71,9 +71,8 @@ def momentum(share: Share) -> Tensor:
     gain = detail_gain(squared_norm_m, squared_norm_a, share.step, rule)
     fresh_N = transform.approximation(share.x_NU).mul_(1 - rule["beta1"])
     exp_avg_N.mul_(rule["beta1"]).add_(fresh_N)
-    corrected_N = read(exp_avg_N, fresh_N, rule) / first_weight(share.step.double(), rule, share.piece.level).to(
-        fresh_N
-    )
+    share.keep("exp_avg")
+    corrected_N = read(exp_avg_N, fresh_N, rule) / first_weight(share.step.double(), rule).to(fresh_N)
     gain_N = gain.to(exp_avg_N).expand_as(exp_avg_N)
     return transform.synthesis(share.x_NU, corrected_N, torch.ones_like(exp_avg_N), gain_N)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,16 +15,29 @@ from gwt_dist.piece import Piece
 class Share:
     """The units that a piece touches, cut ones completed, with what is kept and known of them.
 
-    Dtype of all tensors is that of the moments (fp32, or fp64), of sums fp64.
+    Dtype of all tensors is that of the mathematics (fp32, or fp64), of sums fp64.
     """
 
     x_NU: Tensor  # (N / coefficients of a unit, U) gradient, zeros where a unit is padded
-    state: Mapping[str, Tensor]  # UNIT (N,), ROW (P,) of the rows touched, COLUMN (K,), TENSOR 0-d; updated in place
+    # UNIT (N,), ROW (P,) of the rows touched, COLUMN (K,), TENSOR 0-d; updated in place, and UNIT then `keep`-ed
+    state: Mapping[str, Tensor]
     sums: Mapping[str, Tensor]  # of the phases before: TENSOR 0-d or (numbers,), ROW (P,), COLUMN (K,)
     step: Tensor  # 0-d fp32, this step counted
     rule: Rule
     program: Program
     piece: Piece
+    store: Callable[
+        [str], None
+    ]  # of a UNIT field: put what is in `state` where it is stored, and back as it was stored
+
+    def keep(self, *names: str) -> None:
+        """Store these UNIT fields after an update.
+
+        What is stored is what is used: afterwards `state` has them as their format rounds them. So a step of one pass
+        or two, one that is resumed, and the copy of a cut cell on another rank all go on from the same bits.
+        """
+        for name in names:
+            self.store(name)
 
     def spread_rows(self, values_P: Tensor) -> Tensor:
         """A number for each row touched, (P,), as one for each coefficient, (N,)."""

@@ -52,6 +52,7 @@ class Compiled(Kernel, Protocol):
     """One that has to be built, of files that end in `SUFFIX`."""
 
     SUFFIX: str
+    STORES: Sequence[str]  # formats of state, and ways to round weights, that it has
 
     def prepare(self, program: Program) -> None:
         """Be ready for `program`; raises `BuildError` if that cannot be."""
@@ -93,6 +94,11 @@ def missing_of(name: str, device: torch.device, dtype: torch.dtype, program: Pro
     if dtype not in (torch.float32, torch.bfloat16):
         return f"parameters of {dtype}"
     lacks = lacking(program, _COMPILED[name].SUFFIX)
+    if lacks:
+        return lacks
+    its = {f"state in {field.format}": field.format for field in program.fields}
+    its |= {f"weights rounded to {program.rounding}": program.rounding}
+    lacks = next((what for what, one in its.items() if one not in _COMPILED[name].STORES), "")
     if lacks:
         return lacks
     for piece in pieces:

@@ -21,6 +21,7 @@ from gwt_dist.kernels.work import Item, Tensors, Work
 from gwt_dist.recipes import program_of
 
 SUFFIX = ".h"  # of the files of `variant`
+STORES: Sequence[str] = ("fp32", "nearest")
 CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
 CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of fp32 gradients are still in a cache
 _STEP = (True, True)

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Extent, Pass, Rule, Travel
+from gwt_dist import noise
+from gwt_dist.declare import Extent, Pass, Travel
 from gwt_dist.formulas import FORMULAS, WRITES, Share
+from gwt_dist.formulas.codecs import round_bf16
 from gwt_dist.formulas.weights import decay_factor
 from gwt_dist.kernels import guard
+from gwt_dist.kernels.stored import Kept
 from gwt_dist.kernels.work import Part, Place, Tensors, Work
 from gwt_dist.piece import math_dtype
 
@@ -87,7 +90,7 @@ def keep(number: int, work: Work, tensors: Tensors, landing: Tensor) -> None:
         fragment, rule = part.piece.fragment, tensors.rules[part.parameter]
         weight = tensors.weights[part.parameter].view(-1).narrow(0, fragment.offset, fragment.numel)
         elements = landing.narrow(0, part.landing, fragment.numel).to(math_dtype(weight.dtype))
-        take(weight, function(elements, fragment.shape, rule), work.program.write, rule)
+        _take(part, work, tensors, weight, function(elements, fragment.shape, rule), 0)
 
 
 def settle(number: int, work: Work, tensors: Tensors, sums: Tensor) -> None:
@@ -103,14 +106,25 @@ def settle(number: int, work: Work, tensors: Tensors, sums: Tensor) -> None:
 
 def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share:
     """What a function of the formula is given; `sums` are those of the phases before, which are complete."""
-    piece, state = part.piece, {}
-    for field in work.program.fields:
+    piece, program = part.piece, work.program
+    stored = {}
+    for field in program.fields:
         place = piece.places[field.name]
-        kept = tensors.state[field.name][part.parameter].view(-1).narrow(0, place.offset, place.numel)
-        state[field.name] = kept[0] if field.extent is Extent.TENSOR else kept
+        stored[field.name] = tensors.state[field.name][part.parameter].view(-1).narrow(0, place.offset, place.numel)
+    state = {
+        f.name: stored[f.name][0] if f.extent is Extent.TENSOR else Kept.of(f, piece, stored).read()
+        for f in program.fields
+        if f.extent is not Extent.CELL
+    }
     known = {place.name: place.read(vector) for its, vector in zip(part.sums, sums, strict=False) for place in its}
-    rule = tensors.rules[part.parameter]
-    return Share(gather(part, tensors), state, known, tensors.steps[part.parameter], rule, work.program, piece)
+    rule, step = tensors.rules[part.parameter], tensors.steps[part.parameter]
+
+    def store(name: str) -> None:
+        number = program.names(Extent.UNIT).index(name)
+        kept = Kept.of(next(f for f in program.fields if f.name == name), piece, stored)
+        kept.write(state[name], noise.key(step, number + 1, int(rule["rounding_seed"]), piece.salt))
+
+    return Share(gather(part, tensors), state, known, step, rule, program, piece, store)
 
 
 def gather(part: Part, tensors: Tensors) -> Tensor:
@@ -121,22 +135,29 @@ def gather(part: Part, tensors: Tensors) -> Tensor:
     for source, padded in piece.views(gradient, x_NU.view(-1), piece.fragment.offset):
         padded.copy_(source)
     for cut in part.cuts:
-        x_NU[cut.unit, : cut.length] = tensors.exchange.narrow(0, cut.slot, cut.length)
+        its = x_NU.view(-1).narrow(0, cut.unit * piece.units.length, cut.length)
+        its.copy_(tensors.exchange.narrow(0, cut.slot, cut.length))
     return x_NU
 
 
 def write(part: Part, work: Work, tensors: Tensors, change: Tensor) -> None:
     """Write the weights of a part; `change` is (units, U)."""
     weight, fragment = tensors.weights[part.parameter].view(-1), part.piece.fragment
-    for source, padded in part.piece.views(weight, change.view(-1), fragment.offset):
-        take(source, padded, work.program.write, tensors.rules[part.parameter])
+    for block, (source, padded) in zip(
+        part.piece.blocks, part.piece.views(weight, change.view(-1), fragment.offset), strict=True
+    ):
+        _take(part, work, tensors, source, padded, block.source)
 
 
-def take(weight: Tensor, change: Tensor, how: str, rule: Rule) -> None:
-    """Change `weight` in place, in the precision of `change`; both of one shape."""
+def _take(part: Part, work: Work, tensors: Tensors, weight: Tensor, change: Tensor, first: int) -> None:
+    """Change `weight` in place, elements of a part from `first` on, in the precision of `change`; both of one shape."""
+    rule, piece = tensors.rules[part.parameter], part.piece
     w = weight.to(change.dtype)
-    WRITES[how](w, change, decay_factor(rule, change))
-    if w is not weight:
+    WRITES[work.program.write](w, change, decay_factor(rule, change))
+    if work.program.rounding == "stochastic" and weight.dtype == torch.bfloat16:
+        its_key = noise.key(tensors.steps[part.parameter], noise.WEIGHT, int(rule["rounding_seed"]), piece.salt)
+        weight.copy_(round_bf16(w, noise.noise(*piece.elements_at(first, weight.shape, weight.device), its_key)))
+    elif w is not weight:
         weight.copy_(w)
 
 

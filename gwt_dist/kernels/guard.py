@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.kernels.work import Tensors, Work
-from gwt_dist.piece import math_dtype
+from gwt_dist.piece import stored_dtype
 
 
 def check(work: Work, tensors: Tensors) -> None:
@@ -41,8 +41,9 @@ def _expected(
     yield "the weight", weight, weight.numel(), ()
     yield "the gradient", tensors.gradients[i], weight.numel(), ()
     yield "the step", tensors.steps[i], 1, (torch.float32,)
-    for name in work.program.names():
-        yield name, tensors.state[name][i], work.numels[name][i], (math_dtype(weight.dtype),)
+    for field in work.program.fields:
+        name = field.name
+        yield name, tensors.state[name][i], work.numels[name][i], (stored_dtype(field, weight.dtype),)
 
 
 def _misfit(tensor: Tensor, numel: int, dtypes: Sequence[torch.dtype], device: torch.device) -> str:

@@ -25,6 +25,7 @@ from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Item, Tensors, Work
 
 SUFFIX = ".py"  # of the files of `variant`
+STORES: Sequence[str] = ("fp32", "nearest")
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TURNS = 4  # of a program whose places are not plain: all at once would take most registers for places

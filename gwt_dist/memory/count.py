@@ -11,11 +11,18 @@ from typing import NamedTuple
 from gwt_dist import extents
 from gwt_dist.declare import Extent, Field, Program
 from gwt_dist.exchange import Whole, plan_exchange
+from gwt_dist.formats import FORMATS, FP32
 from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.units import units_of
 
-Kind = tuple[int, str, tuple[Field, ...]]  # level and wavelet of a tensor's group, and fields of the tensor
+# Level and wavelet of a tensor's group, its coefficients that are kept together, and the fields of the tensor.
+Kind = tuple[int, str, int, tuple[Field, ...]]
+
+
+def bytes_of(field: Field, full: int = 4) -> int:
+    """Of a number of a field; `full` are those of one in the format fp32, which fp64 weights have in fp64."""
+    return full if field.format == FP32 else FORMATS[field.format].bytes
 
 
 class Numbers(NamedTuple):
@@ -46,24 +53,24 @@ class Counts:
 
     elements: list[int]
     kept: dict[Field, list[int]]  # numbers
-    owned: list[int]  # of all fields that are sharded as elements are
-    cut: list[int]  # of all fields, what another shard owns
+    owned: list[int]  # bytes of all fields that are sharded as elements are
+    cut: list[int]  # bytes of all fields, what another shard owns
     tensors: list[int]
-    common: int  # numbers that all shards which hold any of a tensor keep alike, once
+    common: int  # bytes that all shards which hold any of a tensor keep alike, once
     exchange: int
 
 
 @lru_cache(maxsize=4096)
-def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> Counts:
-    """What `shards` ranks keep of the tensors of kind not None."""
+def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int, full: int = 4) -> Counts:
+    """What `shards` ranks keep of the tensors of kind not None; a number in the format fp32 has `full` bytes."""
     elements, owned, cut, tensors = ([0] * shards for _ in range(4))
     kept: dict[Field, list[int]] = {}
     common = exchange = 0
     for number, (shape, kind) in enumerate(zip(laid.shapes, kinds, strict=True)):
         if kind is None:
             continue
-        level, wavelet, fields = kind
-        units = units_of(shape, level, wavelet)
+        level, wavelet, cell, fields = kind
+        units = units_of(shape, level, wavelet, cell)
         found: dict[tuple[int, int], tuple[list[tuple[list[int], int]], int, int]] = {}
         cuts = []
         for shard, start, stop in laid.intervals(number):
@@ -74,8 +81,8 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> C
                 its = numbers(fields, Fragment("", shape, *like), units)
                 found[like] = (
                     [(kept.setdefault(f, [0] * shards), n.kept) for f, n in its],
-                    sum(n.owned for f, n in its if f.extent in extents.SHARDED),
-                    sum(n.kept - n.owned for _, n in its),
+                    sum(bytes_of(f, full) * n.owned for f, n in its if f.extent in extents.SHARDED),
+                    sum(bytes_of(f, full) * (n.kept - n.owned) for f, n in its),
                 )
             by_field, its_owned, its_cut = found[like]
             elements[shard] += stop - start
@@ -86,7 +93,7 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int) -> C
                 by_shard[shard] += more
             if start:
                 cuts.append(start)
-        common += sum(prod(extents.whole(f.extent, shape, units)) for f in fields if f.extent is Extent.COLUMN)
+        common += full * sum(prod(extents.whole(f.extent, shape, units)) for f in fields if f.extent is Extent.COLUMN)
         tensor = Whole("", shape, tuple(cuts))
         exchange += plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
     return Counts(elements, kept, owned, cut, tensors, common, exchange)

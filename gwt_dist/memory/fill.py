@@ -8,7 +8,7 @@ from math import prod
 
 from gwt_dist.declare import Program
 from gwt_dist.memory import splits
-from gwt_dist.memory.count import count, per_tensor, summed
+from gwt_dist.memory.count import bytes_of, count, per_tensor, summed
 from gwt_dist.memory.model import ModelSpec, TensorSpec
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import STEP, Setup
@@ -55,17 +55,17 @@ class _Filler:
         setup, found, size, first = self.setup, self.plan, self.setup.state_bytes, owner or 0
         groups = [self.groups.get(name) for name in names]
         kinds = tuple(g and g.kind(shape, alone) for g, shape in zip(groups, laid.shapes, strict=True))
-        counts = count(laid, kinds, self.shards if owner is None else 1)
+        counts = count(laid, kinds, self.shards if owner is None else 1, size)
         stored = 0 if owner is not None else 4 if setup.masters else setup.bytes_of("weights")
         _add(found.elements, counts.elements, times, first)
-        _add(found.cut, counts.cut, times * size, first)
+        _add(found.cut, counts.cut, times, first)
         _add(found.checkpoint, counts.elements, times * stored, first)
-        _add(found.checkpoint, counts.owned, times * size, first)
-        found.checkpoint_common += times * size * counts.common
+        _add(found.checkpoint, counts.owned, times, first)
+        found.checkpoint_common += times * counts.common
         if alone:
             _add(found.steps, counts.tensors, STEP, first)
         for field, kept in counts.kept.items():
-            _add(found.fields[field], kept, times * size, first)
+            _add(found.fields[field], kept, times * bytes_of(field, size), first)
         if owner is None and self.shards > 1:
             found.exchange += times * counts.exchange
 

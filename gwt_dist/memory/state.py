@@ -10,11 +10,11 @@ from typing import Any
 from gwt_dist.declare import Extent, Program
 from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory import splits
-from gwt_dist.memory.count import Kind, numbers, per_tensor
+from gwt_dist.memory.count import Kind, bytes_of, numbers, per_tensor
 from gwt_dist.recipes import DEFAULT, check_group, program_of
-from gwt_dist.units import level_of, units_of
+from gwt_dist.units import level_of, takes, units_of
 
-FP32 = 4  # bytes; state is fp32 whatever the weights are, except for fp64 weights
+FP32 = 4  # bytes of a number where no format is said; fp64 weights have fp64
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes
 
 
@@ -40,16 +40,26 @@ class GroupSpec:
 
     def program_for(self, shape: Sequence[int]) -> Program:
         """What steps a tensor of `shape`."""
-        return self.program if level_of(shape, self.level) else self.plain
+        return self.program if takes(shape, self.level, self.program.least_level) else self.plain
+
+    @property
+    def cell(self) -> int:
+        """Coefficients of its tensors that are kept together."""
+        return max(self.program.cell, self.plain.cell)
 
     def kind(self, shape: tuple[int, ...], per_tensor: bool) -> Kind:
         """What decides what is kept of a tensor of `shape`; with or without what there is one of a tensor."""
         fields = self.program_for(shape).fields
-        return self.level, self.wavelet, tuple(f for f in fields if per_tensor or f.extent is not Extent.TENSOR)
+        return (
+            self.level,
+            self.wavelet,
+            self.cell,
+            tuple(f for f in fields if per_tensor or f.extent is not Extent.TENSOR),
+        )
 
     def units_for(self, shape: tuple[int, ...]) -> Units:
         """The units of a tensor of `shape`."""
-        return units_of(shape, self.level, self.wavelet)
+        return units_of(shape, self.level, self.wavelet, self.cell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +127,11 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateByt
         programs = {group.program_for(fragment.shape) for fragment in fragments}
         scalars += FP32 * (1 + len(per_tensor(programs)) * len(fragments))
         for fragment in fragments:
-            its = numbers(group.kind(fragment.shape, False)[2], fragment, group.units_for(fragment.shape))
-            kept = FP32 * sum(n.kept for _, n in its)
+            its = numbers(group.kind(fragment.shape, False)[-1], fragment, group.units_for(fragment.shape))
+            kept = sum(bytes_of(f) * n.kept for f, n in its)
             if level_of(fragment.shape, group.level):
                 wavelet += kept
-                cut += kept - FP32 * sum(n.owned for _, n in its)
+                cut += kept - sum(bytes_of(f) * n.owned for f, n in its)
                 wavelet_adamw += 2 * FP32 * fragment.numel
             else:
                 rest += kept

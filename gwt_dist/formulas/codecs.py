@@ -1,0 +1,85 @@
+"""Numbers in the formats of `formats`, rounded by noise: the reference for every kernel.
+
+    bf16   the upper 16 bits of fp32, after noise was added to the lower ones
+    int8   code * scale, scale = the largest of the cell / 127
+    e4m4   scale * (1 + m/16) * 2**(e-15), e and m four bits each, scale the power of two at or below the largest
+
+Rounding is unbiased: up with the probability of the rest. To nearest a second moment could not decay: a step changes it
+by less than half of what a code can say. In e4m4 nothing is 0 but a cell that is all 0 (or below 2**-95), and what is
+less than ``2**-15`` of the scale is stored as that: a moment that vanished would make its update without bound.
+
+Single fp32 operations and shifts, so every kernel has the same bits. int8 holds momentum (8-bit Muon, arXiv 2509.23106,
+has it so); that a second moment wants a code of its own is from 8-bit Adam (arXiv 2110.02861) and FlashOptim (arXiv
+2602.23349), the code is this project's.
+
+Shapes: N numbers in G cells; codes (N,), scales (G,) fp32, `cells_N` the cell of each number, int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 127  # code of int8
+TINY = 2.0**-126  # scales below have no inverse
+_SIGNLESS = 0x7FFFFFFF
+_INF = 0x7F800000
+
+
+def round_bf16(x: Tensor, noise: Tensor) -> Tensor:
+    """bf16 of fp32 `x`, rounded up where the upper half of `noise` (int64, 32 bits) says so; of `x`'s shape."""
+    bits = x.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    finite = (bits & _INF) != _INF
+    is_nan = (bits & _SIGNLESS) > _INF
+    upper = torch.where(finite, bits + (noise >> 16), bits) >> 16
+    return (upper | (is_nan.long() << 6)).to(torch.int16).view(torch.bfloat16)
+
+
+def tops(x_N: Tensor, cells_N: Tensor, cells: int) -> Tensor:
+    """The bits of the largest absolute value of each cell, (G,) int32: inf and NaN are the largest of all."""
+    bits_N = x_N.view(torch.int32) & _SIGNLESS
+    return torch.zeros(cells, dtype=torch.int32, device=x_N.device).scatter_reduce(0, cells_N, bits_N, "amax")
+
+
+def encode_int8(x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Codes, int8 (N,), and scales, (G,), of fp32 `x_N`."""
+    scale = tops(x_N, cells_N, cells).view(torch.float32) / LARGEST
+    usable = (scale >= TINY) & scale.isfinite()
+    inverse_N = torch.where(usable, 1 / scale, 0.0)[cells_N]
+    y_N = torch.where(usable[cells_N], x_N, 0.0) * inverse_N
+    code_N = (y_N + (noise_N >> 16).float() * 2.0**-16).floor_().clamp_(-LARGEST, LARGEST)
+    return code_N.to(torch.int8), scale
+
+
+def decode_int8(code_N: Tensor, scale: Tensor, cells_N: Tensor) -> Tensor:
+    """fp32 (N,)."""
+    return code_N.float() * scale[cells_N]
+
+
+def encode_e4m4(x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 (N,), and scales, (G,), of fp32 `x_N`, which is not negative."""
+    e = tops(x_N, cells_N, cells) >> 23
+    e = torch.where(e < 32, 0, e)
+    bits_N = x_N.view(torch.int32).long()
+    code_N = ((bits_N + (noise_N >> 13)) >> 19) - ((e.long() - 15) << 4)[cells_N]
+    code_N = torch.where(((e > 0) & (e < 255))[cells_N], code_N.clamp(0, 255), 0)
+    return code_N.to(torch.uint8), (e << 23).view(torch.float32)
+
+
+def decode_e4m4(code_N: Tensor, scale: Tensor, cells_N: Tensor) -> Tensor:
+    """fp32 (N,)."""
+    return scale[cells_N] * ((code_N.to(torch.int32) + (112 << 4)) << 19).view(torch.float32)
+
+
+def encode(form: str, x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales of fp32 `x_N` in the format called `form`; None where that has no scales."""
+    if form == "bf16":
+        return round_bf16(x_N, noise_N), None
+    return {"int8": encode_int8, "e4m4": encode_e4m4}[form](x_N, noise_N, cells_N, cells)
+
+
+def decode(form: str, code_N: Tensor, scale: Tensor | None, cells_N: Tensor) -> Tensor:
+    """What `encode` stored, fp32 (N,)."""
+    if scale is None:
+        return code_N.float()
+    return {"int8": decode_int8, "e4m4": decode_e4m4}[form](code_N, scale, cells_N)
