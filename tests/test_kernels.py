@@ -20,7 +20,7 @@ from gwt_dist import Fragment, GWTAdamW
 from gwt_dist.comm import Shard, alone
 from gwt_dist.declare import Extent, Program
 from gwt_dist.exchange import Whole
-from gwt_dist.kernels import Part, Place, Work, build, choice, cpu
+from gwt_dist.kernels import Item, Part, Place, Work, build, choice, cpu
 from gwt_dist.piece import Piece
 from gwt_dist.plan import Form, Plan
 from gwt_dist.recipes import program_of, rule_of

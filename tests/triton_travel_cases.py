@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gwt_dist import Fragment, GWTAdamW, matrices, products, rounds
 from gwt_dist.kernels import triton, triton_travel
-from gwt_dist.kernels.work import Item
+from gwt_dist.kernels.items import Item
 from gwt_dist.products import stacks
 from test_layout import worlds
 from travel_cases import OPTIONS, WIDE, Case, equal, rule, whole

@@ -6,6 +6,7 @@ a tensor gets; ``GWT_DIST_KERNEL`` forces one.
 """
 
 from gwt_dist.kernels.choice import Kernel, choose
-from gwt_dist.kernels.work import Cut, Part, Place, Tensors, Work
+from gwt_dist.kernels.items import Cut, Item, Part, Place
+from gwt_dist.kernels.work import Tensors, Work
 
-__all__ = ["Cut", "Kernel", "Part", "Place", "Tensors", "Work", "choose"]
+__all__ = ["Cut", "Item", "Kernel", "Part", "Place", "Tensors", "Work", "choose"]

@@ -16,8 +16,9 @@ from torch import Tensor
 from gwt_dist.declare import Extent, Pass, Program, Rule
 from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import library_of, load
+from gwt_dist.kernels.items import Item
 from gwt_dist.kernels.variant import PASSES, parts
-from gwt_dist.kernels.work import Item, Tensors, Work
+from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.recipes import program_of
 
 SUFFIX = ".h"  # of the files of `variant`

@@ -13,8 +13,9 @@ from gwt_dist.formulas import FORMULAS, WRITES, Share
 from gwt_dist.formulas.codecs import round_bf16
 from gwt_dist.formulas.weights import decay_factor
 from gwt_dist.kernels import guard
+from gwt_dist.kernels.items import Part, Place
 from gwt_dist.kernels.stored import Kept
-from gwt_dist.kernels.work import Part, Place, Tensors, Work
+from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.piece import math_dtype
 
 

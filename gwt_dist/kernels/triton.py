@@ -19,10 +19,11 @@ from torch import Tensor
 from gwt_dist.declare import Pass, Program
 from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import BuildError
+from gwt_dist.kernels.items import Item
 from gwt_dist.kernels.kept import Kept
 from gwt_dist.kernels.tables import Kinds, limited_of, parameters_of, rules_of
 from gwt_dist.kernels.variant import PASSES, parts
-from gwt_dist.kernels.work import Item, Tensors, Work
+from gwt_dist.kernels.work import Tensors, Work
 
 SUFFIX = ".py"  # of the files of `variant`
 STORES: Sequence[str] = ("fp32", "nearest")

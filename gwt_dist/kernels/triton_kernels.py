@@ -10,9 +10,9 @@ multiplications and additions, so that a unit has the bits of the reference.
 import triton
 import triton.language as tl
 
+from gwt_dist.kernels.items import Item
 from gwt_dist.kernels.triton_lines import PART, before, changes, place_of_change, places, ring, to_parts
 from gwt_dist.kernels.triton_math import power, unit_sum
-from gwt_dist.kernels.work import Item
 from gwt_dist.recipes import ADAM
 
 NUMBERS = "lr", *ADAM  # of a rule, in the order of their table

@@ -9,6 +9,7 @@ As in `triton_kernels`: fp32 mathematics on fp32 or bf16 buffers in single opera
 import triton
 import triton.language as tl
 
+from gwt_dist.kernels.items import Item
 from gwt_dist.kernels.triton_kernels import (
     BETA1,
     COHERENT,
@@ -35,7 +36,6 @@ from gwt_dist.kernels.triton_kernels import (
     WEIGHT_DECAY,
 )
 from gwt_dist.kernels.triton_math import power, unit_sum
-from gwt_dist.kernels.work import Item
 
 ELEMENT_STRIDE = tl.constexpr(Item._fields.index("element_stride"))
 LANDING = tl.constexpr(Item._fields.index("landing"))

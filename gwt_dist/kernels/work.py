@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Extent, Program, Rule
-from gwt_dist.kernels.items import Cut as Cut
-from gwt_dist.kernels.items import Item as Item
-from gwt_dist.kernels.items import Part as Part
-from gwt_dist.kernels.items import Place as Place
-from gwt_dist.kernels.items import items_of as items_of
+from gwt_dist.kernels.items import Item, Part, items_of
 
 T = TypeVar("T")
 
