@@ -112,13 +112,13 @@ class Program:
         rows = {f.name for f in self.fields if f.extent is Extent.ROW}
         lost = [name for phase in self.phases if isinstance(phase, Travel) for name in phase.rows if name not in rows]
         scales = {f.name for f in self.fields if f.extent is Extent.CELL}
-        needed = {scale_of(f.name) for f in self.fields if FORMATS[f.format].scaled}
+        bare = [f.name for f in self.fields if FORMATS[f.format].scaled and scale_of(f.name) not in scales]
         for wrong, what in (
             (twice, f"{', '.join(twice)} stand twice among its fields or sums"),
             (taken, f"a field cannot be called {', '.join(taken)}, which state and checkpoints have for other things"),
             (ends != last, "its last phase, and no other, must write the weights or travel"),
             (lost, f"{', '.join(lost)} travel along and are no fields over rows"),
-            (needed != scales, f"its fields over cells must be {sorted(needed)} and are {sorted(scales)}"),
+            (bare, f"{', '.join(bare)} have no fields over cells for their scales"),
             (self.rounding not in ("nearest", "stochastic"), f"rounding {self.rounding!r} is none"),
         ):
             if wrong:
