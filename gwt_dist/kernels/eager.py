@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gwt_dist import noise
 from gwt_dist.declare import Extent, Pass, Travel
+from gwt_dist.formats import FORMATS, FP32, scale_of
 from gwt_dist.formulas import FORMULAS, WRITES, Share
 from gwt_dist.formulas.codecs import round_bf16
 from gwt_dist.formulas.weights import decay_factor
@@ -112,18 +113,17 @@ def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share
     for field in program.fields:
         place = piece.places[field.name]
         stored[field.name] = tensors.state[field.name][part.parameter].view(-1).narrow(0, place.offset, place.numel)
-    state = {
-        f.name: stored[f.name][0] if f.extent is Extent.TENSOR else Kept.of(f, piece, stored).read()
-        for f in program.fields
-        if f.extent is not Extent.CELL
-    }
+    scales = {scale_of(f.name) for f in program.fields if FORMATS[f.format].scaled}
+    kept = {f.name: Kept.of(f, piece, stored) for f in program.fields if f.name not in scales}
+    state = {name: its.read() for name, its in kept.items()}
+    state |= {name: state[name][0] for name in program.names(Extent.TENSOR)}
     known = {place.name: place.read(vector) for its, vector in zip(part.sums, sums, strict=False) for place in its}
     rule, step = tensors.rules[part.parameter], tensors.steps[part.parameter]
 
     def store(name: str) -> None:
-        number = program.names(Extent.UNIT).index(name)
-        kept = Kept.of(next(f for f in program.fields if f.name == name), piece, stored)
-        kept.write(state[name], noise.key(step, number + 1, int(rule["rounding_seed"]), piece.salt))
+        if kept[name].field.format != FP32:  # which is the state itself
+            number = program.names(Extent.UNIT).index(name) + 1
+            kept[name].write(state[name], noise.key(step, number, int(rule["rounding_seed"]), piece.salt))
 
     return Share(gather(part, tensors), state, known, step, rule, program, piece, store)
 

@@ -38,8 +38,7 @@ class Kept:
     def write(self, values_N: Tensor, key: Tensor) -> None:
         """Store `values_N`, fp32 (N,), rounded by the noise of `key`, and put back there what was stored."""
         if self.field.format == FP32:
-            if values_N is not self.codes_N:
-                self.codes_N.copy_(values_N)
+            self.codes_N.copy_(values_N)
             return
         cells_N, device = self._cells(), values_N.device
         places = self.piece.rows_of(device) + self.piece.first_row, self.piece.columns_of(device)
