@@ -27,33 +27,34 @@ using Steps = std::array<Step, 2>;  // for units without details and with them
 
 struct Parameter {
   void *weight, *gradient;
-  float *exp_avg, *exp_avg_sq;
+  Moment exp_avg, exp_avg_sq;
   bool weight_bf16, gradient_bf16;
   const Steps* steps;
 };
 
 template <int L, int64_t PHASE, typename W, typename G>
 void run_item(const Item& item, const Parameter& p, const float* exchange, float size, Lanes* norm) {
-  constexpr int64_t U = 1 << L;
   const Step& step = (*p.steps)[L > 0];
+  const bool plain = p.exp_avg.format == fp32 && p.exp_avg_sq.format == fp32;
+  const auto key = [&](uint32_t field) { return noise_key(step.t, field, step.seed, item.salt); };
+  const auto run_row = [&](const auto& span, int64_t row) {
+    const Moment m = moment_of(p.exp_avg, item, row), v = moment_of(p.exp_avg_sq, item, row);
+    const Rounding rounding(Noise(key(0), item.row + row, item.column, item.columns));
+    if (plain) {
+      run_span<L, PHASE>(step, span, static_cast<float*>(m.codes), static_cast<float*>(v.codes), size, norm, rounding);
+    } else {
+      run_stored<L, PHASE>(step, span, m, v, noise_of(item, row, key(1)), noise_of(item, row, key(2)), size, norm, rounding);
+    }
+  };
   W* w = static_cast<W*>(p.weight) + item.element;
-  float *m = p.exp_avg + item.moment, *v = p.exp_avg_sq + item.moment;
   if (item.slot >= 0) {
-    Lanes* owned = item.lead == 0 ? norm : nullptr;
-    run_padded<L, PHASE>(step, exchange + item.slot, item.last, w, item.lead, item.held, m, v, 1, item.last,
-                                 size, owned);
+    if (item.lead > 0) norm = nullptr;  // another rank owns the units
+    run_row(Span<L, W, float>{exchange + item.slot, w, item.units, item.last, item.lead, item.held}, 0);
     return;
   }
   const G* x = static_cast<const G*>(p.gradient) + item.element;
-  const int64_t whole = item.last == U ? item.units : item.units - 1, groups = whole / V, units = item.units - groups * V;
-  for (int64_t row = 0; row < item.rows; ++row) {
-    run<L, PHASE>(step, x, w, m, v, groups, nullptr, size, norm);
-    if (units) {
-      const int64_t done = groups * V * U, elements = (units - 1) * U + item.last;
-      run_padded<L, PHASE>(step, x + done, elements, w + done, 0, elements, m + groups * V, v + groups * V,
-                                   units, item.last, size, norm);
-    }
-    x += item.element_stride, w += item.element_stride, m += item.moment_stride, v += item.moment_stride;
+  for (int64_t row = 0; row < item.rows; ++row, x += item.element_stride, w += item.element_stride) {
+    run_row(Span<L, W, G>{x, w, item.units, item.last, 0, (item.units - 1) * (1 << L) + item.last}, row);
   }
 }
 
@@ -62,8 +63,10 @@ void run_level(const Item& item, const Parameter& p, const float* exchange, floa
   if (item.level != L) {
     if constexpr (L < MAX_LEVEL) run_level<L + 1, PHASE>(item, p, exchange, size, norm);
   } else if (PHASE == MOMENTS || !p.weight_bf16) {  // the moments do not depend on the dtype of the weight
-    p.gradient_bf16 ? run_item<L, PHASE, float, BFloat16>(item, p, exchange, size, norm)
-                    : run_item<L, PHASE, float, float>(item, p, exchange, size, norm);
+    if constexpr (PHASE == MOMENTS || Rounding::TAKES<float>) {
+      p.gradient_bf16 ? run_item<L, PHASE, float, BFloat16>(item, p, exchange, size, norm)
+                      : run_item<L, PHASE, float, float>(item, p, exchange, size, norm);
+    }
   } else if constexpr (PHASE != MOMENTS) {
     p.gradient_bf16 ? run_item<L, PHASE, BFloat16, BFloat16>(item, p, exchange, size, norm)
                     : run_item<L, PHASE, BFloat16, float>(item, p, exchange, size, norm);
@@ -132,24 +135,25 @@ void run_batches(const Item* items, const Batch* batches, int64_t n, const std::
 }
 
 void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, const std::vector<at::Tensor>& weights,
-          const std::vector<at::Tensor>& gradients, const std::vector<at::Tensor>& exp_avg,
-          const std::vector<at::Tensor>& exp_avg_sq, const std::vector<at::Tensor>& steps,
-          const std::vector<Numbers>& rules, const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange,
+          const std::vector<at::Tensor>& gradients, const Moments& exp_avg, const Moments& exp_avg_sq,
+          const std::vector<at::Tensor>& steps, const std::vector<Numbers>& rules, const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange,
           const at::Tensor& squared_norms, const at::Tensor& rho, const std::vector<at::Tensor>& limited_norms) {
   std::vector<Parameter> parameters(weights.size());
   Known<Steps> known;
   for (size_t i = 0; i < weights.size(); ++i) {
     Parameter& p = parameters[i];
-    p.weight = data(weights[i], true), p.gradient = data(gradients[i], true);
-    p.exp_avg = static_cast<float*>(data(exp_avg[i], false)), p.exp_avg_sq = static_cast<float*>(data(exp_avg_sq[i], false));
-    p.weight_bf16 = weights[i].scalar_type() == at::kBFloat16, p.gradient_bf16 = gradients[i].scalar_type() == at::kBFloat16;
+    p.weight = elements(weights[i]), p.gradient = elements(gradients[i]);
+    p.exp_avg = moment_of(exp_avg, i), p.exp_avg_sq = moment_of(exp_avg_sq, i);
+    p.weight_bf16 = is_bf16(weights[i]), p.gradient_bf16 = is_bf16(gradients[i]);
+    TORCH_CHECK(phase == MOMENTS || p.weight_bf16 || Rounding::TAKES<float>,
+                "gwt_dist: a weight of dtype ", weights[i].scalar_type(), " is to be rounded by noise; only bf16 is");
     p.steps = known.of(steps[i], rules, rule_numbers[i], [](const Numbers& numbers, double t) {
       return Steps{Step({numbers, t, false}), Step({numbers, t, true})};
     });
   }
   std::vector<Norm> norms;
   for (size_t i = 0; i < limited_norms.size(); ++i) {
-    float* limited = static_cast<float*>(data(limited_norms[i], false));
+    float* limited = floats(limited_norms[i]);
     for (int64_t place = 0; place < limited_norms[i].numel(); ++place) {
       norms.push_back({limited + place, (*parameters.at(i).steps)[1].limiter});
     }

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_dist.declare import Extent, Pass, Program, Rule
+from gwt_dist.declare import Extent, Field, Pass, Program, Rule
+from gwt_dist.formats import FORMATS, scale_of
 from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import library_of, load
 from gwt_dist.kernels.items import Item
@@ -22,7 +23,7 @@ from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.recipes import program_of
 
 SUFFIX = ".h"  # of the files of `variant`
-STORES: Sequence[str] = ("fp32", "nearest")
+STORES: Sequence[str] = (*FORMATS, "nearest", "stochastic")
 CHUNK = 1 << 16  # elements that a thread takes in one go: long enough to hide the taking, short enough to share out
 CACHE = 1 << 21  # elements between the phases of tensors held whole: 8 MiB of fp32 gradients are still in a cache
 _STEP = (True, True)
@@ -35,7 +36,8 @@ _NO_BATCHES = torch.empty((0, 4), dtype=torch.int64)
 def check(work: Work, tensors: Tensors) -> None:
     """As `eager.check`, without a call of torch for each tensor."""
     # Without sums nothing reads what is kept of a whole tensor.
-    names = work.program.names(*(() if work.norms else (Extent.UNIT, Extent.ROW)))
+    fields = [f for f in work.program.fields if work.norms or f.extent is not Extent.TENSOR]
+    names = [field.name for field in fields]
     try:
         fits = _library(work.program).fits(
             work.needed(*names),
@@ -43,6 +45,7 @@ def check(work: Work, tensors: Tensors) -> None:
             tensors.gradients,
             tensors.steps,
             [tensors.state[name] for name in names],
+            [_number(field) for field in fields],
         )
     except TypeError:  # one of them is no tensor
         fits = False
@@ -96,7 +99,7 @@ def _travel(what: int, work: Work, tensors: Tensors, sums: Tensor, landing: Tens
         work.table(CHUNK),
         tensors.weights,
         tensors.gradients,
-        tensors.state["exp_avg"],
+        _moments("exp_avg", work.program, tensors),
         tensors.steps,
         rows,
         numbers,
@@ -115,8 +118,8 @@ def _run(what: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: T
         work.batches(CHUNK, CACHE) if what == _STEP else _NO_BATCHES,
         tensors.weights,
         tensors.gradients,
-        tensors.state["exp_avg"],
-        tensors.state["exp_avg_sq"],
+        _moments("exp_avg", work.program, tensors),
+        _moments("exp_avg_sq", work.program, tensors),
         tensors.steps,
         rows,
         numbers,
@@ -125,6 +128,16 @@ def _run(what: tuple[bool, bool], work: Work, tensors: Tensors, squared_norms: T
         rho,
         tensors.state["limited_norm"] if work.norms else [],
     )
+
+
+def _moments(name: str, program: Program, tensors: Tensors) -> tuple[int, list[Tensor], list[Tensor]]:
+    """The number of its format, what is stored of each parameter, and the scales of each, if it has any."""
+    field = next(field for field in program.fields if field.name == name)
+    return _number(field), tensors.state[name], tensors.state.get(scale_of(name), [])
+
+
+def _number(field: Field) -> int:
+    return list(FORMATS).index(field.format)
 
 
 def _rules(rules: Sequence[Rule], program: Program) -> tuple[list[tuple[float, ...]], list[int]]:
@@ -168,4 +181,5 @@ def _defines(program: Program) -> tuple[str, ...]:
     """What a source is built with: the files of the program, and the order of what tables hold, said nowhere else."""
     folders = {"formulas": "FORMULA", "details": "DETAIL", "writes": "WRITE"}
     files = [f"-DGWT_{folders[folder]}={name}" for folder, name in parts(program).items()]
-    return *files, f"-DGWT_NUMBERS={','.join(program.numbers)}", f"-DGWT_ITEM={','.join(Item._fields)}"
+    names = {"NUMBERS": program.numbers, "ITEM": Item._fields, "FORMATS": FORMATS, "ROUNDING": [program.rounding]}
+    return *files, *(f"-DGWT_{what}={','.join(its)}" for what, its in names.items())

@@ -6,9 +6,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <array>
+#include <limits>
 
-#include "noise.h"
+#include "rounding.h"
 
 namespace {
 
@@ -16,15 +17,6 @@ enum Format : int64_t { GWT_FORMATS, FORMATS };  // the names of formats.py, in 
 
 constexpr int64_t CELL = 64;  // numbers that are encoded at once, and that a scale is for
 static_assert(CELL % V == 0);
-
-constexpr uint32_t INFINITE = 0x7f800000, SIZE = 0x7fffffff;
-
-// The upper halves are those of bf16, by noise; what is not finite stays so.
-INLINE Bits rounded_by(const Bits& x, const Bits& noise) {
-  const Whole size = (Whole)(x & SIZE);
-  const Bits finite = (Bits)(size < static_cast<int32_t>(INFINITE)), nan = (Bits)(size > static_cast<int32_t>(INFINITE));
-  return (x + ((noise >> 16) & finite)) | (nan & 0x400000u);
-}
 
 // The largest size of numbers of a cell, as bits: NaN and infinity are larger than all others.
 INLINE uint32_t largest(const float* x) {
@@ -52,16 +44,15 @@ template <>
 struct Codec<bf16> {
   using Code = uint16_t;
   static constexpr bool SCALED = false;
-  typedef uint16_t Codes __attribute__((vector_size(2 * V)));
 
   static INLINE void decode(const Code* codes, float, float* x) {
-    for (int64_t i = 0; i < CELL; i += V) stored(x + i, __builtin_convertvector(loaded<Codes>(codes + i), Bits) << 16);
+    for (int64_t i = 0; i < CELL; i += V) stored(x + i, __builtin_convertvector(loaded<Halves>(codes + i), Bits) << 16);
   }
 
   static INLINE float encode(float* x, Code* codes, Noise& noise) {
     for (int64_t i = 0; i < CELL; i += V) {
       const Bits upper = rounded_by(loaded<Bits>(x + i), noise.next()) >> 16;
-      stored(codes + i, __builtin_convertvector(upper, Codes));
+      stored(codes + i, __builtin_convertvector(upper, Halves));
       stored(x + i, upper << 16);
     }
     return 0;
@@ -166,5 +157,34 @@ void encode(float* x, void* to, float* scales, int64_t n, Noise noise) {
     if (C::SCALED) *scales++ = scale;
   }
 }
+
+// One moment of units side by side, as it is stored.
+struct Moment {
+  Format format;
+  void* codes;    // or numbers, where the format is fp32
+  float* scales;  // one a cell; none without cells
+
+  // Where `numbers` of them and `cells` of their scales lie behind.
+  Moment at(int64_t numbers, int64_t cells) const {
+    const int64_t bytes = format == fp32 ? 4 : format == bf16 ? 2 : 1;
+    return {format, static_cast<char*>(codes) + numbers * bytes, scales ? scales + cells : nullptr};
+  }
+
+  // The first n in fp32: themselves, or in `scratch` [n, rounded up to cells].
+  float* load(float* scratch, int64_t n) const {
+    if (format == fp32) return static_cast<float*>(codes);
+    if (format == bf16) decode<bf16>(codes, scales, scratch, n);
+    if (format == int8) decode<int8>(codes, scales, scratch, n);
+    if (format == e4m4) decode<e4m4>(codes, scales, scratch, n);
+    return scratch;
+  }
+
+  // Stores what `load` gave, and puts what was stored in its place.
+  void keep(float* x, int64_t n, const Noise& noise) const {
+    if (format == bf16) encode<bf16>(x, codes, scales, n, noise);
+    if (format == int8) encode<int8>(x, codes, scales, n, noise);
+    if (format == e4m4) encode<e4m4>(x, codes, scales, n, noise);
+  }
+};
 
 }  // namespace

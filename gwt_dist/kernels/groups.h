@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <array>
 
-#include "vectors.h"
+#include "formats.h"
 
 // The header of a name that the build hands over.
 #define GWT_TEXT(x) #x
@@ -53,5 +53,33 @@ INLINE std::array<Vec, FACTORS> spread_all(const std::array<Vec, FACTORS>& units
   for (size_t i = 0; i < FACTORS; ++i) found[i] = spread<L>(units[i], j);
   return found;
 }
+
+// Units side by side, the last of which has `last` elements: x. Those at lead..lead + held lie at w as well.
+template <int L, typename W, typename G>
+struct Span {
+  static constexpr int64_t U = 1 << L;
+
+  const G* x;
+  W* w;
+  int64_t units, last, lead, held;
+
+  int64_t elements() const { return (units - 1) * U + last; }
+
+  // Groups that need no copy: all their elements are there.
+  int64_t groups() const { return lead == 0 && held == elements() ? (last == U ? units : units - 1) / V : 0; }
+
+  // At most n of the units, from `first` on.
+  Span part(int64_t first, int64_t n) const {
+    const int64_t count = std::min(n, units - first), its_last = first + count == units ? last : U;
+    const int64_t begin = first * U, end = begin + (count - 1) * U + its_last;
+    const int64_t low = std::clamp(lead, begin, end), high = std::clamp(lead + held, begin, end);
+    return {x + begin, w + (low - lead), count, its_last, low - begin, high - low};
+  }
+};
+
+// Units whose moments are decoded at once where they are not stored in fp32: whole cells, and few enough for their
+// gradients to stay in a cache from one pass over them to the next.
+template <int L>
+constexpr int64_t DECODED = std::clamp<int64_t>(1024 >> L, CELL, 4 * CELL);
 
 }  // namespace

@@ -17,6 +17,7 @@ namespace {
 typedef uint32_t Bits __attribute__((vector_size(4 * V)));
 typedef int32_t Whole __attribute__((vector_size(4 * V)));  // and what comparisons say, -1 for true
 typedef float Floats __attribute__((vector_size(4 * V)));
+typedef uint16_t Halves __attribute__((vector_size(2 * V)));
 
 template <typename T, typename From>
 INLINE T loaded(const From* p) {
@@ -28,6 +29,18 @@ INLINE T loaded(const From* p) {
 template <typename T, typename To>
 INLINE void stored(To* p, const T& x) {
   std::memcpy(p, &x, sizeof(T));
+}
+
+INLINE Bits bits(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Bits) static_cast<__m512>(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (Bits) static_cast<__m256>(x);
+#else
+  float values[V];
+  x.store(values);
+  return loaded<Bits>(values);
+#endif
 }
 
 // lowbias32, of one number or of V.

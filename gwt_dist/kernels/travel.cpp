@@ -20,13 +20,21 @@ struct Step {
   Formula formula;
   double lr;
   float decay_factor;
+  uint32_t t, seed;
 
-  explicit Step(const Rule& rule) : formula(rule), lr(rule[number::lr]), decay_factor(rule.decay_factor()) {}
+  explicit Step(const Rule& rule)
+      : formula(rule),
+        lr(rule[number::lr]),
+        decay_factor(rule.decay_factor()),
+        t(rule.t),
+        seed(rule[number::rounding_seed]) {}
+
+  uint32_t key(uint32_t field, const Item& item) const { return noise_key(t, field, seed, item.salt); }
 };
 
 struct Parameter {
   void *weight, *gradient;
-  float* exp_avg;
+  Moment exp_avg;
   bool weight_bf16, gradient_bf16;
   const Step* step;
 };
@@ -49,25 +57,20 @@ void run_units(const Call& call, const Item& item, Squares& squares) {
   const Parameter& p = call.parameters[item.parameter];
   const Formula& formula = p.step->formula;
   const double gain = PHASE == SEND ? formula.detail_gain(call.sums[item.norm], call.sums[item.norm + 1]) : 0;
-  float* m = p.exp_avg + item.moment;
+  const Sent all{formula, gain, &squares};
+  const auto run_row = [&](const auto& span, int64_t row) {
+    run_stored<L, PHASE>(all, span, moment_of(p.exp_avg, item, row), noise_of(item, row, p.step->key(1, item)));
+  };
   U* u = static_cast<U*>(call.landing) + (PHASE == SEND ? item.landing : 0);
   if (item.slot >= 0) {
-    run_padded<L, PHASE>(formula, gain, call.exchange + item.slot, item.last, m, u, item.lead, item.held, 1, squares);
+    if (PHASE == NORMS && item.lead > 0) return;  // another rank owns the units
+    run_row(Span<L, U, float>{call.exchange + item.slot, u, item.units, item.last, item.lead, item.held}, 0);
     return;
   }
   const G* x = static_cast<const G*>(p.gradient) + item.element;
-  const int64_t whole = item.last == 1 << L ? item.units : item.units - 1, groups = whole / V, units = item.units - groups * V;
-  for (int64_t row = 0; row < item.rows; ++row) {
-    if constexpr (PHASE == NORMS) {
-      add_norms<L>(x, m, groups, squares);
-    } else {
-      send<L>(formula, gain, x, m, u, groups);
-    }
-    if (units) {
-      const int64_t done = groups * V << L, elements = ((units - 1) << L) + item.last;
-      run_padded<L, PHASE>(formula, gain, x + done, elements, m + groups * V, u + done, 0, elements, units, squares);
-    }
-    x += item.element_stride, m += item.moment_stride, u += item.element_stride;
+  const int64_t elements = ((item.units - 1) << L) + item.last;
+  for (int64_t row = 0; row < item.rows; ++row, x += item.element_stride, u += item.element_stride) {
+    run_row(Span<L, U, G>{x, u, item.units, item.last, 0, elements}, row);
   }
 }
 
@@ -86,8 +89,13 @@ template <typename W, typename U>
 void run_elements(const Call& call, const Item& item) {
   const Parameter& p = call.parameters[item.parameter];
   const float size = p.step->formula.lost(p.step->lr, item.side);
-  keep(size, p.step->decay_factor, static_cast<W*>(p.weight) + item.element,
-       static_cast<const U*>(call.landing) + item.landing, elements_of(item));
+  const int64_t rows = Rounding::PLACED ? item.rows : 1, elements = elements_of(item) / rows;
+  W* w = static_cast<W*>(p.weight) + item.element;
+  const U* o = static_cast<const U*>(call.landing) + item.landing;
+  for (int64_t row = 0; row < rows; ++row, w += elements, o += elements) {
+    const Rounding rounding(Noise(p.step->key(0, item), item.row + row, item.column + item.lead, item.columns));
+    keep(size, p.step->decay_factor, w, o, elements, rounding);
+  }
 }
 
 // U is the dtype of the landing buffer.
@@ -99,8 +107,11 @@ void run_phase(const Call& call, const Item* items, int64_t n) {
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < n; i = next++) {
       if constexpr (PHASE == KEEP) {
-        call.parameters[items[i].parameter].weight_bf16 ? run_elements<BFloat16, U>(call, items[i])
-                                                        : run_elements<float, U>(call, items[i]);
+        if (call.parameters[items[i].parameter].weight_bf16) {
+          run_elements<BFloat16, U>(call, items[i]);
+        } else if constexpr (Rounding::TAKES<float>) {
+          run_elements<float, U>(call, items[i]);
+        }
       } else {
         Squares squares{};
         run_level<1, PHASE, U>(call, items[i], squares);
@@ -130,16 +141,18 @@ void check(const Item* items, int64_t n, int64_t phase, int64_t parameters, int6
 }
 
 void run(int64_t phase, const at::Tensor& items, const std::vector<at::Tensor>& weights,
-         const std::vector<at::Tensor>& gradients, const std::vector<at::Tensor>& exp_avg,
+         const std::vector<at::Tensor>& gradients, const Moments& exp_avg,
          const std::vector<at::Tensor>& steps, const std::vector<Numbers>& rules, const std::vector<int64_t>& rule_numbers,
          const at::Tensor& exchange, const at::Tensor& sums, const at::Tensor& landing) {
   std::vector<Parameter> parameters(weights.size());
   Known<Step> known;
   for (size_t i = 0; i < weights.size(); ++i) {
     Parameter& p = parameters[i];
-    p.weight = data(weights[i], true), p.gradient = data(gradients[i], true);
-    p.exp_avg = static_cast<float*>(data(exp_avg[i], false));
-    p.weight_bf16 = weights[i].scalar_type() == at::kBFloat16, p.gradient_bf16 = gradients[i].scalar_type() == at::kBFloat16;
+    p.weight = elements(weights[i]), p.gradient = elements(gradients[i]);
+    p.exp_avg = moment_of(exp_avg, i);
+    p.weight_bf16 = is_bf16(weights[i]), p.gradient_bf16 = is_bf16(gradients[i]);
+    TORCH_CHECK(phase != KEEP || p.weight_bf16 || Rounding::TAKES<float>,
+                "gwt_dist: a weight of dtype ", weights[i].scalar_type(), " is to be rounded by noise; only bf16 is");
     p.step = known.of(steps[i], rules, rule_numbers[i],
                       [](const Numbers& numbers, double t) { return Step({numbers, t, true}); });
   }
@@ -147,12 +160,12 @@ void run(int64_t phase, const at::Tensor& items, const std::vector<at::Tensor>& 
   const int64_t n = items.size(0);
   const Item* table = reinterpret_cast<const Item*>(items.const_data_ptr<int64_t>());
   check(table, n, phase, parameters.size(), sums.numel(), landing.numel());
-  const Call call{parameters, exchange.const_data_ptr<float>(), sums.data_ptr<double>(), data(landing, true)};
-  const bool bf16 = landing.scalar_type() == at::kBFloat16;
+  const Call call{parameters, exchange.const_data_ptr<float>(), sums.data_ptr<double>(), elements(landing)};
+  const bool halves = is_bf16(landing);
   py::gil_scoped_release without_gil;
   if (phase == NORMS) run_phase<NORMS, float>(call, table, n);
-  if (phase == SEND) bf16 ? run_phase<SEND, BFloat16>(call, table, n) : run_phase<SEND, float>(call, table, n);
-  if (phase == KEEP) bf16 ? run_phase<KEEP, BFloat16>(call, table, n) : run_phase<KEEP, float>(call, table, n);
+  if (phase == SEND) halves ? run_phase<SEND, BFloat16>(call, table, n) : run_phase<SEND, float>(call, table, n);
+  if (phase == KEEP) halves ? run_phase<KEEP, BFloat16>(call, table, n) : run_phase<KEEP, float>(call, table, n);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 
 namespace {
 
-enum Phase : int64_t { NORMS = 1, SEND = 2, KEEP = 3 };
+enum Phase : int64_t { NORMS = 1, SEND = 2, KEEP = 3, UPDATE = 4, READ = 5 };  // SEND is UPDATE and READ at once
 
 // Of the momentum before this step, and of its approximation.
 using Squares = std::array<Lanes, 2>;
@@ -44,16 +44,31 @@ void add_norms(const G* x, const float* m, int64_t groups, Squares& squares) {
   }
 }
 
-// As `add_norms`; u [groups * V * 2**L] takes what is sent.
+// As `add_norms`: the momentum takes this step's approximation.
+template <int L, typename G>
+void update(const Formula& formula, const G* x, float* m, int64_t groups) {
+  const Vec gain_of_mean(std::pow(2.0, -L / 2.0));
+  const typename Formula::template Vectors<L> its(formula, 0);
+  for (int64_t g = 0; g < groups; ++g, x += V << L, m += V) {
+    prefetch<L, 1024>(x);
+    its.updated(Vec::loadu(m), unit_sums<L, false>(x).x * gain_of_mean).store(m);
+  }
+}
+
+// As `add_norms`; u [groups * V * 2**L] takes what is sent, of a momentum that is updated first, or was.
 template <int L, typename G, typename U>
-void send(const Formula& formula, double gain, const G* x, float* m, U* u, int64_t groups) {
+void send(const Formula& formula, double gain, const G* x, float* m, U* u, int64_t groups, bool updated) {
   const Vec gain_of_mean(std::pow(2.0, -L / 2.0));
   const typename Formula::template Vectors<L> its(formula, gain);
   for (int64_t g = 0; g < groups; ++g, m += V) {
     prefetch<L, 1024>(x);
+    const Vec a = unit_sums<L, false>(x).x * gain_of_mean;
     Vec exp_avg = Vec::loadu(m);
-    const Vec of_unit = its.update(exp_avg, unit_sums<L, false>(x).x * gain_of_mean);
-    exp_avg.store(m);
+    if (!updated) {
+      exp_avg = its.updated(exp_avg, a);
+      exp_avg.store(m);
+    }
+    const Vec of_unit = its.common(exp_avg, a);
     if constexpr (std::is_same_v<U, BFloat16>) {
 #pragma GCC unroll 4
       for (int j = 0; j < (1 << L) / 2; ++j, x += 2 * V, u += 2 * V) {  // both elements of a pair belong to one unit
@@ -70,41 +85,79 @@ void send(const Formula& formula, double gain, const G* x, float* m, U* u, int64
 
 // What V weights take of V elements that came back.
 template <typename W, typename U>
-INLINE void take(W* w, const U* o, const Vec& size, const Vec& decay_factor) {
-  store(w, written(load(w), load(o) * size, decay_factor));
+INLINE void take(W* w, const U* o, const Vec& size, const Vec& decay_factor, Rounding& rounding) {
+  rounding.put(w, written(load(w), load(o) * size, decay_factor));
 }
 
 // w, o [elements].
 template <typename W, typename U>
-void keep(float size, float decay_factor, W* w, const U* o, int64_t elements) {
+void keep(float size, float decay_factor, W* w, const U* o, int64_t elements, Rounding rounding) {
   const Vec its_size(size), its_factor(decay_factor);
   const int64_t whole = elements / V * V, rest = elements - whole;
-  for (int64_t i = 0; i < whole; i += V) take(w + i, o + i, its_size, its_factor);
+  for (int64_t i = 0; i < whole; i += V) take(w + i, o + i, its_size, its_factor, rounding);
   if (rest) {
     std::array<W, V> ws{};
     std::array<U, V> os{};
     std::copy_n(w + whole, rest, ws.begin());
     std::copy_n(o + whole, rest, os.begin());
-    take(ws.data(), os.data(), its_size, its_factor);
+    take(ws.data(), os.data(), its_size, its_factor, rounding);
     std::copy_n(ws.begin(), rest, w + whole);
   }
 }
 
-// Up to V units in a padded copy: their elements lie at `x`, and those at lead..lead+held of them go to `u`.
+// What a pass over units needs beside them.
+struct Sent {
+  const Formula& formula;
+  double gain;
+  Squares* squares;  // of NORMS
+};
+
+// `groups` groups of V units each.
 template <int L, int64_t PHASE, typename G, typename U>
-void run_padded(const Formula& formula, double gain, const G* x, int64_t elements, float* m, U* u, int64_t lead,
-                int64_t held, int64_t units, Squares& squares) {
-  std::array<G, V << L> xs{};
-  std::array<float, V> ms{};
-  std::copy_n(x, elements, xs.begin());
-  std::copy_n(m, units, ms.begin());
-  if constexpr (PHASE == NORMS) {
-    if (lead == 0) add_norms<L>(xs.data(), ms.data(), 1, squares);  // else another rank owns the unit
-  } else {
+void run(const Sent& all, const G* x, float* m, U* u, int64_t groups) {
+  if constexpr (PHASE == NORMS) add_norms<L>(x, m, groups, *all.squares);
+  if constexpr (PHASE == UPDATE) update<L>(all.formula, x, m, groups);
+  if constexpr (PHASE == SEND || PHASE == READ) send<L>(all.formula, all.gain, x, m, u, groups, PHASE == READ);
+}
+
+// All units of a span, whose momentum is m [units].
+template <int L, int64_t PHASE, typename G, typename U>
+void run_span(const Sent& all, const Span<L, U, G>& span, float* m) {
+  const int64_t groups = span.groups();
+  run<L, PHASE>(all, span.x, m, span.w, groups);
+  for (int64_t first = groups * V; first < span.units; first += V) {  // up to V units in a padded copy
+    const Span<L, U, G> its = span.part(first, V);
+    std::array<G, V << L> xs{};
+    std::array<float, V> ms{};
     std::array<U, V << L> us;
-    send<L>(formula, gain, xs.data(), ms.data(), us.data(), 1);
-    std::copy_n(us.begin() + lead, held, u);
-    std::copy_n(ms.begin(), units, m);
+    std::copy_n(its.x, its.elements(), xs.begin());
+    std::copy_n(m + first, its.units, ms.begin());
+    run<L, PHASE>(all, xs.data(), ms.data(), us.data(), 1);
+    if constexpr (PHASE == SEND || PHASE == READ) std::copy_n(us.begin() + its.lead, its.held, its.w);
+    if constexpr (PHASE == SEND || PHASE == UPDATE) std::copy_n(ms.begin(), its.units, m + first);
+  }
+}
+
+// As `run_span`, of momentum in any format: updated, stored, and only then read.
+template <int L, int64_t PHASE, typename G, typename U>
+void run_stored(const Sent& all, const Span<L, U, G>& span, const Moment& exp_avg, Noise noise) {
+  if (exp_avg.format == fp32) {
+    run_span<L, PHASE>(all, span, static_cast<float*>(exp_avg.codes));
+    return;
+  }
+  alignas(64) float scratch[DECODED<L>];
+  for (int64_t first = 0; first < span.units; first += DECODED<L>, noise.advance(DECODED<L>)) {
+    const Span<L, U, G> its = span.part(first, DECODED<L>);
+    const Moment at_m = exp_avg.at(first, first / CELL);
+    float* m = at_m.load(scratch, its.units);
+    if constexpr (PHASE == SEND) {
+      const Span<L, float, G> unsent{its.x, nullptr, its.units, its.last, 0, its.elements()};
+      run_span<L, UPDATE>(all, unsent, m);
+      at_m.keep(m, its.units, noise);
+      run_span<L, READ>(all, its, m);
+    } else {
+      run_span<L, PHASE>(all, its, m);
+    }
   }
 }
 

@@ -23,12 +23,13 @@
 
 namespace {
 
-enum Phase : int64_t { MOMENTS = 1, WRITE = 2, STEP = 3 };
+enum Phase : int64_t { MOMENTS = 1, WRITE = 2, STEP = 3, NORM = 4 };  // MOMENTS has the norm in it if there is one
 
 // A rule at one step, in the precision of the units.
 struct Step {
   float beta1, rest1, beta2, rest2, eps, decay_factor;
   bool nesterov;
+  uint32_t t, seed;
   double scale, limiter;
   Detail detail;
 
@@ -40,6 +41,8 @@ struct Step {
         eps(rule[number::eps]),
         decay_factor(rule.decay_factor()),
         nesterov(rule.nesterov()),
+        t(rule.t),
+        seed(rule[number::rounding_seed]),
         scale(rule.leveled ? rule[number::scale] : 1),
         limiter(rule[number::limiter]),
         detail(rule) {}
@@ -47,20 +50,21 @@ struct Step {
 
 // Weights of V units: x, w [V * 2**L].
 template <int L, typename D, typename W, typename G>
-INLINE void write(const D& detail, const UnitFactors<D::FACTORS>& units, const Vec& decay_factor, const G* x, W* w) {
+INLINE void write(const D& detail, const UnitFactors<D::FACTORS>& units, const Vec& decay_factor, const G* x, W* w,
+                  Rounding& rounding) {
   const typename D::Factors all = units.load();
   if constexpr (L > 0 && std::is_same_v<W, BFloat16>) {
 #pragma GCC unroll 4
     for (int j = 0; j < (1 << L) / 2; ++j, x += 2 * V, w += 2 * V) {  // both elements of a pair belong to one unit
       const typename D::Factors its = spread_all<L - 1>(all, j);
       const Pairs gradient = load_pairs(x), weight = load_pairs(w);
-      store_pairs(w, {written(weight.even, detail.change(gradient.even, its), decay_factor),
-                      written(weight.odd, detail.change(gradient.odd, its), decay_factor)});
+      rounding.put_pairs(w, {written(weight.even, detail.change(gradient.even, its), decay_factor),
+                             written(weight.odd, detail.change(gradient.odd, its), decay_factor)});
     }
   } else {
 #pragma GCC unroll 8
     for (int j = 0; j < (1 << L); ++j, x += V, w += V) {
-      store(w, written(load(w), detail.change(load(x), spread_all<L>(all, j)), decay_factor));
+      rounding.put(w, written(load(w), detail.change(load(x), spread_all<L>(all, j)), decay_factor));
     }
   }
 }
@@ -69,7 +73,7 @@ INLINE void write(const D& detail, const UnitFactors<D::FACTORS>& units, const V
 // of each unit of a single group; without it all have 2**L.
 template <int L, int64_t PHASE, typename W, typename G>
 void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups, const float* counts, float size,
-         Lanes* norm) {
+         Lanes* norm, Rounding rounding) {
   constexpr int64_t U = 1 << L;
   constexpr bool SQUARES = Formula::SQUARES && (PHASE & MOMENTS);
   using D = Detail::Vectors<L>;
@@ -98,7 +102,7 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
       }
       Vec read = exp_avg;  // `moments.read`
       if (C10_UNLIKELY(nesterov)) read = exp_avg * beta1 + a * rest1;
-      if constexpr (PHASE == MOMENTS) {
+      if constexpr (PHASE == MOMENTS || PHASE == NORM) {
         if (norm) {
           float values[V];
           (read / (exp_avg_sq.sqrt() + eps)).store(values);
@@ -108,7 +112,7 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
       if constexpr (PHASE & WRITE) block[g].keep(detail.factors(exp_avg, exp_avg_sq, read, a));
     }
     if constexpr (PHASE & WRITE) {
-      for (int64_t g = 0; g < n; ++g) write<L>(detail, block[g], decay_factor, x + g * U * V, w + g * U * V);
+      for (int64_t g = 0; g < n; ++g) write<L>(detail, block[g], decay_factor, x + g * U * V, w + g * U * V, rounding);
     }
     x += BLOCK<L> * U * V, w += BLOCK<L> * U * V;
   }
@@ -117,25 +121,57 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
   }
 }
 
-// Up to V units in a padded copy. Elements of the copy lie at `x`; those at lead..lead+held of it have a weight at `w`.
+// Up to V units in a padded copy.
 template <int L, int64_t PHASE, typename W, typename G>
-void run_padded(const Step& step, const G* x, int64_t elements, W* w, int64_t lead, int64_t held, float* m, float* v,
-                int64_t units, int64_t last, float size, Lanes* norm) {
+void run_padded(const Step& step, const Span<L, W, G>& its, float* m, float* v, float size, Lanes* norm,
+                const Rounding& rounding) {
   constexpr int64_t U = 1 << L;
   std::array<G, U * V> xs{};
   std::array<W, U * V> ws{};
   std::array<float, V> ms{}, vs{}, counts;
   counts.fill(U);
-  counts[units - 1] = last;
-  std::copy_n(x, elements, xs.begin());
-  std::copy_n(m, units, ms.begin());
-  std::copy_n(v, units, vs.begin());
-  if constexpr (PHASE & WRITE) std::copy_n(w, held, ws.begin() + lead);
-  run<L, PHASE>(step, xs.data(), ws.data(), ms.data(), vs.data(), 1, counts.data(), size, norm);
-  if constexpr (PHASE & WRITE) std::copy_n(ws.begin() + lead, held, w);
+  counts[its.units - 1] = its.last;
+  std::copy_n(its.x, its.elements(), xs.begin());
+  std::copy_n(m, its.units, ms.begin());
+  std::copy_n(v, its.units, vs.begin());
+  if constexpr (PHASE & WRITE) std::copy_n(its.w, its.held, ws.begin() + its.lead);
+  run<L, PHASE>(step, xs.data(), ws.data(), ms.data(), vs.data(), 1, counts.data(), size, norm, rounding);
+  if constexpr (PHASE & WRITE) std::copy_n(ws.begin() + its.lead, its.held, its.w);
   if constexpr (PHASE & MOMENTS) {
-    std::copy_n(ms.begin(), units, m);
-    std::copy_n(vs.begin(), units, v);
+    std::copy_n(ms.begin(), its.units, m);
+    std::copy_n(vs.begin(), its.units, v);
+  }
+}
+
+// All units of a span, whose moments are m, v [units]; `rounding` is at the first element of the first.
+template <int L, int64_t PHASE, typename W, typename G>
+void run_span(const Step& step, const Span<L, W, G>& its, float* m, float* v, float size, Lanes* norm, Rounding rounding) {
+  const int64_t groups = its.groups();
+  run<L, PHASE>(step, its.x, its.w, m, v, groups, nullptr, size, norm, rounding);
+  rounding.advance(groups * V << L);
+  for (int64_t first = groups * V; first < its.units; first += V, rounding.advance(V << L)) {
+    run_padded<L, PHASE>(step, its.part(first, V), m + first, v + first, size, norm, rounding);
+  }
+}
+
+// As `run_span`, of moments in any format: updated, stored, and only then read.
+template <int L, int64_t PHASE, typename W, typename G>
+void run_stored(const Step& step, const Span<L, W, G>& all, const Moment& exp_avg, const Moment& exp_avg_sq, Noise noise_m,
+                Noise noise_v, float size, Lanes* norm, Rounding rounding) {
+  alignas(64) float ms[DECODED<L>], vs[DECODED<L>];
+  for (int64_t first = 0; first < all.units; first += DECODED<L>) {
+    const Span<L, W, G> its = all.part(first, DECODED<L>);
+    const Moment at_m = exp_avg.at(first, first / CELL), at_v = exp_avg_sq.at(first, first / CELL);
+    float *m = at_m.load(ms, its.units), *v = at_v.load(vs, its.units);
+    const Span<L, float, G> unweighted{its.x, nullptr, its.units, its.last, 0, its.elements()};
+    if constexpr (PHASE & MOMENTS) {
+      run_span<L, MOMENTS>(step, unweighted, m, v, size, nullptr, rounding);
+      at_m.keep(m, its.units, noise_m);
+      at_v.keep(v, its.units, noise_v);
+      if (norm) run_span<L, NORM>(step, unweighted, m, v, size, norm, rounding);
+    }
+    if constexpr (PHASE & WRITE) run_span<L, WRITE>(step, its, m, v, size, nullptr, rounding);
+    noise_m.advance(DECODED<L>), noise_v.advance(DECODED<L>), rounding.advance(DECODED<L> << L);
   }
 }
 

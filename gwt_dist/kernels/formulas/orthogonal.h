@@ -51,11 +51,12 @@ struct Formula {
           gain(gain),
           nesterov(its.nesterov) {}
 
-    // Adds this step's approximation to the momentum; returns what all elements of a unit have in common.
-    INLINE Vec update(Vec& exp_avg, const Vec& a) const {
-      const Vec fresh = a * rest1;
-      exp_avg = exp_avg * beta1 + fresh;
-      const Vec read = nesterov ? exp_avg * beta1 + fresh : exp_avg;
+    // Adds this step's approximation to the momentum.
+    INLINE Vec updated(const Vec& exp_avg, const Vec& a) const { return exp_avg * beta1 + a * rest1; }
+
+    // What all elements of a unit have in common.
+    INLINE Vec common(const Vec& exp_avg, const Vec& a) const {
+      const Vec read = nesterov ? exp_avg * beta1 + a * rest1 : exp_avg;
       return read / first_weight * mean - a * mean * gain;
     }
 
