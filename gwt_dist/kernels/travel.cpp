@@ -1,4 +1,4 @@
-// A step of matrices that travel, on a CPU, for Haar units of 2**L elements, L = 1..8, but for the work on whole matrices.
+// A step of matrices that travel, on a CPU, for Haar units of 2**L elements, L = 0..8, but for the work on whole matrices.
 //
 // Many items, taken by threads; what is done with one is in `travel.h`. One library is built for each formula and write of
 // a program, and `cpu.py` says which. What an item of the table means is written down in `work.py`.
@@ -114,7 +114,7 @@ void run_phase(const Call& call, const Item* items, int64_t n) {
         }
       } else {
         Squares squares{};
-        run_level<1, PHASE, U>(call, items[i], squares);
+        run_level<0, PHASE, U>(call, items[i], squares);
         for (int which = 0; PHASE == NORMS && which < 2; ++which) {
           found[i][which] = std::accumulate(squares[which].begin(), squares[which].end(), 0.0);
         }
@@ -129,8 +129,8 @@ void run_phase(const Call& call, const Item* items, int64_t n) {
 // Raises for a table that says to read or write past an end.
 void check(const Item* items, int64_t n, int64_t phase, int64_t parameters, int64_t sums, int64_t elements) {
   for (const Item* item = items; item < items + n; ++item) {
-    TORCH_CHECK(item->level >= 1 && item->level <= MAX_LEVEL, "gwt_dist: a matrix of level ", item->level,
-                " travels; the C++ kernels take levels 1 to ", MAX_LEVEL);
+    TORCH_CHECK(item->level >= 0 && item->level <= MAX_LEVEL, "gwt_dist: a matrix of level ", item->level,
+                " travels; the C++ kernels take levels 0 to ", MAX_LEVEL);
     TORCH_CHECK(item->parameter < parameters && (phase == KEEP || (item->norm >= 0 && item->norm + 2 <= sums)),
                 "gwt_dist: a part of parameter ", item->parameter, " of ", parameters, " has its sums at ", item->norm,
                 " of ", sums);

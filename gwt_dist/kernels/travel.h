@@ -69,7 +69,7 @@ void send(const Formula& formula, double gain, const G* x, float* m, U* u, int64
       exp_avg.store(m);
     }
     const Vec of_unit = its.common(exp_avg, a);
-    if constexpr (std::is_same_v<U, BFloat16>) {
+    if constexpr (L > 0 && std::is_same_v<U, BFloat16>) {
 #pragma GCC unroll 4
       for (int j = 0; j < (1 << L) / 2; ++j, x += 2 * V, u += 2 * V) {  // both elements of a pair belong to one unit
         const Vec common = spread<L - 1>(of_unit, j);

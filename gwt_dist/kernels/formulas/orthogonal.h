@@ -48,7 +48,7 @@ struct Formula {
           beta1(its.beta1),
           rest1(its.rest1),
           first_weight(its.first_weight),
-          gain(gain),
+          gain(L ? gain : 0),  // there are no details
           nesterov(its.nesterov) {}
 
     // Adds this step's approximation to the momentum.
