@@ -59,32 +59,41 @@ struct Codec<bf16> {
   }
 };
 
+// Companded: codes of small numbers are twice as dense as those of the largest.
 template <>
 struct Codec<int8> {
   using Code = int8_t;
   static constexpr bool SCALED = true;
+  static constexpr int32_t LARGEST = 127;
   typedef int8_t Codes __attribute__((vector_size(V)));
+
+  static INLINE Floats size_of(const Floats& x) { return (Floats)((Bits)x & SIZE); }
+
+  static INLINE Floats decoded(const Whole& code, float scale) {
+    const Floats its = __builtin_convertvector(code, Floats);
+    return its / (2.f * LARGEST - size_of(its)) * scale;
+  }
 
   static INLINE void decode(const Code* codes, float scale, float* x) {
     for (int64_t i = 0; i < CELL; i += V) {
-      const Whole code = __builtin_convertvector(loaded<Codes>(codes + i), Whole);
-      stored(x + i, __builtin_convertvector(code, Floats) * scale);
+      stored(x + i, decoded(__builtin_convertvector(loaded<Codes>(codes + i), Whole), scale));
     }
   }
 
   static INLINE float encode(float* x, Code* codes, Noise& noise) {
-    const float scale = same_bits<float>(largest(x)) / 127, inverse = 1 / scale;
-    const bool known = scale >= 0x1p-126f && scale < std::numeric_limits<float>::infinity();
+    const float scale = same_bits<float>(largest(x)), inverse = 1 / scale;
+    const bool known = scale >= std::numeric_limits<float>::min() && scale < std::numeric_limits<float>::infinity();
     for (int64_t i = 0; i < CELL; i += V) {
       const Whole upper = (Whole)(noise.next() >> 16);
-      const Floats y = loaded<Floats>(x + i) * inverse + __builtin_convertvector(upper, Floats) * 0x1p-16f;
-      Whole code = __builtin_convertvector(y, Whole);  // towards zero
-      code += __builtin_convertvector(code, Floats) > y;
-      code = code < -127 ? -127 : code;
-      code = code > 127 ? 127 : code;
+      const Floats y = loaded<Floats>(x + i) * inverse, z = y * (2.f * LARGEST) / (size_of(y) + 1.f);
+      const Floats up = z + __builtin_convertvector(upper, Floats) * 0x1p-16f;
+      Whole code = __builtin_convertvector(up, Whole);  // towards zero
+      code += __builtin_convertvector(code, Floats) > up;
+      code = code < -LARGEST ? -LARGEST : code;
+      code = code > LARGEST ? LARGEST : code;
       code = known ? code : Whole{};
       stored(codes + i, __builtin_convertvector(code, Codes));
-      stored(x + i, __builtin_convertvector(code, Floats) * scale);
+      stored(x + i, decoded(code, scale));
     }
     return scale;
   }
