@@ -25,9 +25,7 @@ INLINE uint32_t largest(const float* x) {
     const Whole its = (Whole)(loaded<Bits>(x + i) & SIZE);
     most = its > most ? its : most;
   }
-  uint32_t found = 0;
-  for (int i = 0; i < V; ++i) found = std::max<uint32_t>(found, most[i]);
-  return found;
+  return largest_lane(most);
 }
 
 template <typename To, typename From>
@@ -46,13 +44,13 @@ struct Codec<bf16> {
   static constexpr bool SCALED = false;
 
   static INLINE void decode(const Code* codes, float, float* x) {
-    for (int64_t i = 0; i < CELL; i += V) stored(x + i, __builtin_convertvector(loaded<Halves>(codes + i), Bits) << 16);
+    for (int64_t i = 0; i < CELL; i += V) stored(x + i, (Bits)widened(codes + i) << 16);
   }
 
   static INLINE float encode(float* x, Code* codes, Noise& noise) {
     for (int64_t i = 0; i < CELL; i += V) {
       const Bits upper = rounded_by(loaded<Bits>(x + i), noise.next()) >> 16;
-      stored(codes + i, __builtin_convertvector(upper, Halves));
+      store_narrow(codes + i, (Whole)upper);
       stored(x + i, upper << 16);
     }
     return 0;
@@ -65,7 +63,6 @@ struct Codec<int8> {
   using Code = int8_t;
   static constexpr bool SCALED = true;
   static constexpr int32_t LARGEST = 127;
-  typedef int8_t Codes __attribute__((vector_size(V)));
 
   static INLINE Floats size_of(const Floats& x) { return (Floats)((Bits)x & SIZE); }
 
@@ -75,9 +72,7 @@ struct Codec<int8> {
   }
 
   static INLINE void decode(const Code* codes, float scale, float* x) {
-    for (int64_t i = 0; i < CELL; i += V) {
-      stored(x + i, decoded(__builtin_convertvector(loaded<Codes>(codes + i), Whole), scale));
-    }
+    for (int64_t i = 0; i < CELL; i += V) stored(x + i, decoded(widened(codes + i), scale));
   }
 
   static INLINE float encode(float* x, Code* codes, Noise& noise) {
@@ -92,7 +87,7 @@ struct Codec<int8> {
       code = code < -LARGEST ? -LARGEST : code;
       code = code > LARGEST ? LARGEST : code;
       code = known ? code : Whole{};
-      stored(codes + i, __builtin_convertvector(code, Codes));
+      store_narrow(codes + i, code);
       stored(x + i, decoded(code, scale));
     }
     return scale;
@@ -104,14 +99,11 @@ template <>
 struct Codec<e4m4> {
   using Code = uint8_t;
   static constexpr bool SCALED = true;
-  typedef uint8_t Codes __attribute__((vector_size(V)));
 
   static INLINE Floats decoded(const Whole& code, float scale) { return (Floats)((code + (112 << 4)) << 19) * scale; }
 
   static INLINE void decode(const Code* codes, float scale, float* x) {
-    for (int64_t i = 0; i < CELL; i += V) {
-      stored(x + i, decoded(__builtin_convertvector(loaded<Codes>(codes + i), Whole), scale));
-    }
+    for (int64_t i = 0; i < CELL; i += V) stored(x + i, decoded(widened(codes + i), scale));
   }
 
   static INLINE float encode(float* x, Code* codes, Noise& noise) {
@@ -124,7 +116,7 @@ struct Codec<e4m4> {
       code = code < 0 ? 0 : code;
       code = code > 255 ? 255 : code;
       code = known ? code : Whole{};
-      stored(codes + i, __builtin_convertvector(code, Codes));
+      store_narrow(codes + i, code);
       stored(x + i, decoded(code, scale));
     }
     return scale;

@@ -1,47 +1,13 @@
-// The noise that rounds: a number of each place of a matrix, gwt_dist/formulas/noise.py in vectors.
-//
-// Bits are V whole numbers of 32 bits in the compiler's own vectors, which every instruction set has.
+// The noise that rounds: a number of each place of a matrix, gwt_dist/noise.py in vectors.
 
 #pragma once
 
 #include <array>
 #include <cstdint>
-#include <cstring>
 
-#include "vectors.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors of another width have no part in calls between libraries
+#include "bits.h"
 
 namespace {
-
-typedef uint32_t Bits __attribute__((vector_size(4 * V)));
-typedef int32_t Whole __attribute__((vector_size(4 * V)));  // and what comparisons say, -1 for true
-typedef float Floats __attribute__((vector_size(4 * V)));
-typedef uint16_t Halves __attribute__((vector_size(2 * V)));
-
-template <typename T, typename From>
-INLINE T loaded(const From* p) {
-  T x;
-  std::memcpy(&x, p, sizeof(T));
-  return x;
-}
-
-template <typename T, typename To>
-INLINE void stored(To* p, const T& x) {
-  std::memcpy(p, &x, sizeof(T));
-}
-
-INLINE Bits bits(const Vec& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return (Bits) static_cast<__m512>(x);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return (Bits) static_cast<__m256>(x);
-#else
-  float values[V];
-  x.store(values);
-  return loaded<Bits>(values);
-#endif
-}
 
 // lowbias32, of one number or of V.
 template <typename T>
@@ -94,17 +60,18 @@ class Noise {
   INLINE Bits here(uint32_t first) const {
     const Bits places = loaded<Bits>(NUMBERED.data()) * STRIDE + first;
     if (C10_LIKELY(column_ + STRIDE * V <= columns_)) return mix((places + static_cast<uint32_t>(column_)) ^ of_row_);
-    return beyond(places);
+    return beyond(STRIDE, first, row_, column_, columns_, key_);
   }
 
-  // Of places counted from this one that reach into the rows below.
-  C10_NOINLINE Bits beyond(const Bits& places) const {
-    Bits column = places + static_cast<uint32_t>(column_), row = Bits{} + static_cast<uint32_t>(row_);
-    for (int64_t end = columns_ - column_; end < 2 * V; end += columns_) {
+  // Of places counted from this one that reach into the rows below. Given no address, so that noise stays in registers.
+  static C10_NOINLINE Bits beyond(uint32_t stride, uint32_t first, int64_t row, int64_t column, int64_t columns, uint32_t key) {
+    const Bits places = loaded<Bits>(NUMBERED.data()) * stride + first;
+    Bits its_column = places + static_cast<uint32_t>(column), its_row = Bits{} + static_cast<uint32_t>(row);
+    for (int64_t end = columns - column; end < 2 * V; end += columns) {
       const Bits over = (Bits)((Whole)places >= static_cast<int32_t>(end));
-      column -= over & static_cast<uint32_t>(columns_), row -= over;
+      its_column -= over & static_cast<uint32_t>(columns), its_row -= over;
     }
-    return mix(column ^ mix(row ^ key_));
+    return mix(its_column ^ mix(its_row ^ key));
   }
 
   uint32_t key_;

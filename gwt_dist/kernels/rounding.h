@@ -49,7 +49,7 @@ class Stochastic {
   void advance(int64_t weights) { noise_.advance(weights); }
 
   INLINE void put(BFloat16* w, const Vec& x) {
-    stored(w, __builtin_convertvector(rounded_by(bits(x), noise_.next()) >> 16, Halves));
+    store_narrow(reinterpret_cast<uint16_t*>(w), (Whole)(rounded_by(bits(x), noise_.next()) >> 16));
   }
 
   // Two bf16 lie in the place of one float, the even one in its low half.
