@@ -260,7 +260,7 @@ def step_sizes(betas: tuple[float, float], steps: list[int], nesterov: bool) -> 
     numbers = rule(PAPER, betas=betas, lr=0.3, nesterov=nesterov)
     first = torch.tensor([float(i % 2) for i in range(len(steps))])
     counts = [torch.tensor(t - first[i].item()) for i, t in enumerate(steps)]
-    parameters = torch.tensor([[0, 0, 0, 0, t.data_ptr(), 0] for t in counts])
+    parameters = torch.tensor([[0, 0, 0, 0, t.data_ptr(), 0, 0, 0] for t in counts])
     rules = torch.tensor([tables.row(numbers, torch.device("cpu"))], dtype=torch.float64)
     kernels, of_detail = triton._kernels(), triton._functions(numbers.program)["details"].sizes
     found = torch.zeros((len(steps), kernels.SIZES.value), dtype=torch.float64)

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Rule
+from gwt_dist.formats import scale_of
 from gwt_dist.kernels import guard
 from gwt_dist.kernels.kept import Kept
 from gwt_dist.kernels.work import Tensors, Work
 
 _MOMENTS = "exp_avg", "exp_avg_sq"
 _FLOATS, _WIDE = (torch.float32, torch.bfloat16), (torch.float32,)
+_STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "e4m4": torch.uint8}  # by format
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
@@ -70,9 +72,9 @@ def _on_device(lr: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
 
 
 def parameters_of(work: Work, tensors: Tensors, kept: Kept) -> tuple[Tensor, Kinds]:
-    """Where weight, gradient, both moments and step of each parameter lie and which rule it has.
+    """Where weight, gradient, both moments, step and scales of each parameter lie and which rule it has.
 
-    ``[parameters, 6]`` int64. Raises `ValueError` for a tensor that has moved and that the kernels cannot take.
+    ``[parameters, 8]`` int64. Raises `ValueError` for a tensor that has moved and that the kernels cannot take.
     """
     return tensors.once("parameters", lambda: _parameters(work, tensors, kept))
 
@@ -80,26 +82,31 @@ def parameters_of(work: Work, tensors: Tensors, kept: Kept) -> tuple[Tensor, Kin
 def _parameters(work: Work, tensors: Tensors, kept: Kept) -> tuple[Tensor, Kinds]:
     which, state = rules_of(tensors, kept).which, tensors.state
     weights, gradients = list(map(_DTYPE, tensors.weights)), list(map(_DTYPE, tensors.gradients))
-    none = [0] * len(which)  # of a moment that is not kept
+    formats = {field.name: field.format for field in work.program.fields}
+
+    def of_state(name: str) -> list[int]:
+        if name not in formats:
+            return [0] * len(which)
+        return _addresses(work, tensors, name, state[name], (_STORED[formats[name]],), (), kept)
+
     addresses = [
         _addresses(work, tensors, "weight", tensors.weights, _FLOATS, weights, kept),
         _addresses(work, tensors, "gradient", tensors.gradients, _FLOATS, gradients, kept),
-        *(
-            _addresses(work, tensors, name, state[name], _WIDE, (), kept) if name in state else none
-            for name in _MOMENTS
-        ),
+        *map(of_state, _MOMENTS),
         _addresses(work, tensors, "step", tensors.steps, _WIDE, (), kept),
+        which,
+        *map(of_state, map(scale_of, _MOMENTS)),
     ]
 
     def make() -> tuple[Tensor, Kinds]:
         if any(n != 1 for n in map(Tensor.numel, tensors.steps)):
             guard.check(work, tensors)
-        numbers = array("q", chain(*addresses, which))
-        table = torch.frombuffer(numbers, dtype=torch.int64).view(len(addresses) + 1, -1).T.contiguous()
+        numbers = array("q", chain(*addresses))
+        table = torch.frombuffer(numbers, dtype=torch.int64).view(len(addresses), -1).T.contiguous()
         kinds = Kinds(weights, gradients, (table[:, :4] % 16 == 0).all(1).tolist())
         return kept.upload(table, torch.int64), kinds
 
-    found: tuple[Tensor, Kinds] = kept.get("parameters", (*addresses, which), make)
+    found: tuple[Tensor, Kinds] = kept.get("parameters", addresses, make)
     return found
 
 

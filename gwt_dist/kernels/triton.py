@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Pass, Program
+from gwt_dist.formats import FP32
 from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.items import Item
@@ -26,12 +27,13 @@ from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Tensors, Work
 
 SUFFIX = ".py"  # of the files of `variant`
-STORES: Sequence[str] = ("fp32", "nearest")
+STORES: Sequence[str] = ("fp32", "bf16", "int8", "e4m4", "nearest", "stochastic")
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TURNS = 4  # of a program whose places are not plain: all at once would take most registers for places
 _PARTIALS = 1024  # partial norms and ...
 _SIZES = 32  # ... step sizes ...
+_WARPS = 32  # that a program has at most
 _NORMS = 256  # ... and norms that a program takes at once
 
 
@@ -174,16 +176,28 @@ class _Programs:
     """All items of a work, by launch, and where their norms are added up."""
 
     groups: list[_Group]
+    cell: int  # units that are in one turn of a program
     norms: Tensor  # [norms, 3]: place in the vector of squared norms; first partial norm and the one after the last
     partials: Tensor  # scratch
 
 
-def options(plain: bool, level: int) -> dict[str, Any]:
+def options(plain: bool, level: int, cell: int = 1) -> dict[str, Any]:
     """With what the kernel of all phases is compiled, beside its functions and dtypes."""
     # Where places are not plain, no fewer elements than a warp has lanes: the first may lie anywhere in its line.
-    if plain:
-        return {**OPTIONS, "PLAIN": True, "BLOCK": max(1, CHUNK >> level)}
-    return {**OPTIONS, "PLAIN": False, "BLOCK": max(1, max(32, CHUNK // _TURNS) >> level), "num_warps": 4}
+    elements = CHUNK if plain else max(32, CHUNK // _TURNS)
+    block = max(cell, elements >> level)
+    warps = (8 if plain else 4) * max(1, (block << level) // elements)  # no more elements a thread for long cells
+    return {**OPTIONS, "PLAIN": plain, "BLOCK": block, "num_warps": min(_WARPS, warps)}
+
+
+def formats(program: Program, *names: str) -> list[Any]:
+    """The dtypes in which Triton has these fields stored; of those that a program has not, that of fp32."""
+    import triton.language as tl
+
+    from gwt_dist.kernels.triton_formats import STORED
+
+    known = {field.name: field.format for field in program.fields}
+    return [getattr(tl, STORED[known.get(name, FP32)]) for name in names]
 
 
 _kept: WeakKeyDictionary[Work, Kept] = WeakKeyDictionary()
@@ -216,6 +230,7 @@ def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Ten
     parameters, kinds = parameters_of(work, tensors, kept)
     programs: _Programs = kept.get("programs", (kinds,), lambda: _programs(work, kinds, kept))
     sizes = _sizes(len(tensors.weights), kept)
+    exp_avg, exp_avg_sq = formats(work.program, "exp_avg", "exp_avg_sq")
     for group in programs.groups:
         kernels.phase[(len(group.items),)](
             group.items,
@@ -234,7 +249,10 @@ def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Ten
             GAIN=2.0 ** (-group.level / 2),
             WEIGHT=getattr(tl, group.weight),
             GRADIENT=getattr(tl, group.gradient),
-            **options(group.plain, group.level),
+            EXP_AVG=exp_avg,
+            EXP_AVG_SQ=exp_avg_sq,
+            STOCHASTIC=work.program.rounding == "stochastic",
+            **options(group.plain, group.level, programs.cell),
         )
     if not write and len(programs.norms):
         limit = whole and bool(its.then)
@@ -253,7 +271,7 @@ def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Ten
 
 def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
     """The items of a work, grouped by what a kernel is compiled for."""
-    table = work.table(CHUNK)
+    table = work.table(CHUNK, joined=False)  # a cell lies in one turn of a program
     column = dict(zip(Item._fields, table.unbind(1), strict=True))
     number, level, norm = column["parameter"], column["level"], column["norm"]
     plain = torch.tensor(kinds.aligned)[number] & (column["rows"] == 1) & (column["slot"] < 0)
@@ -261,6 +279,10 @@ def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
     for name in ("element", "moment", "units"):
         plain &= column[name] % 16 == 0
     plain &= (column["landing"] % 16 == 0) | (column["landing"] < 0)
+    if any(field.format != FP32 for field in work.program.fields) or work.program.rounding != "nearest":
+        # Noise is of rows and columns: 16 neighbours are of one row, see `triton_formats.ALIKE`.
+        unit, row_units = column["column"] >> level, -(-column["columns"] >> level)
+        plain &= (unit % 16 + row_units % 16 == 0) | (unit + column["units"] <= row_units)
 
     # Partial norms of one tensor lie side by side, whichever launch they come from.
     counted = (norm >= 0).nonzero().view(-1)
@@ -282,4 +304,5 @@ def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
             _Group(of_level, dtypes[weight], dtypes[gradient], bool(is_plain), kept.upload(chosen, torch.int64))
         )
     norms = kept.upload(torch.stack([places, ends - lengths, ends], 1), torch.int64)
-    return _Programs(groups, norms, torch.empty(len(counted), dtype=torch.float64, device=kept.device))
+    cell = max((part.piece.units.cell for part in work.parts), default=1)
+    return _Programs(groups, cell, norms, torch.empty(len(counted), dtype=torch.float64, device=kept.device))

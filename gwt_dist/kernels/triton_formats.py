@@ -1,4 +1,4 @@
-"""Moments as they are stored, and noise for rounding, in Triton: gwt_dist/formulas/codecs.py and noise.py.
+"""Moments as they are stored, and noise for rounding, in Triton: gwt_dist/formulas/codecs.py and gwt_dist/noise.py.
 
 Imports triton. A kernel knows a format by the dtype of what is stored (`STORED`): fp32, bf16, int8, or uint8 for e4m4.
 The numbers of a cell lie side by side among those that a program takes at once: `cell` of them, copies included.
@@ -14,6 +14,7 @@ from gwt_dist.formats import CELL as _CELL
 
 CELL = tl.constexpr(_CELL)
 STORED = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "e4m4": "uint8"}
+ALIKE = tl.constexpr(16)  # units whose places are plain: as many neighbours of them are of one row
 _FAR = tl.constexpr(1 << 30)  # more than a program takes at once
 
 
@@ -26,40 +27,73 @@ def mix(x):
 
 
 @triton.jit
-def key(step, seed, salt, FIELD: tl.constexpr):
-    """`noise.key`, uint32: of a step (fp32), a seed (fp64) and a salt (int64)."""
-    its_own = mix(seed.to(tl.int64).to(tl.uint32) ^ salt.to(tl.uint32))
-    return mix(step.to(tl.int32).to(tl.uint32) ^ mix(its_own ^ FIELD))
+def of_step(address, seed, salt):
+    """A step by the address of its fp32, and what is known of a tensor by seed (fp64) and salt (int64): uint32 each."""
+    step = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.int32).to(tl.uint32)
+    return step, mix(seed.to(tl.int64).to(tl.uint32) ^ salt.to(tl.uint32))
 
 
 @triton.jit
-def places(
-    key,  # uint32
-    row,  # 0-d int64, as all that follow but q: of the tensor
-    column,  # its place in the `width` of a row from `first` on, of which a run takes all and goes on in the next row
-    first,
+def key(step, known, FIELD: tl.constexpr):
+    """`noise.key` of what `of_step` found, uint32."""
+    return mix(step ^ mix(known ^ FIELD))
+
+
+@triton.jit
+def run_of(rows, column, units, last, row_columns, LEVEL: tl.constexpr):
+    """Of an item: the first column that a row of its run has, and how many it has; `places_of` takes both.
+
+    Several runs are of a row each, from one column on; a single one goes on to the end of its row, and in the next.
+    """
+    several = rows > 1
+    return tl.where(several, column, 0), tl.where(several, (units - 1 << LEVEL) + last, row_columns)
+
+
+@triton.jit
+def places_of(
+    q,  # int32, counted from the place that the next three say
+    row,  # 0-d int64, as all that follow: of the tensor
+    column,
+    first,  # the run has columns first..first+width of this row, and of the rows after it
     width,
-    q,  # int32, counted from there
-    LESS: tl.constexpr,  # than this
 ):
-    """What `noise` takes of the places of a run: row and key together, and column; uint32 of the shape of q."""
+    """Row and column of places of a run, uint32 of the shape of q."""
+    column -= first
     row, column = row + column // width, column % width
     rest, width = tl.minimum(width - column, _FAR).to(tl.int32), tl.minimum(width, _FAR).to(tl.int32)
-    over = q - rest  # from the next row on
+    over = q - rest  # from the next row on; below 2**21, so that fp32 divides it as integers are divided
+    rows = ((over.to(tl.float32) + 0.5) * tl.div_rn(1.0, width.to(tl.float32))).to(tl.int32)
     further = over >= 0
-    if width >= LESS:
-        mixed = tl.where(further, mix((row + 1).to(tl.uint32) ^ key), mix(row.to(tl.uint32) ^ key))
-    else:
-        rows = tl.where(further, 1 + over // width, 0)
-        over -= tl.where(further, over // width * width, 0)
-        mixed = mix((row.to(tl.uint32) + rows.to(tl.uint32)) ^ key)
-    return mixed, first.to(tl.uint32) + tl.where(further, over.to(tl.uint32), column.to(tl.uint32) + q.to(tl.uint32))
+    row = row.to(tl.uint32) + tl.where(further, 1 + rows, 0).to(tl.uint32)
+    within = tl.where(further, (over - rows * width).to(tl.uint32), column.to(tl.uint32) + q.to(tl.uint32))
+    return row, first.to(tl.uint32) + within
 
 
 @triton.jit
-def noise(mixed, column):
-    """`noise.noise` of what `places` found, uint32."""
-    return mix(column ^ mixed)
+def places_of_units(row, column, first, width, N: tl.constexpr, COPIES: tl.constexpr, ALIKE: tl.constexpr):
+    """The same of N places in COPIES each: columns ``[N]``, and rows of so many that `spread` makes N of them.
+
+    ALIKE neighbours are of one row.
+    """
+    TOGETHER: tl.constexpr = min(ALIKE * COPIES, N)
+    row, column = places_of(tl.arange(0, N // TOGETHER) * (TOGETHER // COPIES), row, column, first, width)
+    return row, spread(column, N) + (tl.arange(0, N) % TOGETHER // COPIES).to(tl.uint32)
+
+
+@triton.jit
+def spread(x, N: tl.constexpr):
+    """N numbers, neighbours of which have the same number of x."""
+    n: tl.constexpr = x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[:, None], (n, N // n)), (N,))
+
+
+@triton.jit
+def noise(STORED: tl.constexpr, key, row, column):
+    """`noise.noise` of what `places_of_units` found, uint32; 0 for what is stored without."""
+    if STORED == tl.float32:
+        return 0
+    else:
+        return mix(column ^ spread(mix(row ^ key), column.shape[0]))
 
 
 @triton.jit
@@ -70,13 +104,6 @@ def bf16(x, noise):
     upper = tl.where(finite, bits + (noise >> 16), bits) >> 16
     upper |= tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x40, 0).to(tl.uint32)
     return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _spread(scale, N: tl.constexpr):
-    """The scale of each of N numbers."""
-    cells: tl.constexpr = scale.shape[0]
-    return tl.reshape(tl.broadcast_to(scale[:, None], (cells, N // cells)), (N,))
 
 
 @triton.jit
@@ -101,11 +128,12 @@ def _encode_int8(x, noise, top):
     scale = tl.div_rn(top.to(tl.float32, bitcast=True), 127.0)
     usable = (scale >= 1.1754943508222875e-38) & (scale < float("inf"))  # 2**-126
     inverse = tl.where(usable, tl.div_rn(1.0, scale), 0.0)
-    y = x * _spread(inverse, x.shape[0])
-    # Of a cell without a use for its scale y may be NaN, which no integer is.
-    code = tl.floor(y + (noise >> 16).to(tl.float32) * 1.52587890625e-05)  # 2**-16
-    code = tl.where(_spread(usable, x.shape[0]), tl.minimum(tl.maximum(code, -127.0), 127.0), 0.0)
-    return code.to(tl.int32).to(tl.int8), scale
+    y = x * spread(inverse, x.shape[0])
+    y = tl.where(spread(usable, x.shape[0]), y + (noise >> 16).to(tl.float32) * 1.52587890625e-05, 0.0)  # 2**-16
+    # Not by `tl.floor`, which takes the smallest numbers for zero.
+    code = y.to(tl.int32)
+    code -= tl.where(code.to(tl.float32) > y, 1, 0)
+    return tl.minimum(tl.maximum(code, -127), 127).to(tl.int8), scale
 
 
 @triton.jit
@@ -114,8 +142,8 @@ def _encode_e4m4(x, noise, top):
     e = top >> 23
     e = tl.where(e < 32, 0, e)
     upper = (x.to(tl.int32, bitcast=True) + (noise >> 13).to(tl.int32)) >> 19
-    code = upper - _spread((e - 15) << 4, x.shape[0])
-    code = tl.where(_spread((e > 0) & (e < 255), x.shape[0]), tl.minimum(tl.maximum(code, 0), 255), 0)
+    code = upper - spread((e - 15) << 4, x.shape[0])
+    code = tl.where(spread((e > 0) & (e < 255), x.shape[0]), tl.minimum(tl.maximum(code, 0), 255), 0)
     return code.to(tl.uint8), (e << 23).to(tl.float32, bitcast=True)
 
 
@@ -136,7 +164,7 @@ def read(
         return (stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         i = tl.arange(0, stored.shape[0] // cell)
-        return _decode(stored, _spread(tl.load(scales + i, mask=i < cells, other=0.0), stored.shape[0]))
+        return _decode(stored, spread(tl.load(scales + i, mask=i < cells, other=0.0), stored.shape[0]))
 
 
 @triton.jit
@@ -169,4 +197,4 @@ def keep(
         tl.store(pointer + at, code, mask=leads)
         i = tl.arange(0, x.shape[0] // cell)
         tl.store(scales + i, scale, mask=i < cells)
-        return _decode(code, _spread(scale, x.shape[0]))
+        return _decode(code, spread(scale, x.shape[0]))

@@ -11,6 +11,21 @@ import triton
 import triton.language as tl
 
 from gwt_dist.kernels.items import Item
+from gwt_dist.kernels.triton_formats import (
+    ALIKE,
+    CELL,
+    bf16,
+    keep,
+    key,
+    mix,
+    noise,
+    of_step,
+    places_of,
+    places_of_units,
+    read,
+    run_of,
+    spread,
+)
 from gwt_dist.kernels.triton_lines import PART, before, changes, place_of_change, places, ring, to_parts
 from gwt_dist.kernels.triton_math import power, unit_sum
 from gwt_dist.recipes import ADAM
@@ -27,6 +42,11 @@ ROWS = tl.constexpr(_FIELDS.index("rows"))
 UNITS = tl.constexpr(_FIELDS.index("units"))
 LAST = tl.constexpr(_FIELDS.index("last"))
 MOMENT_STRIDE = tl.constexpr(_FIELDS.index("moment_stride"))
+ROW = tl.constexpr(_FIELDS.index("row"))
+COLUMN = tl.constexpr(_FIELDS.index("column"))
+COLUMNS = tl.constexpr(_FIELDS.index("columns"))
+SALT = tl.constexpr(_FIELDS.index("salt"))
+FIRST_SCALE = tl.constexpr(_FIELDS.index("scale"))
 SLOT = tl.constexpr(_FIELDS.index("slot"))
 LEAD = tl.constexpr(_FIELDS.index("lead"))
 HELD = tl.constexpr(_FIELDS.index("held"))
@@ -45,8 +65,10 @@ COHERENT = tl.constexpr(NUMBERS.index("coherent"))
 LIMITER = tl.constexpr(NUMBERS.index("limiter"))
 NESTEROV = tl.constexpr(NUMBERS.index("nesterov"))
 CORRECT_BIAS = tl.constexpr(NUMBERS.index("correct_bias"))
+ROUNDING_SEED = tl.constexpr(NUMBERS.index("rounding_seed"))
 
-POINTERS = tl.constexpr(6)  # of a parameter: weight, gradient, both moments, step; number of its rule
+# Of a parameter: weight, gradient, both moments, step; number of its rule; scales of both moments.
+POINTERS = tl.constexpr(8)
 SIZES = tl.constexpr(6)  # of a parameter: `sizes` of its details, three numbers at level 0 and three above
 
 
@@ -68,8 +90,11 @@ def phase(
     GAIN: tl.constexpr,  # 2**(-LEVEL / 2)
     WEIGHT: tl.constexpr,  # dtypes
     GRADIENT: tl.constexpr,
+    EXP_AVG: tl.constexpr,  # as stored, see `triton_formats`
+    EXP_AVG_SQ: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # whether weights are rounded by noise
     PLAIN: tl.constexpr,  # one run of whole units, aligned to 16 bytes, a multiple of 16 units; else see `triton_lines`
-    BLOCK: tl.constexpr,  # units taken at once
+    BLOCK: tl.constexpr,  # units taken at once, whole cells
 ):
     """Moments, weights or both of one item."""
     UNIT: tl.constexpr = 1 << LEVEL
@@ -77,6 +102,7 @@ def phase(
     V: tl.constexpr = UNIT if PLAIN else min(UNIT, PART)  # elements of a part of a unit
     PARTS: tl.constexpr = UNIT // V
     M: tl.constexpr = BLOCK * PARTS  # parts taken at once
+    CELL_M: tl.constexpr = CELL * PARTS  # those of a cell
     item = items + tl.program_id(0).to(tl.int64) * ITEM
     number, element, moment = tl.load(item + PARAMETER), tl.load(item + ELEMENT), tl.load(item + MOMENT)
     rows, units = tl.load(item + ROWS).to(tl.int32), tl.load(item + UNITS).to(tl.int32)
@@ -90,13 +116,17 @@ def phase(
         element, moment, units = tl.multiple_of(element, 16), tl.multiple_of(moment, 16), tl.multiple_of(units, 16)
         w = tl.multiple_of(tl.load(parameter).to(tl.pointer_type(WEIGHT)), 16) + element
         g = tl.multiple_of(tl.load(parameter + 1).to(tl.pointer_type(GRADIENT)), 16) + element
-        m = tl.multiple_of(tl.load(parameter + 2).to(tl.pointer_type(tl.float32)), 16) + moment
-        v = tl.multiple_of(tl.load(parameter + 3).to(tl.pointer_type(tl.float32)), 16) + moment
+        m = tl.multiple_of(tl.load(parameter + 2).to(tl.pointer_type(EXP_AVG)), 16) + moment
+        v = tl.multiple_of(tl.load(parameter + 3).to(tl.pointer_type(EXP_AVG_SQ)), 16) + moment
     else:
         w = tl.load(parameter).to(tl.pointer_type(WEIGHT)) + element
         g = tl.load(parameter + 1).to(tl.pointer_type(GRADIENT)) + element
-        m = tl.load(parameter + 2).to(tl.pointer_type(tl.float32)) + moment
-        v = tl.load(parameter + 3).to(tl.pointer_type(tl.float32)) + moment
+        m = tl.load(parameter + 2).to(tl.pointer_type(EXP_AVG)) + moment
+        v = tl.load(parameter + 3).to(tl.pointer_type(EXP_AVG_SQ)) + moment
+
+    first_scale = tl.load(item + FIRST_SCALE)
+    m_scales = tl.load(parameter + 6).to(tl.pointer_type(tl.float32)) + first_scale
+    v_scales = tl.load(parameter + 7).to(tl.pointer_type(tl.float32)) + first_scale
 
     rule = rules + tl.load(parameter + 5) * RULE
     beta1, beta2, weight_decay = tl.load(rule + BETA1), tl.load(rule + BETA2), tl.load(rule + WEIGHT_DECAY)
@@ -104,6 +134,10 @@ def phase(
     decay_factor = (1 - tl.load(rule + LR) * weight_decay).to(tl.float32)
     beta1, beta2, eps = beta1.to(tl.float32), beta2.to(tl.float32), tl.load(rule + EPS).to(tl.float32)
     nesterov = tl.load(rule + NESTEROV) != 0
+    # What noise is of.
+    step, known = of_step(tl.load(parameter + 4), tl.load(rule + ROUNDING_SEED), tl.load(item + SALT))
+    first_row, column = tl.load(item + ROW), tl.load(item + COLUMN)
+    first_column, width = run_of(rows, column, units, last, tl.load(item + COLUMNS), LEVEL)
     if WRITE:
         detail_gain, coherent = tl.load(rule + DETAIL_GAIN).to(tl.float32), tl.load(rule + COHERENT) != 0
         its_sizes = sizes + number * SIZES + (3 if LEVEL > 0 else 0)
@@ -163,21 +197,30 @@ def phase(
             shift = before(g + begin)
             on_ring = ring(places(N), shift, N)
             if cut:
-                x = tl.load(exchange + slot - shift + on_ring, mask=on_ring < shift + last).to(tl.float32)
+                x = tl.load(exchange + slot - shift + on_ring, mask=on_ring < shift + columns).to(tl.float32)
             else:
                 x = tl.load(g + begin - shift + on_ring, mask=on_ring < shift + high).to(tl.float32)
             first = turn * UNIT - begin + q * V - row * padding
             x = to_parts(x, first + shift, tl.where(live, length - q % PARTS * V, 0), N, V)
 
-        exp_avg = tl.load(m + at_m, mask=live, other=0.0)
-        exp_avg_sq = tl.load(v + at_m, mask=live, other=0.0)
+        its_row, its_unit = 0, 0
+        if STOCHASTIC or EXP_AVG != tl.float32 or EXP_AVG_SQ != tl.float32:
+            its_row, its_unit = places_of_units(
+                first_row, (column >> LEVEL) + turn, first_column >> LEVEL, tl.cdiv(width, UNIT), M, PARTS,
+                ALIKE if PLAIN else 1,
+            )  # fmt: skip
+        cell, cells = turn // CELL, tl.cdiv(total - turn, CELL)
+        exp_avg = read(m, at_m, live, m_scales + cell, cells, CELL_M)
+        exp_avg_sq = read(v, at_m, live, v_scales + cell, cells, CELL_M)
         # Of a unit in parts all threads have read the moments before one writes them: sums of parts wait for all.
         a = unit_sum(x, M, LEVEL) * GAIN
         if MOMENTS:
             exp_avg = exp_avg * beta1 + a * rest1
             exp_avg_sq = exp_avg_sq * beta2 + SECOND(x, a, count, M, LEVEL) * rest2
-            tl.store(m + at_m, exp_avg, mask=leads)
-            tl.store(v + at_m, exp_avg_sq, mask=leads)
+            of_m = noise(EXP_AVG, key(step, known, 1), its_row, its_unit)
+            exp_avg = keep(exp_avg, of_m, live, m, at_m, leads, m_scales + cell, cells, CELL_M)
+            of_v = noise(EXP_AVG_SQ, key(step, known, 2), its_row, its_unit)
+            exp_avg_sq = keep(exp_avg_sq, of_v, live, v, at_m, leads, v_scales + cell, cells, CELL_M)
         n = exp_avg  # `moments.read`
         if LEVEL > 0:
             n = tl.where(nesterov, exp_avg * beta1 + a * rest1, n)
@@ -189,16 +232,25 @@ def phase(
                 x, a, exp_avg, exp_avg_sq, n, factor, one, other, rest1, eps, detail_gain, coherent, GAIN, LEVEL
             )
             weight = WRITTEN(tl.load(w + at, mask=real, other=0.0).to(tl.float32), change, decay_factor)
+            if STOCHASTIC:
+                its_row = spread(mix(its_row ^ key(step, known, 0)), M)
+                its_column = (its_unit << LEVEL)[:, None] + tl.arange(0, UNIT)[None, :].to(tl.uint32)
+                weight = bf16(weight, mix(its_column ^ its_row[:, None]))
             tl.store(w + at, weight.to(WEIGHT), mask=real)
         else:
             change = changes(
                 CHANGE, x, a, exp_avg, exp_avg_sq, n, factor, one, other, rest1, eps, detail_gain, coherent, GAIN,
                 LEVEL, M, V,
             )  # fmt: skip
+            if STOCHASTIC:
+                its_row, its_column = places_of(at, first_row, column + begin, first_column, width)
+                of_w = noise(WEIGHT, key(step, known, 0), its_row, its_column)
             if rows > 1:
                 at = tl.minimum(at + (begin + at) // columns * padding + begin - turn * UNIT, N - 1)
             change = tl.gather(change, place_of_change(at, M, V), 0)
             weight = WRITTEN(weight.to(tl.float32), change, decay_factor)
+            if STOCHASTIC:
+                weight = bf16(weight, of_w)
             tl.store(at_w, weight.to(WEIGHT), mask=owned)
     if not WRITE:
         tl.store(partials + place, tl.sum(squares), mask=place >= 0)

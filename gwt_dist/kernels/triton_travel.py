@@ -109,14 +109,14 @@ def _units(
         len(tables.programs.partials),
         GAINED=formula.detail_gain,
         MOMENTUM=formula.momentum,
+        U=formula.sent,
         SEND=weights is not None,
         LEVEL=group.level,
         GAIN=2.0 ** (-group.level / 2),
         GRADIENT=getattr(tl, group.gradient),
+        EXP_AVG=triton.formats(work.program, "exp_avg")[0],
         SENT=getattr(tl, sent),
-        PLAIN=group.plain,
-        BLOCK=max(1, _elements(group) >> group.level),
-        **triton.OPTIONS,
+        **options(group.plain, group.level, tables.programs.cell),
     )
 
 
@@ -135,15 +135,15 @@ def _keep(work: Work, tables: _Tables, landing: Tensor) -> None:
             WRITTEN=functions["writes"].written,
             LEVEL=group.level,
             WEIGHT=getattr(tl, group.weight),
-            PLAIN=group.plain,
-            BLOCK=_elements(group),
-            **triton.OPTIONS,
+            STOCHASTIC=work.program.rounding == "stochastic",
+            **options(group.plain, 0),
         )
 
 
-def _elements(group: triton._Group) -> int:
-    """That a program takes at once."""
-    return triton.CHUNK if group.plain else triton.CHUNK // triton._TURNS
+def options(plain: bool, level: int, cell: int = 1) -> dict[str, Any]:
+    """With what kernels of units of 2**level elements are compiled, beside their functions and dtypes."""
+    its = triton.options(plain, level, cell)
+    return {**its, "num_warps": max(8, its["num_warps"])}
 
 
 @cache

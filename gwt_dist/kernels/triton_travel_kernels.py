@@ -10,12 +10,18 @@ import triton
 import triton.language as tl
 
 from gwt_dist.kernels.items import Item
+from gwt_dist.kernels.triton_formats import ALIKE, CELL, bf16, key, noise, of_step, places_of_units, run_of
+from gwt_dist.kernels.triton_formats import keep as keep_moments
+from gwt_dist.kernels.triton_formats import read as read_moments
 from gwt_dist.kernels.triton_kernels import (
     BETA1,
     COHERENT,
+    COLUMN,
+    COLUMNS,
     CORRECT_BIAS,
     DETAIL_GAIN,
     ELEMENT,
+    FIRST_SCALE,
     HELD,
     ITEM,
     LAST,
@@ -28,8 +34,11 @@ from gwt_dist.kernels.triton_kernels import (
     PARAMETER,
     PLACE,
     POINTERS,
+    ROUNDING_SEED,
+    ROW,
     ROWS,
     RULE,
+    SALT,
     SCALE,
     SLOT,
     UNITS,
@@ -69,15 +78,17 @@ def units(
     squares,  # [2, partials] fp64, else: of the momentum and of its approximation, of each item
     landing,  # [elements], what is sent
     partials,
-    GAINED: tl.constexpr,  # functions of the formula: `detail_gain`, `momentum`
+    GAINED: tl.constexpr,  # functions of the formula: `detail_gain`, `momentum`, `sent`
     MOMENTUM: tl.constexpr,
+    U: tl.constexpr,
     SEND: tl.constexpr,
     LEVEL: tl.constexpr,
     GAIN: tl.constexpr,  # 2**(-LEVEL / 2)
     GRADIENT: tl.constexpr,  # dtypes
+    EXP_AVG: tl.constexpr,  # as stored, see `triton_formats`
     SENT: tl.constexpr,
     PLAIN: tl.constexpr,  # one run of whole units, aligned to 16 bytes, a multiple of 16 units
-    BLOCK: tl.constexpr,  # units taken at once
+    BLOCK: tl.constexpr,  # units taken at once, whole cells
 ):
     """The sums of one item, or its momentum and what is sent of it."""
     UNIT: tl.constexpr = 1 << LEVEL
@@ -92,7 +103,8 @@ def units(
 
     parameter = parameters + number * POINTERS
     g = tl.load(parameter + 1).to(tl.pointer_type(GRADIENT))
-    m = tl.load(parameter + 2).to(tl.pointer_type(tl.float32))
+    m = tl.load(parameter + 2).to(tl.pointer_type(EXP_AVG))
+    scales = tl.load(parameter + 6).to(tl.pointer_type(tl.float32)) + tl.load(item + FIRST_SCALE)
     if PLAIN:
         g, m, per_row = tl.multiple_of(g, 16), tl.multiple_of(m, 16), tl.multiple_of(per_row, 16)
         element, moment, to = tl.multiple_of(element, 16), tl.multiple_of(moment, 16), tl.multiple_of(to, 16)
@@ -105,13 +117,17 @@ def units(
         first_weight = tl.load(weights + number * WEIGHTS).to(tl.float32)
         norm = sums + tl.load(item + NORM)
         before, least = tl.load(weights + number * WEIGHTS + 1), tl.load(rule + DETAIL_GAIN)
+        # As in `triton_kernels.phase`.
+        step, known = of_step(tl.load(parameter + 4), tl.load(rule + ROUNDING_SEED), tl.load(item + SALT))
+        first_row, column = tl.load(item + ROW), tl.load(item + COLUMN)
+        first_column, width = run_of(total_rows, column, per_row, last, tl.load(item + COLUMNS), LEVEL)
         gain = GAINED(tl.load(norm), tl.load(norm + 1), before, least, tl.load(rule + COHERENT) != 0).to(tl.float32)
 
-    # Units are counted through all rows of the item. A cut unit comes whole from the exchange; of it, lead..lead+held
+    # Units are counted through all rows of the item. A cut cell comes whole from the exchange; of it, lead..lead+held
     # are sent.
     cut = slot >= 0
     lowest = tl.where(cut, lead, 0)
-    highest = tl.where(cut, lead + held, UNIT)
+    highest = tl.where(cut, lead + held, per_row * UNIT)
     j = tl.arange(0, UNIT)[None, :]
     of_m, of_a = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     total = total_rows * per_row
@@ -128,18 +144,26 @@ def units(
             at_m, at = row * moment_stride + k, (row * element_stride + k * UNIT)[:, None] + j
             length = tl.where(k == per_row - 1, last, UNIT)
             real = live[:, None] & (j < length[:, None])
-            owned = real & (j >= lowest) & (j < highest)
-            present = tl.where(cut, 0, length)[:, None]  # elements that are in the gradient; of a cut unit, none
+            in_row = (k * UNIT)[:, None] + j
+            owned = real & (in_row >= lowest) & (in_row < highest)
+            present = tl.where(cut, 0, length)[:, None]  # elements that are in the gradient; of a cut cell, none
             x = tl.load(g + at, mask=real & (j < present), other=0.0).to(tl.float32)
             completed = tl.load(exchange + slot + at, mask=real & (j >= present), other=0.0).to(tl.float32)
             x = tl.where(cut, completed, x)
             at = at - lowest
 
         a = unit_sum(x, BLOCK, LEVEL) * GAIN
-        exp_avg = tl.load(m + at_m, mask=live, other=0.0)
+        cell, cells = first // CELL, tl.cdiv(total - first, CELL)
+        exp_avg = read_moments(m, at_m, live, scales + cell, cells, CELL)
         if SEND:
-            exp_avg, u = MOMENTUM(x, a, exp_avg, beta1, rest1, first_weight, gain, nesterov, GAIN)
-            tl.store(m + at_m, exp_avg, mask=live)
+            exp_avg = MOMENTUM(a, exp_avg, beta1, rest1)
+            its_row, its_unit = places_of_units(
+                first_row, (column >> LEVEL) + first, first_column >> LEVEL, tl.cdiv(width, UNIT), BLOCK, 1,
+                ALIKE if PLAIN else 1,
+            )  # fmt: skip
+            of_m = noise(EXP_AVG, key(step, known, 1), its_row, its_unit)
+            exp_avg = keep_moments(exp_avg, of_m, live, m, at_m, live, scales + cell, cells, CELL)
+            u = U(x, a, exp_avg, beta1, rest1, first_weight, gain, nesterov, GAIN)
             tl.store(landing + to + at, u.to(SENT), mask=owned)
         else:
             wide_m, wide_a = exp_avg.to(tl.float64), a.to(tl.float64)
@@ -161,6 +185,7 @@ def keep(
     WRITTEN: tl.constexpr,
     LEVEL: tl.constexpr,
     WEIGHT: tl.constexpr,  # dtype
+    STOCHASTIC: tl.constexpr,  # whether weights are rounded by noise
     PLAIN: tl.constexpr,
     BLOCK: tl.constexpr,  # elements taken at once
 ):
@@ -171,8 +196,9 @@ def keep(
     w = tl.load(parameter).to(tl.pointer_type(WEIGHT))
     if PLAIN:
         w, element, back = tl.multiple_of(w, 16), tl.multiple_of(element, 16), tl.multiple_of(back, 16)
-    of_row = ((tl.load(item + UNITS) - 1) << LEVEL) + tl.load(item + LAST)
-    elements = tl.where(tl.load(item + SLOT) >= 0, tl.load(item + HELD), tl.load(item + ROWS) * of_row).to(tl.int32)
+    rows, units, last = tl.load(item + ROWS), tl.load(item + UNITS), tl.load(item + LAST)
+    cut = tl.load(item + SLOT) >= 0
+    elements = tl.where(cut, tl.load(item + HELD), rows * ((units - 1 << LEVEL) + last)).to(tl.int32)
     if PLAIN:
         elements = tl.multiple_of(elements, 16)
     w, o = w + element, landing + back
@@ -181,9 +207,19 @@ def keep(
     lr = tl.load(rule + LR)
     size = LOST(lr, tl.load(rule + SCALE), tl.load(item + SIDE)).to(tl.float32)
     decay_factor = (1 - lr * tl.load(rule + WEIGHT_DECAY)).to(tl.float32)
+    # As in `triton_kernels.phase`.
+    step, known = of_step(tl.load(parameter + 4), tl.load(rule + ROUNDING_SEED), tl.load(item + SALT))
+    first_row, column = tl.load(item + ROW), tl.load(item + COLUMN)
+    first_column, width = run_of(rows, column, units, last, tl.load(item + COLUMNS), LEVEL)
+    column += tl.where(cut, tl.load(item + LEAD), 0)
     for first in range(0, elements, BLOCK):
         i = first + tl.arange(0, BLOCK)
         live = i < elements
         change = tl.load(o + i, mask=live, other=0.0).to(tl.float32) * size
         weight = WRITTEN(tl.load(w + i, mask=live, other=0.0).to(tl.float32), change, decay_factor)
+        if STOCHASTIC:
+            its_row, its_column = places_of_units(
+                first_row, column + first, first_column, width, BLOCK, 1, ALIKE if PLAIN else 1
+            )
+            weight = bf16(weight, noise(WEIGHT, key(step, known, 0), its_row, its_column))
         tl.store(w + i, weight.to(WEIGHT), mask=live)

@@ -24,9 +24,20 @@ def detail_gain(
 
 @triton.jit
 def momentum(
-    x,  # (BLOCK, U)
     a,  # (BLOCK,), as the next: the approximation of this step
     exp_avg,  # before it
+    beta1,  # 0-d, as the next
+    rest1,
+):
+    """The new momentum, (BLOCK,)."""
+    return exp_avg * beta1 + a * rest1
+
+
+@triton.jit
+def sent(
+    x,  # (BLOCK, U)
+    a,  # (BLOCK,), as the next: the approximation of this step
+    exp_avg,  # after it, as it is stored
     beta1,  # 0-d, as all that follow
     rest1,
     first_weight,  # what corrects the bias
@@ -34,12 +45,10 @@ def momentum(
     nesterov,
     GAIN: tl.constexpr,
 ):
-    """The new momentum, (BLOCK,), and U of the units, (BLOCK, U)."""
-    fresh = a * rest1
-    exp_avg = exp_avg * beta1 + fresh
-    read = tl.where(nesterov, exp_avg * beta1 + fresh, exp_avg)
+    """U of the units, (BLOCK, U)."""
+    read = tl.where(nesterov, exp_avg * beta1 + a * rest1, exp_avg)
     of_unit = tl.div_rn(read, first_weight) * GAIN - a * GAIN * gain
-    return exp_avg, x * gain + of_unit[:, None]
+    return x * gain + of_unit[:, None]
 
 
 @triton.jit
