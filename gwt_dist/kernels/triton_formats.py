@@ -117,7 +117,8 @@ def _tops(x, live, cell: tl.constexpr):
 def _decode(code, scale):
     """`codecs.decode_int8` or `decode_e4m4`, by the dtype of the codes; a scale each."""
     if code.dtype == tl.int8:
-        return code.to(tl.float32) * scale
+        code = code.to(tl.float32)
+        return scale * tl.div_rn(code, 254.0 - tl.abs(code))
     else:
         return scale * ((code.to(tl.int32) + (112 << 4)) << 19).to(tl.float32, bitcast=True)
 
@@ -125,11 +126,12 @@ def _decode(code, scale):
 @triton.jit
 def _encode_int8(x, noise, top):
     """`codecs.encode_int8`; `top` is of cells."""
-    scale = tl.div_rn(top.to(tl.float32, bitcast=True), 127.0)
+    scale = top.to(tl.float32, bitcast=True)
     usable = (scale >= 1.1754943508222875e-38) & (scale < float("inf"))  # 2**-126
     inverse = tl.where(usable, tl.div_rn(1.0, scale), 0.0)
-    y = x * spread(inverse, x.shape[0])
-    y = tl.where(spread(usable, x.shape[0]), y + (noise >> 16).to(tl.float32) * 1.52587890625e-05, 0.0)  # 2**-16
+    # Of a cell without a use for its scale x may be NaN, which no integer is.
+    y = tl.where(spread(usable, x.shape[0]), x, 0.0) * spread(inverse, x.shape[0])
+    y = tl.div_rn(y * 254.0, tl.abs(y) + 1.0) + (noise >> 16).to(tl.float32) * 1.52587890625e-05  # 2**-16
     # Not by `tl.floor`, which takes the smallest numbers for zero.
     code = y.to(tl.int32)
     code -= tl.where(code.to(tl.float32) > y, 1, 0)
