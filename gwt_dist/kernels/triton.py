@@ -181,13 +181,22 @@ class _Programs:
     partials: Tensor  # scratch
 
 
-def options(plain: bool, level: int, cell: int = 1) -> dict[str, Any]:
-    """With what the kernel of all phases is compiled, beside its functions and dtypes."""
-    # Where places are not plain, no fewer elements than a warp has lanes: the first may lie anywhere in its line.
-    elements = CHUNK if plain else max(32, CHUNK // _TURNS)
-    block = max(cell, elements >> level)
-    warps = (8 if plain else 4) * max(1, (block << level) // elements)  # no more elements a thread for long cells
-    return {**OPTIONS, "PLAIN": plain, "BLOCK": block, "num_warps": min(_WARPS, warps)}
+def options(plain: bool, level: int, cell: int = 1, noisy: bool = False) -> dict[str, Any]:
+    """With what the kernel of all phases is compiled, beside its functions and dtypes.
+
+    A program takes whole cells of `cell` units at once; `noisy` is `takes_noise` of what it runs.
+    """
+    # Where places are not plain, no fewer elements than a warp has lanes: the first may lie anywhere in its line. Noise
+    # and codes take registers.
+    elements = (CHUNK if plain else max(32, CHUNK // _TURNS)) // (2 if noisy else 1)
+    block = max(cell, elements >> level, 1)
+    more = max(1, (block << level) // elements)  # for no more elements of a thread where cells are long
+    return {**OPTIONS, "PLAIN": plain, "BLOCK": block, "num_warps": min(_WARPS, (8 if plain else 4) * more)}
+
+
+def takes_noise(program: Program) -> bool:
+    """Whether anything that `program` stores is rounded by noise."""
+    return program.rounding == "stochastic" or any(field.format != FP32 for field in program.fields)
 
 
 def formats(program: Program, *names: str) -> list[Any]:
@@ -252,7 +261,7 @@ def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Ten
             EXP_AVG=exp_avg,
             EXP_AVG_SQ=exp_avg_sq,
             STOCHASTIC=work.program.rounding == "stochastic",
-            **options(group.plain, group.level, programs.cell),
+            **options(group.plain, group.level, programs.cell, takes_noise(work.program)),
         )
     if not write and len(programs.norms):
         limit = whole and bool(its.then)
@@ -279,7 +288,7 @@ def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
     for name in ("element", "moment", "units"):
         plain &= column[name] % 16 == 0
     plain &= (column["landing"] % 16 == 0) | (column["landing"] < 0)
-    if any(field.format != FP32 for field in work.program.fields) or work.program.rounding != "nearest":
+    if takes_noise(work.program):
         # Noise is of rows and columns: 16 neighbours are of one row, see `triton_formats.ALIKE`.
         unit, row_units = column["column"] >> level, -(-column["columns"] >> level)
         plain &= (unit % 16 + row_units % 16 == 0) | (unit + column["units"] <= row_units)

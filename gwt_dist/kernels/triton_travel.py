@@ -116,7 +116,7 @@ def _units(
         GRADIENT=getattr(tl, group.gradient),
         EXP_AVG=triton.formats(work.program, "exp_avg")[0],
         SENT=getattr(tl, sent),
-        **options(group.plain, group.level, tables.programs.cell),
+        **options(group.plain, group.level, tables.programs.cell, triton.takes_noise(work.program)),
     )
 
 
@@ -140,9 +140,9 @@ def _keep(work: Work, tables: _Tables, landing: Tensor) -> None:
         )
 
 
-def options(plain: bool, level: int, cell: int = 1) -> dict[str, Any]:
+def options(plain: bool, level: int, cell: int = 1, noisy: bool = False) -> dict[str, Any]:
     """With what kernels of units of 2**level elements are compiled, beside their functions and dtypes."""
-    its = triton.options(plain, level, cell)
+    its = triton.options(plain, level, cell, noisy)
     return {**its, "num_warps": max(8, its["num_warps"])}
 
 
