@@ -6,7 +6,10 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from gwt_dist.keys import KEYS, refuse_unknown
+from gwt_dist.recipes import DEFAULT, RECIPES, check_group, program_of, spelled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
+T = TypeVar("T")
 
 
 def param_groups(
@@ -22,9 +26,13 @@ def param_groups(
     targets: str | Sequence[str] | Mapping[str, int] = ("attn", "mlp"),
     *,
     params: Iterable[Tensor] | Iterable[Group] | None = None,
+    rest: Mapping[str, Any] | None = None,
     **group_options: Any,
 ) -> list[Group]:
     """Parameter groups of a model: Linear weights that match a target get a level, all others level 0 (AdamW).
+
+    What matches no target (embeddings, head, norms, biases) has the same options, but for what `rest` says of it:
+    ``rest={"level": 1, "recipe": "energy", "state_dtype": "int8"}``.
 
     A target matches the name of an `nn.Linear` module (such as ``model.layers.0.mlp.down_proj``) if it is a part of
     it, or if it is a regular expression that matches all of it. ``"all-linear"`` matches every one. Patterns are
@@ -36,13 +44,16 @@ def param_groups(
         level: Level of the weights that match.
         targets: Pattern or patterns, or a mapping from pattern to level.
         params: The parameters to consider, or groups of them whose own options stay; None means all of `model`.
+        rest: Keys of the group of what matches no target, ``level`` among them (0). See `keys_of_rest`.
         group_options: Further keys of every group, such as ``lr`` or ``recipe``.
 
     Returns:
-        A group per level, and per given group where `params` are groups; with ``level`` set in each.
+        A group per level, and per given group where `params` are groups; with ``level`` set in each. What matches no
+        target is in that of level 0 if it has the same keys, and else in a group of its own, the last.
 
     Raises:
-        ValueError: If a pattern matches no Linear weight to be trained, or a parameter does not belong to `model`.
+        ValueError: If a pattern matches no Linear weight to be trained, a parameter does not belong to `model`, or
+            `rest` has a key that is unknown or would orthogonalize in silence.
     """
     from torch import nn
 
@@ -55,10 +66,11 @@ def param_groups(
     }
     groups: list[Group] = []
     matched: dict[str, list[Tensor]] = {pattern: [] for pattern in patterns}
-    rest: list[Tensor] = []
+    others: list[Tensor] = []
     for given in _given_groups(model, params):
-        by_level: dict[int, list[Tensor]] = {}
-        for parameter in given.pop("params"):
+        parameters = given.pop("params")
+        by_keys: Grouped[Tensor] = Grouped(group_options | given, rest or {})
+        for parameter in parameters:
             if id(parameter) not in names:
                 raise ValueError(
                     f"a parameter of shape {_shape(parameter)} in `params` does not belong to the model, so no target "
@@ -67,16 +79,66 @@ def param_groups(
             if not parameter.requires_grad:
                 continue
             pattern = first_match(patterns, linear.get(id(parameter)))
-            (rest if pattern is None else matched[pattern]).append(parameter)
-            by_level.setdefault(0 if pattern is None else patterns[pattern], []).append(parameter)
-        groups += [
-            {**group_options, **given, "params": by_level[lv], "level": lv} for lv in sorted(by_level, reverse=True)
-        ]
-    for pattern, parameters in matched.items():
-        if not parameters:
+            (others if pattern is None else matched[pattern]).append(parameter)
+            by_keys.add(parameter, None if pattern is None else patterns[pattern])
+        groups += [{**keys, "params": its} for keys, its in by_keys.groups()]
+    for pattern, its in matched.items():
+        if not its:
             raise no_match(pattern, linear.values())
-    _log_table(patterns, matched, rest)
+    _log_table(patterns, matched, others, (rest or {}).get("level", 0))
     return groups
+
+
+class Grouped(Generic[T]):
+    """Tensors by the keys of their group: those of a level, and those that match no target."""
+
+    def __init__(self, options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+        self._options, self._rest = options, keys_of_rest(options, rest)
+        self._is_apart = self._rest != {**options, "level": 0}
+        self._by_level: dict[int, list[T]] = {}
+        self._others: list[T] = []
+
+    def add(self, tensor: T, level: int | None) -> None:
+        """Add a tensor of this level; None for one that matches no target."""
+        if level is None and self._is_apart:
+            self._others.append(tensor)
+        else:
+            self._by_level.setdefault(level or 0, []).append(tensor)
+
+    def groups(self) -> list[tuple[Group, list[T]]]:
+        """Keys and tensors of each group that has any, high levels first, what matches no target last."""
+        levels = sorted(self._by_level, reverse=True)
+        found: list[tuple[Group, list[T]]] = [({**self._options, "level": lv}, self._by_level[lv]) for lv in levels]
+        return found + ([(self._rest, self._others)] if self._others else [])
+
+
+def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
+    """Keys of the group of what matches no target, where the others have `options`.
+
+    They are `options` with level 0, and then what `rest` says. `least_level` is not taken over: what orthogonalizes
+    matrices of level 0 is not for embeddings. Where `rest` names another recipe, keys that this one does not read are
+    not taken over, nor those that say what moments mean.
+
+    Raises:
+        ValueError: For an unknown key, or a level with which `rest` has a recipe that orthogonalizes and does not name.
+    """
+    refuse_unknown(rest, "rest")
+    dropped = {"least_level"}
+    recipe, others = rest.get("recipe"), spelled(options)[0] if "recipe" in rest else None
+    if recipe != others:
+        read = RECIPES[recipe].keys if recipe in list(RECIPES) else ()
+        dropped |= {key for key, about in KEYS.items() if about.of_recipe and (about.meaning or key not in read)}
+    keys = {key: value for key, value in options.items() if key not in dropped} | {"level": 0} | dict(rest)
+    if not rest:
+        return keys
+    whole = {"wavelet": "haar", "recipe": DEFAULT, **keys}
+    check_group(whole, "rest")
+    if recipe is None and keys["level"] and program_of(whole, keys["level"]).travels:
+        raise ValueError(
+            f"rest has level={keys['level']} and no recipe, so embeddings and head would be orthogonalized as matrices "
+            f'are. Write the recipe in rest, such as "recipe": "energy"'
+        )
+    return keys
 
 
 def levels_by_pattern(targets: str | Sequence[str] | Mapping[str, int], level: int) -> dict[str, int]:
@@ -144,8 +206,10 @@ def _examples(linear: Iterable[str]) -> str:
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _log_table(patterns: Mapping[str, int], matched: Mapping[str, list[Tensor]], rest: list[Tensor]) -> None:
-    rows = [(pattern, patterns[pattern], matched[pattern]) for pattern in patterns] + [("all others", 0, rest)]
+def _log_table(
+    patterns: Mapping[str, int], matched: Mapping[str, list[Tensor]], others: list[Tensor], level: int
+) -> None:
+    rows = [(pattern, patterns[pattern], matched[pattern]) for pattern in patterns] + [("all others", level, others)]
     lines = [
         f"  {pattern:<20} level {level:<2} {len(tensors):>5} tensors {sum(prod(_shape(t)) for t in tensors):>15,} "
         f"elements"

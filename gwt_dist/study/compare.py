@@ -12,10 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gwt_dist.study.config import Study, shapes_of
 from gwt_dist.study.optimizers import version_of
 from gwt_dist.study.plan import STAGES, Run, line_of, shared_by_all, tokens_to_go, wanted
 from gwt_dist.study.results import FILE, Writer, finished, read_results
+from gwt_dist.study.run import device_of
 from gwt_dist.study.workers import Workers
 from gwt_dist.train.config import REPOSITORY, read_mapping
 from gwt_dist.train.corpus import load_corpus
@@ -32,8 +35,9 @@ class Ended:
 
 
 def identity(study: Study) -> str:
-    """What all runs of `study` share: text, model and the keys that act on all."""
-    return shared_by_all(study, load_corpus(study.corpus).sha256, read_mapping(shapes_of(study)))
+    """What all runs of `study` share: text, model, device and the keys that act on all."""
+    shapes = read_mapping(shapes_of(study))
+    return shared_by_all(study, load_corpus(study.corpus).sha256, shapes, device_of(study))
 
 
 def compare(
@@ -58,8 +62,13 @@ def compare(
         show: Called with tokens done, tokens in all and a text whenever something starts or ends.
 
     Raises:
-        ValueError: no such row, or another process writes to `output`.
+        ValueError: no such row, no GPU for a study that asks for one, or another process writes to `output`.
     """
+    if device_of(study) == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"the study {study.name} has device: cuda and torch sees no GPU here, so each of its runs would fail; "
+            f"write device: cpu, or auto, which is either"
+        )
     names = [row.name for row in study.rows]
     if only and only not in names:
         raise ValueError(f"no row {only!r} in the study; rows: {', '.join(names)}")

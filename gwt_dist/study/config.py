@@ -12,6 +12,7 @@ from typing import Any
 from gwt_dist.train.config import find_file, read_mapping, refuse_unknown_keys
 
 PRIORITIES = (1, 2, 3)
+DEVICES = ("cpu", "cuda", "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +54,14 @@ class Study:
 
     All rates of a row are tried at `short`, a share of the steps. The best of them and its two neighbours are tried at
     full length, and further ones, at most `extend`, until both neighbours of the best are worse; beyond the row's own
-    rates they go on by `factor`.
+    rates they go on by `factor`. Models and batches are on `device`; "auto" is a GPU where torch sees one.
     """
 
     rows: tuple[Row, ...]
     batches: tuple[Batch, ...]
     name: str = "study"
     model: str = "study"
+    device: str = "cpu"
     corpus: str = "stdlib"
     tokenizer: str = "bytes"
     sequence_length: int = 256
@@ -134,6 +136,8 @@ def _check(study: Study, where: str) -> None:
             raise ValueError(f"row {row.name!r} of {where} is for batches of {strange[0]} tokens; there are {tokens}")
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"seeds={list(study.seeds)} in {where} must be different numbers, at least one")
+    if study.device not in DEVICES:
+        raise ValueError(f"device={study.device!r} in {where} must be one of {', '.join(DEVICES)}")
     for key, low, high in (("warmup", 0, 1), ("min_lr_ratio", 0, 1)):
         if not low <= getattr(study, key) <= high:
             raise ValueError(f"{key}={getattr(study, key)} in {where} is outside {low} to {high}")

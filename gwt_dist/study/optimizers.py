@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gwt_dist.groups import first_match
+from gwt_dist.groups import first_match, keys_of_rest
 from gwt_dist.keys import of_recipes
 from gwt_dist.recipes import DEFAULT, RECIPES, meaning
 from gwt_dist.train.config import refuse_unknown_keys
@@ -88,9 +88,9 @@ def _low_rank(package: str, name: str, of_the_group: tuple[str, ...]) -> Build:
 def _gwt(matrices: Parameters, rest: Parameters, lr: float, rest_lr: float, options: Options) -> Built:
     from gwt_dist import GWTAdamW
 
+    others = options.pop("rest", {})
     groups = _groups(matrices, rest, lr, rest_lr)
-    groups[1]["level"] = 0
-    return GWTAdamW(groups, lr=lr, **options)
+    return GWTAdamW([groups[0] | options, groups[1] | keys_of_rest(options, others)], lr=lr)
 
 
 def _of_the_recipe(options: Options) -> Options:
@@ -136,7 +136,7 @@ ENTRIES: dict[str, Entry] = {
         _gwt,
         {"level": 2, "recipe": DEFAULT, "scale": 0.25, "weight_decay": 0.0},
         "gwt_dist",
-        ("betas", "eps", "wavelet", *of_recipes()),
+        ("betas", "eps", "wavelet", "rest", *of_recipes()),
         _of_the_recipe,
     ),
     "adamw": Entry(_plain("torch.optim", "AdamW"), _ADAM, more=("amsgrad",)),

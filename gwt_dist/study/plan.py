@@ -75,10 +75,12 @@ def make_run(study: Study, shared: str, row: Row, batch: Batch, lr: float, seed:
     return Run(row=row.name, **values, key=key, stage=stage, priority=row.priority)
 
 
-def shared_by_all(study: Study, corpus_sha256: str, shapes: Mapping[str, Any]) -> str:
+def shared_by_all(study: Study, corpus_sha256: str, shapes: Mapping[str, Any], device: str = "cpu") -> str:
     """What all runs of a study have in common, as text that changes when any of it does."""
     keys = ("tokenizer", "sequence_length", "micro_batch", "eval_tokens", "warmup", "min_lr_ratio", "clipping")
     values = {key: getattr(study, key) for key in keys}
+    if device != "cpu":  # losses of one kind of device are not those of another
+        values["device"] = device
     return json.dumps([values, corpus_sha256, dict(shapes)], sort_keys=True)
 
 

@@ -26,6 +26,13 @@ from gwt_dist.train.tokens import bpe_size, encode_stream, load_tokenizer, train
 WARM_UP_STEPS = 3  # of an optimizer's own time: the first ones allocate, and compile
 
 
+def device_of(study: Study) -> str:
+    """The device of a study's runs, "cpu" or "cuda"; "auto" is looked up here."""
+    if study.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return study.device
+
+
 class Inputs:
     """What the runs of a study share: text as tokens, and the shapes of the model. Read once in a process."""
 
@@ -43,6 +50,11 @@ class Inputs:
     def shapes(self) -> Any:
         """The `LlamaConfig` of the model."""
         return model_config(shapes_of(self.study), self._tokenizer.vocab_size, self.study.sequence_length)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models and batches are."""
+        return torch.device(device_of(self.study))
 
     def batches(self, run: Run) -> ShuffledBatches:
         """The training batches of `run`, which depend on its seed and batch size alone."""
@@ -75,7 +87,8 @@ def execute(run: Run, inputs: Inputs) -> dict[str, Any]:
         `losses` of all steps in nats a token, `validation_loss`, `bits_per_byte`, `state_bytes` (all that the optimizer
         holds), `matrix_state_bytes` (of them, those of attention and MLP), their `parameters` and `matrix_elements`,
         `seconds` of the whole run and `optimizer_seconds` of its steps, `optimizer_ms` (mean of a step after the
-        first, CPU time), `optimizer_ms_median`, and the checksums of initial weights and of the text.
+        first, CPU time: on a GPU what it takes to start the work), `optimizer_ms_median`, the `device`, and the
+        checksums of initial weights and of the text.
     """
     started = time.perf_counter()
     result: dict[str, Any] = {}
@@ -95,13 +108,14 @@ def execute(run: Run, inputs: Inputs) -> dict[str, Any]:
 
 def _train(run: Run, inputs: Inputs, result: dict[str, Any]) -> None:
     study = inputs.study
-    model = build_model(inputs.shapes, run.seed, {})
+    model = build_model(inputs.shapes, run.seed, {}).to(inputs.device)  # type: ignore[arg-type]
     model.train()
     parameters = list(model.parameters())
     matrices, _ = split(model)
     result["parameters"] = sum(p.numel() for p in parameters)
     result["matrix_elements"] = sum(p.numel() for p in matrices.values())
     result["weights_checksum"] = _weights_checksum(model)
+    result["device"] = "cpu" if inputs.device.type == "cpu" else torch.cuda.get_device_name(inputs.device)
     batches = inputs.batches(run)
     accumulation = run.tokens // study.sequence_length // min(study.micro_batch, run.tokens // study.sequence_length)
     optimizers = build(run.optimizer, model, run.lr, run.rest_lr, run.options)
@@ -114,7 +128,7 @@ def _train(run: Run, inputs: Inputs, result: dict[str, Any]) -> None:
         for micro_step in range(accumulation):
             batch = batches.batch(step, micro_step)
             text += checksum(batch)
-            loss = token_losses(model, torch.from_numpy(batch)).mean() / accumulation
+            loss = token_losses(model, torch.from_numpy(batch).to(inputs.device)).mean() / accumulation
             loss.backward()
             total += loss.item()
         losses.append(round(total, 5))
@@ -157,7 +171,7 @@ def validate(model: torch.nn.Module, inputs: Inputs) -> tuple[float, float]:
     model.eval()
     summed, tokens, text_bytes = 0.0, 0, 0
     for batch in inputs.validation.batches(0, 1, min(inputs.study.micro_batch, inputs.validation.windows)):
-        losses = token_losses(model, torch.from_numpy(batch.tokens)).double().sum(dim=1)
+        losses = token_losses(model, torch.from_numpy(batch.tokens).to(inputs.device)).double().sum(dim=1).cpu()
         summed += float((losses * torch.from_numpy(batch.counted)).sum())
         tokens += int(batch.counted.sum()) * inputs.study.sequence_length
         text_bytes += int((batch.counted * batch.text_bytes).sum())
@@ -168,5 +182,5 @@ def _weights_checksum(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().numpy().tobytes())
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

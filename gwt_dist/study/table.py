@@ -124,7 +124,8 @@ def markdown(study: Study, shared: str, results: Results) -> str:
     out += [
         "Validation loss in nats a token, mean over the seeds at the row's own best rate; spread is their standard",
         "deviation. State: bytes that the optimizer holds for each parameter, and for each element of the matrices in",
-        "attention and MLP. Step: CPU time of the optimizer alone on one thread.",
+        "attention and MLP. Step: CPU time of the optimizer alone on one thread; on a GPU what it takes to start the",
+        "work, which is not to be compared with rows on CPUs.",
         "",
         "## Settings",
         "",

@@ -51,12 +51,13 @@ def build_model(config: LlamaConfig, seed: int, engine_config: dict[str, Any]) -
     Under ZeRO-3 it is built inside `deepspeed.zero.Init`, so that no rank ever holds all of it;
     this is a collective then.
     """
-    import deepspeed
     from transformers import LlamaForCausalLM
 
     partitioned = zero_stage(engine_config) == 3
     context: Any = contextlib.nullcontext()
     if partitioned:
+        import deepspeed
+
         context = deepspeed.zero.Init(config_dict_or_path=engine_config)
     with context:
         model = LlamaForCausalLM(config)
@@ -70,11 +71,11 @@ def _initialise(model: nn.Module, std: float, seed: int, partitioned: bool) -> N
     Done here because under zero.Init transformers' own finds empty tensors. Each tensor has a
     generator of its own, seeded by (seed, name), so order and partitioning do not matter.
     """
-    import deepspeed
-
     for name, parameter in model.named_parameters():
         gathered: Any = contextlib.nullcontext()
         if partitioned:
+            import deepspeed
+
             gathered = deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
         with gathered, torch.no_grad():
             if parameter.ndim > 1:
