@@ -48,8 +48,8 @@ def param_groups(
         group_options: Further keys of every group, such as ``lr`` or ``recipe``.
 
     Returns:
-        A group per level, and per given group where `params` are groups; with ``level`` set in each. What matches no
-        target is in that of level 0 if it has the same keys, and else in a group of its own, the last.
+        A group per level, and one for what matches no target, the last; each of them per given group where `params`
+        are groups. ``level`` is set in each.
 
     Raises:
         ValueError: If a pattern matches no Linear weight to be trained, a parameter does not belong to `model`, or
@@ -94,16 +94,12 @@ class Grouped(Generic[T]):
 
     def __init__(self, options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
         self._options, self._rest = options, keys_of_rest(options, rest)
-        self._is_apart = self._rest != {**options, "level": 0}
         self._by_level: dict[int, list[T]] = {}
         self._others: list[T] = []
 
     def add(self, tensor: T, level: int | None) -> None:
         """Add a tensor of this level; None for one that matches no target."""
-        if level is None and self._is_apart:
-            self._others.append(tensor)
-        else:
-            self._by_level.setdefault(level or 0, []).append(tensor)
+        (self._others if level is None else self._by_level.setdefault(level, [])).append(tensor)
 
     def groups(self) -> list[tuple[Group, list[T]]]:
         """Keys and tensors of each group that has any, high levels first, what matches no target last."""
@@ -117,27 +113,30 @@ def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
 
     They are `options` with level 0, and then what `rest` says. `least_level` is not taken over: what orthogonalizes
     matrices of level 0 is not for embeddings. Where `rest` names another recipe, keys that this one does not read are
-    not taken over, nor those that say what moments mean.
+    not taken over either, nor those that say what moments mean. Such keys are None, as the recipe says, so that
+    defaults of the optimizer do not act in their place.
 
     Raises:
-        ValueError: For an unknown key, or a level with which `rest` has a recipe that orthogonalizes and does not name.
+        ValueError: For a key that is unknown or wrong, or a level of `rest` with which a recipe that orthogonalizes
+            would be taken over.
     """
     refuse_unknown(rest, "rest")
     dropped = {"least_level"}
-    recipe, others = rest.get("recipe"), spelled(options)[0] if "recipe" in rest else None
-    if recipe != others:
-        read = RECIPES[recipe].keys if recipe in list(RECIPES) else ()
-        dropped |= {key for key, about in KEYS.items() if about.of_recipe and (about.meaning or key not in read)}
-    keys = {key: value for key, value in options.items() if key not in dropped} | {"level": 0} | dict(rest)
-    if not rest:
-        return keys
-    whole = {"wavelet": "haar", "recipe": DEFAULT, **keys}
-    check_group(whole, "rest")
-    if recipe is None and keys["level"] and program_of(whole, keys["level"]).travels:
-        raise ValueError(
-            f"rest has level={keys['level']} and no recipe, so embeddings and head would be orthogonalized as matrices "
-            f'are. Write the recipe in rest, such as "recipe": "energy"'
-        )
+    if "recipe" in rest:
+        read = RECIPES[rest["recipe"]].keys if rest["recipe"] in list(RECIPES) else ()
+        other = {key for key, about in KEYS.items() if about.of_recipe and (about.meaning or key not in read)}
+        if "recipe" not in options:  # it may be said to the optimizer, which has defaults then
+            other -= options.keys()
+        dropped |= other if rest["recipe"] != options.get("recipe") or spelled(options)[0] != rest["recipe"] else set()
+    keys = {**options, **dict.fromkeys(sorted(dropped)), "level": 0, **rest}
+    if rest:
+        whole = {"wavelet": "haar", "recipe": DEFAULT, **keys}
+        check_group(whole, "rest")
+        if "recipe" not in rest and keys["level"] and program_of(whole, keys["level"]).travels:
+            raise ValueError(
+                f"rest has level={keys['level']} and no recipe, so embeddings and head would be orthogonalized as "
+                f'matrices are. Write the recipe in rest, such as "recipe": "energy"'
+            )
     return keys
 
 

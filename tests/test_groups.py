@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gwt_dist import param_groups
+from gwt_dist import GWTAdamW, param_groups
 
 
 def model() -> nn.Module:
@@ -108,3 +108,53 @@ def test_it_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         param_groups(model())
     assert "attn                 level 2      2 tensors             128 elements" in caplog.text
     assert "all others           level 0" in caplog.text
+
+
+def keys(groups: list[dict]) -> list[dict]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+def test_what_matches_no_target_has_keys_of_its_own() -> None:
+    net = model()
+    given = {"recipe": "orthogonal", "nor": 0.95, "detail_gain": 0.5, "state_dtype": "int8", "least_level": 0}
+    matrices, others = param_groups(net, level=1, rest={"recipe": "energy", "level": 3, "scale": 1.0}, **given)
+    assert keys([matrices])[0] == {**given, "level": 1}
+    kept = {key: value for key, value in others.items() if key != "params" and value is not None}
+    assert kept == {"recipe": "energy", "level": 3, "scale": 1.0, "state_dtype": "int8"}
+    assert len(others["params"]) == len(list(net.parameters())) - len(matrices["params"])
+    # Defaults of the optimizer do not act where the recipe of the rest would not read them.
+    optimizer = GWTAdamW([matrices, others], lr=0.1, **given)
+    assert [g["nor"] for g in optimizer.param_groups] == [0.95, None]
+    # The same recipe keeps its keys.
+    assert param_groups(net, rest={"level": 3}, recipe="foam", nesterov=True)[1]["nesterov"] is True
+    assert param_groups(net, rest={"recipe": "energy"}, recipe="energy", detail_gain=0.5)[1]["detail_gain"] == 0.5
+
+
+def test_matrices_of_level_0_that_are_orthogonalized_do_not_take_embeddings_along() -> None:
+    net = model()
+    groups = param_groups(net, level=0, recipe="orthogonal", least_level=0)
+    optimizer = GWTAdamW(groups, lr=0.1)
+    assert [(g["level"], g["least_level"]) for g in groups] == [(0, 0), (0, None)]
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert "exp_avg_sq" in optimizer.state[net.embed.weight]
+    assert "exp_avg_sq" not in optimizer.state[net.layers[0].self_attn.weight]
+    # Neither where the optimizer is told.
+    told = GWTAdamW(param_groups(model(), level=0), lr=0.1, recipe="orthogonal", least_level=0)
+    assert [g["least_level"] for g in told.param_groups] == [0, None]
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ({"levle": 1}, "rest has the unknown key 'levle'; did you mean 'level'"),
+        ({"recipe": "enery"}, r"recipe='enery' in rest must be one of"),
+        ({"recipe": "energy", "nor": 0.9}, r"nor=0.9 in rest, where the recipe is 'energy'"),
+        ({"level": 1}, "level=1 and no recipe, so embeddings and head would be orthogonalized"),
+        ({"level": 17}, "level=17"),
+    ],
+)
+def test_keys_of_the_rest_that_are_refused(rest: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(model(), level=1, recipe="orthogonal", rest=rest)

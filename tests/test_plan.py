@@ -265,7 +265,7 @@ def test_a_plan_of_all_ranks_is_that_of_each(stage: int) -> None:
         for rank in range(world_size):
             one = memory.plan_zero(groups, stage=stage, world_size=world_size, rank=rank, sub_group_size=700)
             shard = found.of_rank(rank)
-            assert (one.wavelet + one.rest, one.wavelet_cut, one.scalars) == (
+            assert (one.wavelet + one.rest, one.cut, one.scalars) == (
                 found.state[shard] - found.scalars[shard],
                 found.cut[shard],
                 found.scalars[shard],

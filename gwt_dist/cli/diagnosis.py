@@ -206,7 +206,7 @@ def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, 
     if model is not None:
         return param_groups(model, **options)
     stand_in = nn.Parameter(torch.empty(64, 4096, device="meta"))
-    return [{"params": [stand_in], **{key: value for key, value in options.items() if key != "targets"}}]
+    return [{"params": [stand_in], **{key: value for key, value in options.items() if key not in ("targets", "rest")}}]
 
 
 def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.recipes import DEFAULT, RECIPES
 
 
@@ -24,6 +25,7 @@ def doctor(
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
+    state_dtype: Annotated[str, typer.Option(help=f"Format of moments: {', '.join(STATE_DTYPES)}.")] = FP32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
@@ -31,7 +33,13 @@ def doctor(
     from gwt_dist.cli import diagnosis
     from gwt_dist.cli.models import meta_model
 
-    values = {"level": level, "targets": target or ["attn", "mlp"], "wavelet": wavelet, "recipe": recipe}
+    values = {
+        "level": level,
+        "targets": target or ["attn", "mlp"],
+        "wavelet": wavelet,
+        "recipe": recipe,
+        "state_dtype": state_dtype,
+    }
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
     settings = None if deepspeed_config is None else ds_json.read(deepspeed_config)
     # Without a JSON what is not given has the defaults of this command, with one those of the JSON.

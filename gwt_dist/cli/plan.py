@@ -13,6 +13,7 @@ import typer
 
 from gwt_dist import ds_json
 from gwt_dist.cli.models import read_model
+from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.memory import fill
 from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
@@ -47,6 +48,14 @@ def plan(
     ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
+    state_dtype: Annotated[str, typer.Option(help=f"Format of moments: {', '.join(STATE_DTYPES)}.")] = FP32,
+    least_level: Annotated[
+        int | None, typer.Option(help='Of "orthogonal": 0 for matrices of level 0 too, which is Muon. [1]')
+    ] = None,
+    rest: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of what matches no target, such as level=1 or recipe=energy; once for each key."),
+    ] = None,
     weights: Annotated[str, typer.Option(help="fp32, bf16, fp16 or fp64. [bf16 with ZeRO, else fp32]")] = "",
     gradients: Annotated[str, typer.Option(help="Dtype in which gradients are accumulated. [as the weights]")] = "",
     offload: Annotated[str, typer.Option(help="none, optimizer, weights or both.")] = "none",
@@ -79,6 +88,9 @@ def plan(
         "wavelet": wavelet,
         "recipe": recipe,
         "limiter": None,
+        "state_dtype": state_dtype,
+        "least_level": least_level,
+        "rest": _rest(rest or []),
     }
     batch = {"accumulation": accumulation, "micro_batch": micro_batch, "sequence": sequence}
     settings: dict[str, Any] | None = None
@@ -184,6 +196,20 @@ def _mesh(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"--mesh {text!r} must be REPLICASxSHARDS, such as 8x8")
     return int(parts[0]), int(parts[1])
+
+
+def _rest(parts: list[str]) -> dict[str, Any]:
+    """Keys of ``--rest``: numbers, true, false and null as in JSON, all else text."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not (key and equals) or key in found:
+            raise ValueError(f"--rest {part!r} must be KEY=VALUE, each key once, such as --rest level=1")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
 
 
 def _params(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ NAMES = {
     **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},
 }
 NOT_STATE = ("weights", "gradients", "masters", "gradients of the masters")  # rows that AdamW has alike
+_WEIGHTS = (("model", "of the whole model"), ("matrices", "of the matrices that match a target"))
 COLUMNS = (("worst rank", "worst_rank"), ("least", "min"), ("median", "median"), ("most", "max"))
 
 
@@ -56,6 +57,13 @@ def rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
+def a_weight(content: dict[str, Any]) -> str:
+    """Bytes of state for each trained weight: of the whole model, and of the matrices that match a target."""
+    found = content["state_a_weight"]
+    parts = [f"{found[key]:.4f} {what}" for key, what in _WEIGHTS if found[key] is not None]
+    return ", ".join(parts) + "; AdamW 8"
+
+
 def details(content: dict[str, Any]) -> list[tuple[str, str]]:
     """What is not bytes that a rank holds."""
     checkpoint, setup = content["checkpoint"], content["setup"]
@@ -65,6 +73,7 @@ def details(content: dict[str, Any]) -> list[tuple[str, str]]:
             f"{human(content['cut']['max'])} at most on a rank; {content['exchange_elements']:,} elements are "
             f"exchanged in a step",
         ),
+        ("state, bytes a weight", a_weight(content)),
         ("checkpoint", f"{human(checkpoint['whole'])} in all, {human(checkpoint['rank']['max'])} at most by one rank"),
     ]
     for part in content["communication"]:
@@ -102,10 +111,12 @@ def show(content: dict[str, Any]) -> None:
         table.add_row(*row)
     console.print(table)
     table = Table(title="optimizer state beside others (by formula, divided evenly)", title_justify="left")
-    for name in ("", "whole model", "worst rank", "formula"):
+    for name in ("", "whole model", "a weight", "worst rank", "formula"):
         table.add_column(name, justify="left" if name in ("", "formula") else "right")
+    trained = content["model"]["weights"] - content["model"]["frozen"]
     for other in content["beside"]:
-        table.add_row(other["name"], human(other["whole"]), human(other["rank"]), other["formula"])
+        each = f"{other['whole'] / trained:.2f}" if trained else "-"
+        table.add_row(other["name"], human(other["whole"]), each, human(other["rank"]), other["formula"])
     console.print(table)
     grid = Table.grid(padding=(0, 2))
     for detail in details(content):
@@ -155,7 +166,10 @@ _LEFT, _WIDTH = 110, 640  # of the bars, in units of the drawing, which leaves r
 
 def page(content: dict[str, Any]) -> str:
     """A page that needs nothing beside itself."""
-    parts = [(row["name"], row["worst_rank"]) for row in content["rows"]]
+    merged: dict[str, int] = {}  # a name has a row for each of its formats
+    for row in content["rows"]:
+        merged[row["name"]] = merged.get(row["name"], 0) + row["worst_rank"]
+    parts = list(merged.items())
     adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
     its_state = {"exp_avg": adamw // 2, "exp_avg_sq": adamw // 2}
     beside = [(n, value if n in NOT_STATE else its_state.get(n, 0)) for n, value in parts]

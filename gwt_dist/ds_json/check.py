@@ -115,18 +115,18 @@ def section_of(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 def checked(params: Mapping[str, Any]) -> dict[str, Any]:
     """``optimizer.params`` as keywords of `GWTAdamW` and `param_groups`.
 
-    Raises `ValueError` for an unknown key, "auto", text that is a number in quotes, and targets of another kind.
+    Raises `ValueError` for an unknown key, "auto", text that is a number in quotes, and targets or rest of another
+    kind.
     """
-    keys.refuse_unknown(params, "optimizer.params", "targets")
+    keys.refuse_unknown(params, "optimizer.params", "targets", "rest")
     for path in autos({"optimizer": {"params": params}}):
         raise ValueError(why_auto(path))
-    options = dict(params)
-    for key, found in options.items():
-        if isinstance(found, str) and _in_quotes(found):
-            raise ValueError(
-                f"optimizer.params.{key} is the text {found!r}; write the value without quotes (in YAML, which "
-                f"takes 1e-3 for text, as 1.0e-3)"
-            )
+    options = _checked(params, "optimizer.params")
+    if "rest" in options:
+        if not isinstance(options["rest"], Mapping):
+            raise ValueError(must_be("optimizer.params.rest", options["rest"], SECTION[1]))
+        keys.refuse_unknown(options["rest"], "optimizer.params.rest")
+        options["rest"] = _checked(options["rest"], "optimizer.params.rest")
     targets = options.get("targets", "")
     for part, level in targets.items() if isinstance(targets, Mapping) else ():
         if not isinstance(level, int):
@@ -136,6 +136,18 @@ def checked(params: Mapping[str, Any]) -> dict[str, Any]:
             f"optimizer.params.targets={targets!r} must be a part of a module name, a list of such parts, or an "
             f"object of parts and their levels"
         )
+    return options
+
+
+def _checked(params: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys of a group; raises `ValueError` for text that is a number in quotes."""
+    options = dict(params)
+    for key, found in options.items():
+        if isinstance(found, str) and _in_quotes(found):
+            raise ValueError(
+                f"{where}.{key} is the text {found!r}; write the value without quotes (in YAML, which takes 1e-3 for "
+                f"text, as 1.0e-3)"
+            )
     if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])
     return options

@@ -39,17 +39,17 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
     support()
     given = list(params)
     model = next((model for model in _OFFERED if _owns(model, given)), None)
-    by_name = {key: options.pop(key) for key in ("level", "targets") if key in options}
+    by_name = {key: options.pop(key) for key in ("level", "targets", "rest") if key in options}
     if model is not None:
-        return GWTAdamW(param_groups(model, params=given, **by_name), **options)
-    level, targets = by_name.get("level", 2), by_name.get("targets")
+        return GWTAdamW(param_groups(model, params=given, **by_name, **options), **options)
+    level, targets, rest = by_name.get("level", 2), by_name.get("targets"), by_name.get("rest")
     leveled = level == 0 or all(isinstance(group, dict) and "level" in group for group in given)
-    if targets is not None or not leveled:
+    if targets is not None or rest is not None or not leveled:
         raise ValueError(
             f"DeepSpeed itself builds {ds_json.TYPE} from the optimizer section of its JSON, and does not know the "
             f"names of the weights: level {level} would act on every one of them, embeddings and lm_head too, and "
-            f"targets={targets!r} could not be looked up. Let gwt_dist read the section: call gwt_dist.initialize in "
-            f"the place of deepspeed.initialize; pass callbacks=[AttachCallback()] of "
+            f"targets={targets!r} and rest={rest!r} could not be looked up. Let gwt_dist read the section: call "
+            f"gwt_dist.initialize in the place of deepspeed.initialize; pass callbacks=[AttachCallback()] of "
             f"gwt_dist.integrations.transformers to the Trainer when it is made; call prepare of "
             f"gwt_dist.integrations.accelerate in the place of accelerator.prepare. Or remove the section and pass "
             f"GWTAdamW(gwt_dist.param_groups(model, ...)) as the optimizer"

@@ -23,6 +23,7 @@ from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_o
 
 Targets = str | Sequence[str] | Mapping[str, int]
 _KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
+_KEYWORDS.append("rest")  # of `param_groups`
 
 
 def optimizer_cls_and_kwargs(
@@ -138,7 +139,8 @@ class _Factory:
                 groups[name not in decaying]["params"].append(parameter)
         groups = [group for group in groups if group["params"]]
         level = options.pop("level", inspect.signature(GWTAdamW.__init__).parameters["level"].default)
-        return GWTAdamW(param_groups(model, level, targets, params=groups), **options)
+        rest = options.pop("rest", None)
+        return GWTAdamW(param_groups(model, level, targets, params=groups, rest=rest, **options), **options)
 
 
 def _refuse_beside_a_section(args: Any, said: Mapping[str, Any]) -> None:

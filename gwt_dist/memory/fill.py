@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from gwt_dist.declare import Program
+from gwt_dist.formats import FP32
 from gwt_dist.memory import splits
 from gwt_dist.memory.count import bytes_of, count, per_tensor, summed
 from gwt_dist.memory.model import ModelSpec, TensorSpec
 from gwt_dist.memory.plan import MemoryPlan
-from gwt_dist.memory.setup import STEP, Setup
+from gwt_dist.memory.setup import Setup
 from gwt_dist.memory.splits import Concatenation
-from gwt_dist.memory.state import GroupSpec
+from gwt_dist.memory.state import STEP, GroupSpec
 from gwt_dist.memory.travel import Matrices
 
 Part = tuple[Concatenation, int]  # a tensor, by its number
@@ -22,11 +23,30 @@ Part = tuple[Concatenation, int]  # a tensor, by its number
 def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> MemoryPlan:
     """The plan of a model in these groups; tensors in no group are frozen.
 
-    Raises `ValueError` for groups that the engine cannot have.
+    Raises `ValueError` for groups that the engine cannot have, and for what the optimizer refuses of these weights.
     """
+    for group in groups:
+        _check(group, setup)
     found = MemoryPlan(setup, model, groups)
     _BUILD[setup.engine](found)
     return found
+
+
+def _check(group: GroupSpec, setup: Setup) -> None:
+    """Raise `ValueError` for a group that `GWTAdamW` would not step with these weights."""
+    programs = group.program, group.plain
+    stored = sorted({f.format for program in programs for f in program.fields} - {FP32})
+    if stored and setup.state_bytes == 8:
+        raise ValueError(
+            f"the weights are fp64 and state_dtype keeps moments in {', '.join(stored)}, which is a rounding of fp32: "
+            f"a run would refuse it. Leave state_dtype out, or plan fp32 weights"
+        )
+    stepped = "fp32" if setup.masters else setup.weights
+    if stepped != "bf16" and any(program.rounding == "stochastic" for program in programs):
+        raise ValueError(
+            f"stochastic_rounding=True is for bf16 weights without masters, and {setup.engine} steps {stepped} here: a "
+            f"run would refuse it. Leave it out, or plan bf16 weights under an engine without masters"
+        )
 
 
 class _Filler:
@@ -250,8 +270,8 @@ def _flat_units(found: MemoryPlan) -> None:
         if not parts and len(kinds) > 1:
             raise ValueError(
                 f"the tensors of unit {unit or 'the rest of the model'!r} have the levels "
-                f"{sorted({g.level for g in groups if g})}{' and some are frozen' if None in kinds else ''}, and one "
-                f"flat parameter has one: use_orig_params, or one level for all"
+                f"{sorted({g.level for g in groups if g})}{' and some are frozen' if None in kinds else ''}, or other "
+                f"keys that differ, and one flat parameter has one: use_orig_params, or the same for all (rest)"
             )
         filler.everywhere(found.weights, laid.part * weight)
         if kinds == {None}:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from gwt_dist.groups import first_match, levels_by_pattern, no_match
+from gwt_dist.groups import Grouped, first_match, levels_by_pattern, no_match
 from gwt_dist.memory.state import GroupSpec
 from gwt_dist.units import check_level
 
@@ -54,7 +54,12 @@ class ModelSpec:
 
 
 def groups_of(
-    model: ModelSpec, level: int, targets: str | Sequence[str] | Mapping[str, int], **group_options: Any
+    model: ModelSpec,
+    level: int,
+    targets: str | Sequence[str] | Mapping[str, int],
+    *,
+    rest: Mapping[str, Any] | None = None,
+    **group_options: Any,
 ) -> list[GroupSpec]:
     """The groups that `param_groups` makes of the model itself, with the same arguments.
 
@@ -62,18 +67,18 @@ def groups_of(
     """
     check_level(level)
     patterns = levels_by_pattern(targets, level)
-    by_level: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+    by_keys: Grouped[tuple[str, tuple[int, ...]]] = Grouped(group_options, rest or {})
     matched = set()
     for tensor in model.trained:
         pattern = first_match(patterns, tensor.linear)
         matched.add(pattern)
-        by_level.setdefault(0 if pattern is None else patterns[pattern], []).append((tensor.name, tensor.shape))
+        by_keys.add((tensor.name, tensor.shape), None if pattern is None else patterns[pattern])
     for pattern in patterns:
         if pattern not in matched:
             raise no_match(pattern, [tensor.linear for tensor in model.tensors if tensor.linear])
     return [
-        GroupSpec.of({**group_options, "level": level}, tuple(by_level[level]), f"parameter group {number}")
-        for number, level in enumerate(sorted(by_level, reverse=True))
+        GroupSpec.of(keys, tuple(tensors), f"parameter group {number}")
+        for number, (keys, tensors) in enumerate(by_keys.groups())
     ]
 
 

@@ -9,6 +9,7 @@ from statistics import median_low
 from typing import Any
 
 from gwt_dist.declare import Extent
+from gwt_dist.formats import FP32
 from gwt_dist.memory.compare import Other, others, quarter
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.traffic import traffic
@@ -41,17 +42,18 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
     """
     setup, total = plan.setup, plan.total
     worst = max(range(len(total)), key=total.__getitem__)
-    gradients, states = setup.gradients or setup.weights, f"fp{8 * setup.state_bytes}"
+    gradients = setup.gradients or setup.weights
+    formats = {f: f.format if f.format != FP32 else f"fp{8 * setup.state_bytes}" for f in plan.fields}
     on_host = setup.offload in ("optimizer", "both")
     rows = [
         ("weights", setup.weights, setup.offload in ("weights", "both"), plan.weights),
         ("gradients", gradients, on_host and setup.engine == "fsdp2", plan.gradients),
         ("masters", "fp32", on_host, plan.masters),
         ("gradients of the masters", "fp32", on_host, plan.step_gradients),
-        *((f.name, states, on_host, values) for f, values in plan.fields.items() if f.extent is not Extent.TENSOR),
+        *((f.name, formats[f], on_host, values) for f, values in plan.fields.items() if f.extent is not Extent.TENSOR),
         ("steps, limiter norms", "fp32" if setup.state_bytes == 4 else "fp32, fp64", on_host, plan.scalars),
     ]
-    elements, kept = sum(plan.elements), {field.name for field in plan.fields}
+    elements, kept = sum(plan.elements), {(field.name, formats[field]) for field in plan.fields}
     rank = quarter(plan.groups, targeted) if low_rank is None else low_rank
     ours = Other("GWTAdamW", "exact", sum(plan.state) - sum(plan.cut))
     return {
@@ -68,17 +70,18 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
             "weights": setup.weights,
             "gradients": gradients,
             "masters": "fp32" if setup.masters else None,
-            "states": states,
+            "states": ", ".join(sorted({formats[f] for f in plan.fields})),
             "offload": setup.offload,
             "device": setup.device,
             "accumulation": accumulation,
         },
         "levels": _levels(plan),
+        "state_a_weight": _a_weight(plan, targeted),
         "worst_rank": worst,
         "rows": [
             {"name": name, "dtype": dtype, "host": host, **spread(values, worst)}
             for name, dtype, host, values in rows
-            if any(values) or (elements and name in kept)
+            if any(values) or (elements and (name, dtype) in kept)
         ],
         "state": spread(plan.state, worst),
         "cut": spread(plan.cut, worst),
@@ -102,6 +105,17 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
         "norms": plan.norms,
         "not_counted": NOT_COUNTED,
     }
+
+
+def _a_weight(plan: MemoryPlan, targeted: Collection[str]) -> dict[str, float | None]:
+    """Bytes of state for each weight that is trained, each counted once, whatever the engine: of all, of matrices."""
+    found: dict[str, float | None] = {}
+    for what, names in (("model", None), ("matrices", targeted)):
+        its = [(g, shape) for g in plan.groups for name, shape in g.tensors if names is None or name in names]
+        elements = sum(prod(shape) for _, shape in its)
+        states = sum(group.whole(shape, plan.setup.state_bytes) for group, shape in its)
+        found[what] = states / elements if elements else None
+    return found
 
 
 def _levels(plan: MemoryPlan) -> list[dict[str, int]]:

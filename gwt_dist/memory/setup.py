@@ -8,7 +8,6 @@ DTYPES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 DEVICES = "cuda", "cpu"
 ENGINES = ("single", "ddp", "zro", "oss", "zero0", "zero1", "zero2", "zero3", "fsdp2", "fsdp1", "fairscale")
 MESHES = ("fsdp2", "fsdp1")  # those that may shard over a part of the ranks and replicate over the rest
-STEP = 4  # bytes of a step counter: fp32
 NORM = 8  # bytes of a squared norm in its collective: fp64
 
 
@@ -78,7 +77,7 @@ class Setup:
 
     @property
     def state_bytes(self) -> int:
-        """Of one moment: fp64 for fp64 weights, fp32 for all others."""
+        """Of a number in the format fp32: fp64 for fp64 weights, fp32 for all others."""
         return 8 if self.weights == "fp64" and not self.masters else 4
 
     def bytes_of(self, what: str) -> int:

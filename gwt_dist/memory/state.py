@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 from gwt_dist.declare import Extent, Program
 from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory import splits
 from gwt_dist.memory.count import Kind, bytes_of, numbers, per_tensor
-from gwt_dist.recipes import DEFAULT, check_group, program_of
+from gwt_dist.recipes import DEFAULT, check_group, program_of, rule_of
 from gwt_dist.units import level_of, takes, units_of
 
+STEP = 4  # bytes of a step counter: fp32
 FP32 = 4  # bytes of a number where no format is said; fp64 weights have fp64
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes
 
@@ -25,7 +27,7 @@ class GroupSpec:
     level: int
     wavelet: str
     tensors: Tensors
-    program: Program = field(default_factory=partial(program_of, {}, 1))  # of tensors with level > 0
+    program: Program = field(default_factory=partial(program_of, {}, 1))  # of matrices of its least level or more
     plain: Program = field(default_factory=partial(program_of, {}, 0))  # of all others
 
     @classmethod
@@ -36,7 +38,8 @@ class GroupSpec:
         """
         keys = {"wavelet": "haar", "recipe": DEFAULT, **group}
         check_group(keys, where)
-        return cls(keys["level"], keys["wavelet"], tensors, program_of(keys, 1), program_of(keys, 0))
+        rule = rule_of(keys)
+        return cls(keys["level"], keys["wavelet"], tensors, rule.program, rule.plain)
 
     def program_for(self, shape: Sequence[int]) -> Program:
         """What steps a tensor of `shape`."""
@@ -57,6 +60,12 @@ class GroupSpec:
             tuple(f for f in fields if per_tensor or f.extent is not Extent.TENSOR),
         )
 
+    def whole(self, shape: tuple[int, ...], full: int = FP32) -> int:
+        """Bytes of the state of a whole tensor that is a parameter by itself; `full` as in `bytes_of`."""
+        fields = self.program_for(shape).fields
+        its = numbers(fields, Fragment("", shape, 0, prod(shape)), self.units_for(shape))
+        return STEP + sum(bytes_of(one, full) * n.kept for one, n in its)
+
     def units_for(self, shape: tuple[int, ...]) -> Units:
         """The units of a tensor of `shape`."""
         return units_of(shape, self.level, self.wavelet, self.cell)
@@ -69,9 +78,10 @@ class StateBytes:
     """
 
     wavelet: int  # state of tensors with level > 0 but for scalars, cut units counted wherever they are kept
-    wavelet_cut: int  # the part of `wavelet` that another rank owns
+    cut: int  # the part of `wavelet` and `rest` that another rank owns
     wavelet_adamw: int  # what AdamW would hold for the elements of these tensors
-    rest: int  # both moments of level-0 tensors, which is what AdamW holds
+    rest: int  # state of level-0 tensors
+    rest_adamw: int  # what AdamW would hold for their elements
     scalars: int  # steps, and fields of one number a tensor: limiter norms
 
     @property
@@ -82,7 +92,7 @@ class StateBytes:
     @property
     def adamw(self) -> int:
         """Moments of AdamW for the same elements."""
-        return self.wavelet_adamw + self.rest
+        return self.wavelet_adamw + self.rest_adamw
 
 
 def specs(named_parameters: Iterable[tuple[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[GroupSpec]:
@@ -122,17 +132,18 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateByt
 
     A tensor of which the rank holds nothing is an empty fragment: what there is one of a tensor, every rank keeps.
     """
-    wavelet = cut = wavelet_adamw = rest = scalars = 0
+    wavelet = cut = wavelet_adamw = rest = rest_adamw = scalars = 0
     for group, fragments in buffers:
         programs = {group.program_for(fragment.shape) for fragment in fragments}
-        scalars += FP32 * (1 + len(per_tensor(programs)) * len(fragments))
+        scalars += STEP + FP32 * len(per_tensor(programs)) * len(fragments)
         for fragment in fragments:
             its = numbers(group.kind(fragment.shape, False)[-1], fragment, group.units_for(fragment.shape))
             kept = sum(bytes_of(f) * n.kept for f, n in its)
+            cut += kept - sum(bytes_of(f) * n.owned for f, n in its)
             if level_of(fragment.shape, group.level):
                 wavelet += kept
-                cut += kept - sum(bytes_of(f) * n.owned for f, n in its)
                 wavelet_adamw += 2 * FP32 * fragment.numel
             else:
                 rest += kept
-    return StateBytes(wavelet, cut, wavelet_adamw, rest, scalars)
+                rest_adamw += 2 * FP32 * fragment.numel
+    return StateBytes(wavelet, cut, wavelet_adamw, rest, rest_adamw, scalars)

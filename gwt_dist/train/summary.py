@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gwt_dist.train.loop import Outcome
 
 ADAMW_MOMENTS = 2
+_ADAMW_BYTES = ADAMW_MOMENTS * torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,16 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {**asdict(self), "state_a_weight": self.a_weight()}
+
+    def a_weight(self) -> dict[str, float | None]:
+        """Bytes of state for each weight, over all ranks: of the whole model, and of its tensors with a level."""
+        both = ("wavelet", "plain")
+        adamw = {kind: sum(getattr(rank, f"{kind}_adamw") for rank in self.ranks) for kind in both}
+        have = {kind: sum(getattr(rank, f"{kind}_moments") for rank in self.ranks) for kind in both}
+        whole = sum(have.values()) + sum(rank.scalars for rank in self.ranks), sum(adamw.values())
+        shares = {"model": whole, "matrices": (have["wavelet"], adamw["wavelet"])}
+        return {name: _ADAMW_BYTES * its / would if would else None for name, (its, would) in shares.items()}
 
     def table(self) -> str:
         """Text for the terminal: bytes per rank, then the results."""
@@ -106,7 +116,7 @@ class Summary:
                 rows.append(("  planned", *(f"{getattr(p, plan_field):,}" for p in planned), ""))
             rows.append(("  AdamW would hold", *(f"{n:,}" for n in would), ""))
         if planned:
-            rows.append(("units cut between ranks", *(f"{p.wavelet_cut:,}" for p in planned), ""))
+            rows.append(("units cut between ranks", *(f"{p.cut:,}" for p in planned), ""))
         for label, name in (
             ("step counters, norms", "scalars"),
             ("weights", "weights"),
@@ -122,8 +132,11 @@ class Summary:
             ).rstrip()
             for row in rows
         ]
+        shares = [("the whole model", "model"), ("the tensors with a level", "matrices")]
+        told = [f"{self.a_weight()[key]:.4f} of {what}" for what, key in shares if self.a_weight()[key] is not None]
         lines += [
             "",
+            f"state, bytes a weight: {', '.join(told) or '-'} (AdamW {_ADAMW_BYTES})",
             f"{self.optimizer}, {self.steps} steps, {self.world_size} ranks",
             f"validation loss {self.validation_loss:.4f} nats a token, {self.bits_per_byte:.4f} bits a byte",
             f"{self.tokens_per_second:,.0f} tokens/s, "
