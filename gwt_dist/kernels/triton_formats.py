@@ -51,15 +51,14 @@ def run_of(rows, column, units, last, row_columns, LEVEL: tl.constexpr):
 
 @triton.jit
 def places_of(
-    q,  # int32, counted from the place that the next three say
-    row,  # 0-d int64, as all that follow: of the tensor
+    q,  # int32, counted from the first place of the item
+    row,  # 0-d int64, as all that follow: where that is in the tensor
     column,
     first,  # the run has columns first..first+width of this row, and of the rows after it
     width,
 ):
     """Row and column of places of a run, uint32 of the shape of q."""
     column -= first
-    row, column = row + column // width, column % width
     rest, width = tl.minimum(width - column, _FAR).to(tl.int32), tl.minimum(width, _FAR).to(tl.int32)
     over = q - rest  # from the next row on; below 2**21, so that fp32 divides it as integers are divided
     rows = ((over.to(tl.float32) + 0.5) * tl.div_rn(1.0, width.to(tl.float32))).to(tl.int32)
@@ -70,13 +69,13 @@ def places_of(
 
 
 @triton.jit
-def places_of_units(row, column, first, width, N: tl.constexpr, COPIES: tl.constexpr, ALIKE: tl.constexpr):
-    """The same of N places in COPIES each: columns ``[N]``, and rows of so many that `spread` makes N of them.
+def places_of_units(turn, row, column, first, width, N: tl.constexpr, COPIES: tl.constexpr, ALIKE: tl.constexpr):
+    """The same of N places from `turn` on in COPIES each: columns ``[N]``, and rows of which `spread` makes N.
 
     ALIKE neighbours are of one row.
     """
     TOGETHER: tl.constexpr = min(ALIKE * COPIES, N)
-    row, column = places_of(tl.arange(0, N // TOGETHER) * (TOGETHER // COPIES), row, column, first, width)
+    row, column = places_of(turn + tl.arange(0, N // TOGETHER) * (TOGETHER // COPIES), row, column, first, width)
     return row, spread(column, N) + (tl.arange(0, N) % TOGETHER // COPIES).to(tl.uint32)
 
 

@@ -206,7 +206,7 @@ def phase(
         its_row, its_unit = 0, 0
         if STOCHASTIC or EXP_AVG != tl.float32 or EXP_AVG_SQ != tl.float32:
             its_row, its_unit = places_of_units(
-                first_row, (column >> LEVEL) + turn, first_column >> LEVEL, tl.cdiv(width, UNIT), M, PARTS,
+                turn, first_row, column >> LEVEL, first_column >> LEVEL, tl.cdiv(width, UNIT), M, PARTS,
                 ALIKE if PLAIN else 1,
             )  # fmt: skip
         cell, cells = turn // CELL, tl.cdiv(total - turn, CELL)
@@ -243,7 +243,7 @@ def phase(
                 LEVEL, M, V,
             )  # fmt: skip
             if STOCHASTIC:
-                its_row, its_column = places_of(at, first_row, column + begin, first_column, width)
+                its_row, its_column = places_of(begin + at, first_row, column, first_column, width)
                 of_w = noise(WEIGHT, key(step, known, 0), its_row, its_column)
             if rows > 1:
                 at = tl.minimum(at + (begin + at) // columns * padding + begin - turn * UNIT, N - 1)

@@ -158,11 +158,11 @@ def units(
         if SEND:
             exp_avg = MOMENTUM(a, exp_avg, beta1, rest1)
             its_row, its_unit = places_of_units(
-                first_row, (column >> LEVEL) + first, first_column >> LEVEL, tl.cdiv(width, UNIT), BLOCK, 1,
+                first, first_row, column >> LEVEL, first_column >> LEVEL, tl.cdiv(width, UNIT), BLOCK, 1,
                 ALIKE if PLAIN else 1,
             )  # fmt: skip
-            of_m = noise(EXP_AVG, key(step, known, 1), its_row, its_unit)
-            exp_avg = keep_moments(exp_avg, of_m, live, m, at_m, live, scales + cell, cells, CELL)
+            chance = noise(EXP_AVG, key(step, known, 1), its_row, its_unit)
+            exp_avg = keep_moments(exp_avg, chance, live, m, at_m, live, scales + cell, cells, CELL)
             u = U(x, a, exp_avg, beta1, rest1, first_weight, gain, nesterov, GAIN)
             tl.store(landing + to + at, u.to(SENT), mask=owned)
         else:
@@ -219,7 +219,7 @@ def keep(
         weight = WRITTEN(tl.load(w + i, mask=live, other=0.0).to(tl.float32), change, decay_factor)
         if STOCHASTIC:
             its_row, its_column = places_of_units(
-                first_row, column + first, first_column, width, BLOCK, 1, ALIKE if PLAIN else 1
+                first, first_row, column, first_column, width, BLOCK, 1, ALIKE if PLAIN else 1
             )
             weight = bf16(weight, noise(WEIGHT, key(step, known, 0), its_row, its_column))
         tl.store(w + i, weight.to(WEIGHT), mask=live)
