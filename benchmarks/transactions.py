@@ -35,9 +35,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 ROWS, SHAPES = 32, {"whole": 4096, "ragged": 5461}
 SECTOR = 32
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a moment
+CELL = 64
+DTYPES = "WEIGHT", "GRADIENT", "EXP_AVG", "EXP_AVG_SQ"  # constants of a launch
+DTYPES_OF = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "uint8": "uint8"}
 
 
-def record(path: str, level: int, dtype: str, columns: int) -> None:
+def record(path: str, level: int, dtype: str, columns: int, state_dtype: str) -> None:
     """Run a step in the interpreter; write its launches, each with its loads and stores, to `path`."""
     from triton.runtime import interpreter
 
@@ -52,17 +56,21 @@ def record(path: str, level: int, dtype: str, columns: int) -> None:
     def counted_run(self: Any, *args: Any, **constants: Any) -> Any:
         if "LEVEL" in constants:
             plain = {name: value for name, value in constants.items() if isinstance(value, bool | int | float)}
-            launches.append((plain | {name: str(constants[name]) for name in ("WEIGHT", "GRADIENT")}, []))
+            launches.append((plain | {name: str(constants[name]) for name in DTYPES}, []))
         return run(self, *args, **constants)
 
     def note(kind: str, pointers: Any, mask: Any) -> None:
         frame: Any = sys._getframe(2)
-        while not frame.f_code.co_filename.endswith("triton_kernels.py"):
+        lines = []  # of the access and of the call in `phase` that led there
+        while frame.f_code.co_name != "phase" and not frame.f_code.co_filename.endswith("triton_kernels.py"):
+            if frame.f_code.co_filename.endswith("triton_formats.py"):
+                lines.append(frame.f_lineno)
             frame = frame.f_back
+        lines.append(frame.f_lineno)
         if pointers.data.size > 1 and frame.f_code.co_name == "phase":
             size = pointers.get_element_ty().primitive_bitwidth // 8
             program = frame.f_locals["item"].handle.data.item()
-            launches[-1][1].append((kind, frame.f_lineno, program, size, pointers.data.copy(), mask.data.copy()))
+            launches[-1][1].append((kind, tuple(lines), program, size, pointers.data.copy(), mask.data.copy()))
 
     def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         note("load", pointers, mask)
@@ -82,7 +90,7 @@ def record(path: str, level: int, dtype: str, columns: int) -> None:
     weight = torch.nn.Parameter(aligned(torch.randn(ROWS, columns).to(getattr(torch, dtype))))
     weight.grad = aligned(torch.randn(ROWS, columns).to(weight.dtype))
     with cases.interpreter(), cases.kernel("triton"):
-        optimizer = GWTAdamW([weight], level=level, recipe="energy")
+        optimizer = GWTAdamW([weight], level=level, recipe="energy", state_dtype=state_dtype)
         with (
             patch.object(interpreter.InterpretedFunction, "run", counted_run),
             patch.object(builder, "create_masked_load", counted_load),
@@ -104,7 +112,7 @@ def compiled(constants: dict[str, Any]) -> Any:
     functions = triton._functions(program_of({"recipe": "energy"}, level=1))
     options = {name: constants[name] for name in constants.keys() & {"num_warps", "enable_fp_fusion"}}
     its = {name: value for name, value in constants.items() if name.isupper()}
-    its |= {name: getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[its[name]]) for name in ("WEIGHT", "GRADIENT")}
+    its |= {name: getattr(tl, DTYPES_OF[its[name]]) for name in DTYPES}
     its |= dict(SECOND=functions["formulas"].second, CHANGE=functions["details"].change)
     its |= dict(WRITTEN=functions["writes"].written)
     tables = dict(items="*i64", parameters="*i64", rules="*fp64", sizes="*fp64", exchange="*fp32", rho="*fp64")
@@ -158,36 +166,41 @@ def layout(text: str, shape: tuple[int, ...]) -> list[np.ndarray]:
     return axes
 
 
-def accesses(kernel: Any) -> dict[tuple[str, int], list[tuple[list[np.ndarray], int]]]:
-    """Of each load and store of tensors, by kind and line: its layout, and the elements of one instruction."""
+def accesses(kernel: Any) -> dict[tuple[str, tuple[int, ...]], list[tuple[list[np.ndarray], int]]]:
+    """Of each load and store of tensors, by kind and lines: its layout, and the elements of one instruction.
+
+    Lines are those of the access, and of the call in `phase` where it is in a function.
+    """
     ttgir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
     named = dict(re.findall(r"^(#\w+) = (#ttg.*)$", ttgir, re.M))
     places = dict(re.findall(r"^(#loc\d*) = (loc\(.*\))$", ttgir, re.M))
 
-    def line(place: str) -> int:
-        while (found := re.search(r'triton_kernels.py":(\d+):', place)) is None:
-            place = places[re.findall(r"#loc\d+", place)[0]]
-        return int(found[1])
+    def lines(place: str) -> tuple[int, ...]:
+        if found := re.search(r"callsite\((#loc\d*) at (#loc\d*)\)", place):
+            return lines(places[found[1]]) + lines(places[found[2]])
+        if found := re.search(r'\.py":(\d+):', place):
+            return (int(found[1]),)
+        return lines(places[re.findall(r"#loc\d*", place)[0]])
 
-    bytes_of: dict[tuple[str, int], list[int]] = defaultdict(list)
-    now = 0
+    bytes_of: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    now: tuple[int, ...] = ()
     for text in ptx.splitlines():
-        if found := re.search(r"^\s*\.loc\s+\d+ (\d+) \d+", text):
-            now = int(found[1])
+        if found := re.search(r"^\s*\.loc\s+\d+ (\d+) \d+(?:.*@\[ \w+\.py:(\d+):)?", text):
+            now = tuple(int(one) for one in found.groups() if one)
         if found := re.search(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", text):
             bytes_of["load" if found[1] == "ld" else "store", now].append(int(found[2] or 1) * int(found[3]) // 8)
     result = defaultdict(list)
     for text in ttgir.splitlines():
-        found = re.search(r"tt\.(load|store) .*: tensor<([\dx]+)x!tt\.ptr<\w?f(\d+)>, (#.*)> loc\((#loc\d+)\)", text)
+        found = re.search(r"tt\.(load|store) .*: tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>, (#.*)> loc\((#loc\d+)\)", text)
         if found:
             shape = tuple(map(int, found[2].split("x")))
             encoding = re.sub(r"#\w+(?![\w.])", lambda match: named.get(match[0], match[0]), found[4])
-            key = found[1], line(places[found[5]])
+            key = found[1], lines(places[found[5]])
             widths = {width for width in bytes_of[key]}
             index = layout(encoding, shape)
             for width in widths:
                 result[key].append((index, width // (int(found[3]) // 8), len(bytes_of[key]), len(widths)))
-    checked: dict[tuple[str, int], list[tuple[list[np.ndarray], int]]] = {}
+    checked: dict[tuple[str, tuple[int, ...]], list[tuple[list[np.ndarray], int]]] = {}
     for key, its in result.items():
         assert all(widths == 1 for *_, widths in its), f"{key}: instructions of several widths"
         instructions = sum(index[0].shape[0] // width for index, width, *_ in its)
@@ -196,11 +209,11 @@ def accesses(kernel: Any) -> dict[tuple[str, int], list[tuple[list[np.ndarray], 
     return checked
 
 
-def count(level: int, dtype: str, columns: int) -> tuple[float, float, list[str]]:
+def count(level: int, dtype: str, columns: int, state_dtype: str = "fp32") -> tuple[float, float, list[str]]:
     """Bytes asked for and beyond L1, both over the traffic's own, and what ptxas says of each kernel."""
     with tempfile.NamedTemporaryFile() as file:
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        call = [sys.executable, __file__, "--record", file.name, str(level), dtype, str(columns)]
+        call = [sys.executable, __file__, "--record", file.name, str(level), dtype, str(columns), state_dtype]
         subprocess.run(call, env=environment, check=True)
         launches = pickle.loads(Path(file.name).read_bytes())
     asked = beyond = 0
@@ -232,8 +245,9 @@ def count(level: int, dtype: str, columns: int) -> tuple[float, float, list[str]
                     loaded[program].append(np.unique(sectors[sectors >= 0]))
         beyond += sum(len(np.unique(np.concatenate(each))) for each in loaded.values())
         used.append(resources(kernel))
-    moments = ROWS * -(-columns // 2**level)
-    traffic = ROWS * columns * 3 * (4 if dtype == "float32" else 2) + moments * 16
+    coefficients = -(-columns // 2**level)
+    moments = coefficients * BYTES[state_dtype] + (-(-coefficients // CELL) * 4 if state_dtype == "int8" else 0)
+    traffic = ROWS * (columns * 3 * (4 if dtype == "float32" else 2) + moments * 4)  # each of both is read and written
     return asked * SECTOR / traffic, beyond * SECTOR / traffic, used
 
 
@@ -253,19 +267,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--state-dtype", default="fp32", choices=BYTES)
     given = parser.parse_args()
     print("| dtype | level | rows | asked | beyond L1 | registers / spills of each kernel |")
     print("| --- | --- | --- | --- | --- | --- |")
     for dtype in given.dtypes:
         for level in given.levels:
             for name, columns in SHAPES.items():
-                asked, beyond, used = count(level, dtype, columns)
+                asked, beyond, used = count(level, dtype, columns, given.state_dtype)
                 shape = f"{ROWS}x{columns}, {name}"
                 print(f"| {dtype} | {level} | {shape} | {asked:.3f} | {beyond:.3f} | {', '.join(used)} |", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--record"]:
-        record(sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+        record(sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), sys.argv[6])
     else:
         main()

@@ -125,7 +125,7 @@ class Sharded:
     def scatter(self, tensors: dict[str, Tensor], rank: int) -> torch.nn.Parameter:
         like = next(iter(tensors.values()))
         end = max((f.offset + f.numel for f in self.ranks[rank]), default=0) + 3
-        flat = torch.full((end,), float("nan"), dtype=like.dtype)
+        flat = torch.full((end,), float("nan"), dtype=like.dtype, device=like.device)
         for f in self.ranks[rank]:
             for i, (start, stop) in enumerate(f.intervals):
                 place = f.offset + i * (stop - start)

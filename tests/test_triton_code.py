@@ -93,7 +93,9 @@ def compiled(program: Program, level: int, dtype: str, moments: bool, write: boo
     tables = dict(items="*i64", parameters="*i64", rules="*fp64", sizes="*fp64", exchange="*fp32", rho="*fp64")
     constants: dict[str, Any] = dict(MOMENTS=moments, WRITE=write, LEVEL=level, GAIN=2.0 ** (-level / 2))
     constants |= its | dict(WEIGHT=getattr(tl, dtype), GRADIENT=getattr(tl, dtype))
-    options = triton.options(plain, level)
+    constants |= zip(("EXP_AVG", "EXP_AVG_SQ"), triton.formats(program, "exp_avg", "exp_avg_sq"), strict=True)
+    constants |= dict(STOCHASTIC=program.rounding == "stochastic")
+    options = triton.options(plain, level, program.cell, triton.takes_noise(program))
     constants |= {name: options.pop(name) for name in ("PLAIN", "BLOCK")}
     return code_of("phase", tables | dict(partials="*fp64"), constants, options)
 

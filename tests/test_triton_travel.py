@@ -76,7 +76,8 @@ def units(level: int, dtype: str, send: bool) -> str:
 
     formula = triton._functions(rule().program)["formulas"]
     given = dict(items="*i64", parameters="*i64", rules="*fp64", weights="*fp64", exchange="*fp32", sums="*fp64")
-    its = dict(GAINED=formula.detail_gain, MOMENTUM=formula.momentum, SEND=send, LEVEL=level, GAIN=2.0 ** (-level / 2))
+    its = dict(GAINED=formula.detail_gain, MOMENTUM=formula.momentum, U=formula.sent, SEND=send, LEVEL=level)
+    its |= dict(GAIN=2.0 ** (-level / 2), EXP_AVG=tl.float32)
     its |= dict(GRADIENT=getattr(tl, dtype), SENT=getattr(tl, dtype), PLAIN=True, BLOCK=triton.CHUNK >> level)
     return code("units", given | dict(squares="*fp64", landing=f"*{SHORT[dtype]}", partials="i32"), **its)
 
@@ -87,7 +88,7 @@ def elements(level: int, dtype: str) -> str:
     functions = triton._functions(rule(cautious=True).program)
     given = dict(items="*i64", parameters="*i64", rules="*fp64", landing=f"*{SHORT[dtype]}")
     its = dict(LOST=functions["formulas"].lost, WRITTEN=functions["writes"].written, LEVEL=level)
-    return code("keep", given, **its, WEIGHT=getattr(tl, dtype), PLAIN=True, BLOCK=triton.CHUNK)
+    return code("keep", given, **its, WEIGHT=getattr(tl, dtype), STOCHASTIC=False, PLAIN=True, BLOCK=triton.CHUNK)
 
 
 @needs_gpu

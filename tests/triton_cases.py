@@ -114,7 +114,7 @@ class Whole:
         for i, (a, b) in enumerate(zip(self.weights, other.weights, strict=True)):
             same(a, b, f"weight {i}")
         for i, (a, b) in enumerate(zip(self.states, other.states, strict=True)):
-            for key in ("exp_avg", "exp_avg_sq", "limited_norm"):
+            for key in b:
                 same(a[key], b[key], f"{key} {i}")
 
 

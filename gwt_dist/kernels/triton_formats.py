@@ -127,7 +127,7 @@ def _encode_int8(x, noise, top):
     """`codecs.encode_int8`; `top` is of cells."""
     scale = top.to(tl.float32, bitcast=True)
     usable = (scale >= 1.1754943508222875e-38) & (scale < float("inf"))  # 2**-126
-    inverse = tl.where(usable, tl.div_rn(1.0, scale), 0.0)
+    inverse = tl.div_rn(1.0, tl.where(usable, scale, 1.0))
     # Of a cell without a use for its scale x may be NaN, which no integer is.
     y = tl.where(spread(usable, x.shape[0]), x, 0.0) * spread(inverse, x.shape[0])
     y = tl.div_rn(y * 254.0, tl.abs(y) + 1.0) + (noise >> 16).to(tl.float32) * 1.52587890625e-05  # 2**-16
