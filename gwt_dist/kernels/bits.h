@@ -85,6 +85,17 @@ INLINE void store_narrow(T* p, const Whole& x) {
 #endif
 }
 
+INLINE Floats floored(const Floats& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Floats)_mm512_floor_ps((__m512)x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (Floats)_mm256_floor_ps((__m256)x);
+#else
+  const Whole towards_zero = __builtin_convertvector(x, Whole);
+  return __builtin_convertvector(towards_zero + (__builtin_convertvector(towards_zero, Floats) > x), Floats);
+#endif
+}
+
 INLINE int32_t largest_lane(const Whole& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_reduce_max_epi32((__m512i)x);

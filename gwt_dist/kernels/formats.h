@@ -18,20 +18,35 @@ enum Format : int64_t { GWT_FORMATS, FORMATS };  // the names of formats.py, in 
 constexpr int64_t CELL = 64;  // numbers that are encoded at once, and that a scale is for
 static_assert(CELL % V == 0);
 
-// The largest size of numbers of a cell, as bits: NaN and infinity are larger than all others.
-INLINE uint32_t largest(const float* x) {
+template <typename To, typename From>
+INLINE To same_bits(const From& x) {
+  static_assert(sizeof(To) == sizeof(From));
+  return loaded<To>(&x);
+}
+
+// The largest size of the numbers of a cell, NaN and infinity being larger than all others.
+INLINE float largest(const float* x) {
   Whole most{};
   for (int64_t i = 0; i < CELL; i += V) {
     const Whole its = (Whole)(loaded<Bits>(x + i) & SIZE);
     most = its > most ? its : most;
   }
-  return largest_lane(most);
+  return same_bits<float>(largest_lane(most));
 }
 
-template <typename To, typename From>
-INLINE To same_bits(const From& x) {
-  static_assert(sizeof(To) == sizeof(From));
-  return loaded<To>(&x);
+// The noise of a cell.
+struct CellNoise {
+  alignas(64) uint32_t values[CELL];
+
+  INLINE Bits at(int64_t i) const { return loaded<Bits>(values + i); }
+};
+
+// A cell that has no codes, as it is too small or not finite: all are 0, and mean `x_of_0`.
+template <typename Code>
+C10_NOINLINE float blank(float* x, Code* codes, const Floats& x_of_0, float scale) {
+  for (int64_t i = 0; i < CELL; i += V) stored(x + i, x_of_0);
+  std::fill_n(codes, CELL, 0);
+  return scale;
 }
 
 // One cell, or as many numbers without a scale: x [64].
@@ -47,9 +62,9 @@ struct Codec<bf16> {
     for (int64_t i = 0; i < CELL; i += V) stored(x + i, (Bits)widened(codes + i) << 16);
   }
 
-  static INLINE float encode(float* x, Code* codes, Noise& noise) {
+  static INLINE float encode(float* x, Code* codes, float, const CellNoise& noise) {
     for (int64_t i = 0; i < CELL; i += V) {
-      const Bits upper = rounded_by(loaded<Bits>(x + i), noise.next()) >> 16;
+      const Bits upper = rounded_by(loaded<Bits>(x + i), noise.at(i)) >> 16;
       store_narrow(codes + i, (Whole)upper);
       stored(x + i, upper << 16);
     }
@@ -62,32 +77,29 @@ template <>
 struct Codec<int8> {
   using Code = int8_t;
   static constexpr bool SCALED = true;
-  static constexpr int32_t LARGEST = 127;
+  static constexpr float LARGEST = 127;
 
   static INLINE Floats size_of(const Floats& x) { return (Floats)((Bits)x & SIZE); }
 
-  static INLINE Floats decoded(const Whole& code, float scale) {
-    const Floats its = __builtin_convertvector(code, Floats);
-    return its / (2.f * LARGEST - size_of(its)) * scale;
-  }
+  static INLINE Floats decoded(const Floats& code, float scale) { return code / (2 * LARGEST - size_of(code)) * scale; }
 
   static INLINE void decode(const Code* codes, float scale, float* x) {
-    for (int64_t i = 0; i < CELL; i += V) stored(x + i, decoded(widened(codes + i), scale));
+    for (int64_t i = 0; i < CELL; i += V) {
+      stored(x + i, decoded(__builtin_convertvector(widened(codes + i), Floats), scale));
+    }
   }
 
-  static INLINE float encode(float* x, Code* codes, Noise& noise) {
-    const float scale = same_bits<float>(largest(x)), inverse = 1 / scale;
-    const bool known = scale >= std::numeric_limits<float>::min() && scale < std::numeric_limits<float>::infinity();
+  static INLINE float encode(float* x, Code* codes, float scale, const CellNoise& noise) {
+    const float inverse = 1 / scale;
+    if (C10_UNLIKELY(!(scale >= std::numeric_limits<float>::min() && scale < std::numeric_limits<float>::infinity()))) {
+      return blank(x, codes, decoded(Floats{}, scale), scale);
+    }
     for (int64_t i = 0; i < CELL; i += V) {
-      const Whole upper = (Whole)(noise.next() >> 16);
-      const Floats y = loaded<Floats>(x + i) * inverse, z = y * (2.f * LARGEST) / (size_of(y) + 1.f);
-      const Floats up = z + __builtin_convertvector(upper, Floats) * 0x1p-16f;
-      Whole code = __builtin_convertvector(up, Whole);  // towards zero
-      code += __builtin_convertvector(code, Floats) > up;
+      const Floats y = loaded<Floats>(x + i) * inverse, z = y * (2 * LARGEST) / (size_of(y) + 1.f);
+      Floats code = floored(z + __builtin_convertvector((Whole)(noise.at(i) >> 16), Floats) * 0x1p-16f);
       code = code < -LARGEST ? -LARGEST : code;
       code = code > LARGEST ? LARGEST : code;
-      code = known ? code : Whole{};
-      store_narrow(codes + i, code);
+      store_narrow(codes + i, __builtin_convertvector(code, Whole));
       stored(x + i, decoded(code, scale));
     }
     return scale;
@@ -106,16 +118,15 @@ struct Codec<e4m4> {
     for (int64_t i = 0; i < CELL; i += V) stored(x + i, decoded(widened(codes + i), scale));
   }
 
-  static INLINE float encode(float* x, Code* codes, Noise& noise) {
-    const int32_t exponent = largest(x) >> 23;
-    const bool known = exponent >= 32 && exponent < 255;
+  static INLINE float encode(float* x, Code* codes, float top, const CellNoise& noise) {
+    const int32_t exponent = same_bits<int32_t>(top) >> 23;
     const float scale = exponent >= 32 ? same_bits<float>(exponent << 23) : 0;
+    if (C10_UNLIKELY(exponent < 32 || exponent == 255)) return blank(x, codes, decoded(Whole{}, scale), scale);
+    const int32_t before = (exponent - 15) << 4;
     for (int64_t i = 0; i < CELL; i += V) {
-      const Bits up = loaded<Bits>(x + i) + (noise.next() >> 13);
-      Whole code = (Whole)(up >> 19) - ((exponent - 15) << 4);
+      Whole code = (Whole)((loaded<Bits>(x + i) + (noise.at(i) >> 13)) >> 19) - before;
       code = code < 0 ? 0 : code;
       code = code > 255 ? 255 : code;
-      code = known ? code : Whole{};
       store_narrow(codes + i, code);
       stored(x + i, decoded(code, scale));
     }
@@ -144,18 +155,19 @@ void decode(const void* from, const float* scales, float* x, int64_t n) {
 template <Format FORMAT>
 void encode(float* x, void* to, float* scales, int64_t n, Noise noise) {
   using C = Codec<FORMAT>;
-  auto* codes = static_cast<typename C::Code*>(to);
-  for (; n > 0; n -= CELL, codes += CELL, x += CELL) {
-    float scale;
-    if (C10_LIKELY(n >= CELL)) {
-      scale = C::encode(x, codes, noise);
-    } else {
-      std::array<typename C::Code, CELL> copy;
-      std::fill(x + n, x + CELL, 0.f);
-      scale = C::encode(x, copy.data(), noise);
-      std::copy_n(copy.begin(), n, codes);
-    }
-    if (C::SCALED) *scales++ = scale;
+  const int64_t cells = (n + CELL - 1) / CELL, whole = n / CELL;
+  std::fill(x + n, x + cells * CELL, 0.f);
+  // Before all else, as a cell that has to wait for its largest number keeps those behind it waiting.
+  for (int64_t cell = 0; C::SCALED && cell < cells; ++cell) scales[cell] = largest(x + cell * CELL);
+  for (int64_t cell = 0; cell < cells; ++cell) {
+    auto* codes = static_cast<typename C::Code*>(to) + cell * CELL;
+    std::array<typename C::Code, CELL> copy;
+    CellNoise its_noise;
+    noise.take(its_noise.values, CELL);
+    const float top = C::SCALED ? scales[cell] : 0;
+    const float scale = C::encode(x + cell * CELL, cell < whole ? codes : copy.data(), top, its_noise);
+    if (C::SCALED) scales[cell] = scale;
+    if (cell == whole) std::copy_n(copy.begin(), n - whole * CELL, codes);
   }
 }
 

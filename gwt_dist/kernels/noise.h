@@ -47,6 +47,17 @@ class Noise {
     return found;
   }
 
+  // That of the next n, whole vectors, in memory.
+  INLINE void take(uint32_t* out, int64_t n) {
+    if (C10_LIKELY(column_ + n <= columns_)) {
+      Bits column = loaded<Bits>(NUMBERED.data()) + static_cast<uint32_t>(column_);
+      for (int64_t i = 0; i < n; i += V, column += V) stored(out + i, mix(column ^ of_row_));
+      advance(n);
+    } else {
+      for (int64_t i = 0; i < n; i += V) stored(out + i, next());
+    }
+  }
+
   INLINE void advance(int64_t places) {
     column_ += places;
     if (C10_UNLIKELY(column_ >= columns_)) {
