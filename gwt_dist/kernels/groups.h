@@ -80,6 +80,6 @@ struct Span {
 // Units whose moments are decoded at once where they are not stored in fp32: whole cells, and few enough for their
 // gradients to stay in a cache from one pass over them to the next.
 template <int L>
-constexpr int64_t DECODED = std::clamp<int64_t>(1024 >> L, CELL, 4 * CELL);
+constexpr int64_t DECODED = std::clamp<int64_t>(512 >> L, CELL, 4 * CELL);
 
 }  // namespace

@@ -114,7 +114,7 @@ struct Sent {
 
 // `groups` groups of V units each.
 template <int L, int64_t PHASE, typename G, typename U>
-void run(const Sent& all, const G* x, float* m, U* u, int64_t groups) {
+void run_groups(const Sent& all, const G* x, float* m, U* u, int64_t groups) {
   if constexpr (PHASE == NORMS) add_norms<L>(x, m, groups, *all.squares);
   if constexpr (PHASE == UPDATE) update<L>(all.formula, x, m, groups);
   if constexpr (PHASE == SEND || PHASE == READ) send<L>(all.formula, all.gain, x, m, u, groups, PHASE == READ);
@@ -124,7 +124,7 @@ void run(const Sent& all, const G* x, float* m, U* u, int64_t groups) {
 template <int L, int64_t PHASE, typename G, typename U>
 void run_span(const Sent& all, const Span<L, U, G>& span, float* m) {
   const int64_t groups = span.groups();
-  run<L, PHASE>(all, span.x, m, span.w, groups);
+  run_groups<L, PHASE>(all, span.x, m, span.w, groups);
   for (int64_t first = groups * V; first < span.units; first += V) {  // up to V units in a padded copy
     const Span<L, U, G> its = span.part(first, V);
     std::array<G, V << L> xs{};
@@ -132,7 +132,7 @@ void run_span(const Sent& all, const Span<L, U, G>& span, float* m) {
     std::array<U, V << L> us;
     std::copy_n(its.x, its.elements(), xs.begin());
     std::copy_n(m + first, its.units, ms.begin());
-    run<L, PHASE>(all, xs.data(), ms.data(), us.data(), 1);
+    run_groups<L, PHASE>(all, xs.data(), ms.data(), us.data(), 1);
     if constexpr (PHASE == SEND || PHASE == READ) std::copy_n(us.begin() + its.lead, its.held, its.w);
     if constexpr (PHASE == SEND || PHASE == UPDATE) std::copy_n(ms.begin(), its.units, m + first);
   }
