@@ -20,8 +20,9 @@ EVERY = "every extent"  # a recipe that keeps something of every extent, other t
 
 
 def _program(options: Options) -> Program:
-    fields = (Field(extent.value, extent) for extent in Extent)
-    return Program("none", (*fields, Field("more", Extent.UNIT)), (Pass("step", writes=True),))
+    fields = (Field(extent.value, extent) for extent in Extent if extent is not Extent.CELL)
+    codes = Field("more", Extent.UNIT, "int8"), Field("more_scale", Extent.CELL)
+    return Program("none", (*fields, *codes), (Pass("step", writes=True),))
 
 
 def _plain(options: Options) -> Program:
@@ -31,10 +32,10 @@ def _plain(options: Options) -> Program:
 EVERY_EXTENT = Recipe(_program, _plain, lambda options: {}, ())
 
 
-def known(name: str, fragment: Fragment) -> Tensor:
+def known(name: str, fragment: Fragment, dtype: torch.dtype) -> Tensor:
     """The numbers of a field, called `name`, in the place of `fragment`."""
     random = torch.Generator().manual_seed(zlib.crc32(f"{fragment.fqn} {name}".encode()))
-    whole = torch.randn(fragment.shape, generator=random).view(-1)
+    whole = torch.randn(fragment.shape, generator=random).mul(50).to(dtype).view(-1)
     return torch.cat([whole[:0], *(whole[start:stop] for start, stop in fragment.intervals)])
 
 
@@ -55,7 +56,7 @@ def fill(run: Run) -> None:
         state |= one.plan.fresh_state(one.parameter)
         state["step"].fill_(3)
         for field, fragment, numbers in kept(one, state):
-            numbers.copy_(known(field, fragment))
+            numbers.copy_(known(field, fragment, numbers.dtype))
 
 
 def wrong(run: Run) -> list[str]:
@@ -67,7 +68,7 @@ def wrong(run: Run) -> list[str]:
             found.append(f"{one.names}: {list(state)} at step {state.get('step')}")
             continue
         for field, fragment, numbers in kept(one, state):
-            if not torch.equal(numbers, known(field, fragment)):
+            if not torch.equal(numbers, known(field, fragment, numbers.dtype)):
                 found.append(f"{field} of {fragment}")
     return found
 

@@ -109,7 +109,7 @@ def void(_: object) -> None:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda i: i.update(version=4), "has the format version 4 and this gwt_dist reads 1 to 3"),
+    "newer": (lambda i: i.update(version=5), "has the format version 5 and this gwt_dist reads 1 to 4"),
     "another format": (lambda i: i.update(format="x"), "is not the index of a checkpoint"),
     "a list": (lambda i: [1], "is not the index of a checkpoint"),
     "not JSON": (lambda i: b"{", "is not JSON"),
@@ -152,11 +152,23 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "fields.exp_avg.extent is 'rows'",
     ),
     "more of a field": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(dtype="I8"),
+        r"fields.exp_avg should have the keys \['extent', 'format'\]",
+    ),
+    "another format of state": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(format="bf16"),
+        "attn_q.weight.exp_avg.dtype is 'F32'",
+    ),
+    "no format": (
+        lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(format="int4"),
+        "fields.exp_avg is none: .* cannot have the format 'int4': formats are fp32, bf16, int8, e4m4",
+    ),
+    "codes without a scale": (
         lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(format="int8"),
-        r"fields.exp_avg should have the keys \['extent'\]",
+        r"attn_q.weight.fields are .*, which should have the scales \['exp_avg_scale'\]",
     ),
     "a field for a weight": (
-        lambda i: i["tensors"]["attn_q.weight"]["fields"].update(weight={"extent": "unit"}),
+        lambda i: i["tensors"]["attn_q.weight"]["fields"].update(weight={"extent": "unit", "format": "fp32"}),
         "fields.weight is the name of what is no state",
     ),
     "no number": (

@@ -46,7 +46,8 @@ def test_every_number_is_where_it_was(ranks, tmp_path, monkeypatch, recipe, kind
             assert shapes == {"weight": (16, 5461), "exp_avg": (16, 1366), "exp_avg_sq_row": (16, 1)}
             assert entry.numbers.keys() == {"limited_norm"}
         else:
-            fields = {"unit": (16, 1366), "row": (16, 1), "column": (1, 1366), "more": (16, 1366)}
+            fields = {"unit": (16, 1366), "row": (16, 1), "column": (1, 1366)}
+            fields |= {"more": (16, 1366), "more_scale": (16, 22)}
             assert shapes == {"weight": (16, 5461), **fields}
             assert entry.numbers.keys() == {"tensor"}
 
@@ -103,7 +104,7 @@ def test_a_recipe_that_is_not_known_here(tmp_path, capsys, monkeypatch) -> None:
     told = json.loads(capsys.readouterr().out)
     sizes: dict[str, int] = {}
     for parameter in model.parameters():
-        for name in ("unit", "row", "column", "more"):
+        for name in ("unit", "row", "column", "more", "more_scale"):
             value = run.optimizer.state[parameter].get(name)
             sizes[name] = sizes.get(name, 0) + (0 if value is None else value.nbytes)
     assert told["state_bytes"] == sizes

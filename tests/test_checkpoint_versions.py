@@ -46,9 +46,9 @@ def test_version_1(tmp_path, capsys, name) -> None:
     index = json.loads((folder / "index.json").read_text())
     assert index["version"] == VERSION
     assert index["tensors"]["attn.bias"]["fields"] == {
-        "exp_avg": {"extent": "unit"},
-        "exp_avg_sq": {"extent": "unit"},
-        "limited_norm": {"extent": "tensor"},
+        "exp_avg": {"extent": "unit", "format": "fp32"},
+        "exp_avg_sq": {"extent": "unit", "format": "fp32"},
+        "limited_norm": {"extent": "tensor", "format": "fp32"},
     }
     again = trained(RECIPES[name], 0)
     gwt_dist.load(tmp_path, *again)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gwt_dist.checkpoint.format import CheckpointError, Index
+from gwt_dist.checkpoint.convert import Conversion, conversions
+from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Index
 from gwt_dist.checkpoint.holdings import Run, Stepped
-from gwt_dist.declare import Field
+from gwt_dist.declare import Extent, Field
+from gwt_dist.formats import FP32
 from gwt_dist.keys import KEYS
 from gwt_dist.plan import Form
 from gwt_dist.recipes import check_group, check_meaning, rule_of
 
 _AS_IT_WAS = "Build the optimizer as it was, or start from the weights alone (weights_only=True)"
+_CONVERT = (
+    "Build the optimizer with state_dtype={!r}, or convert what was saved: gwt_dist.load(..., convert_state=True)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +39,13 @@ class Fit:
 
     states: list[tuple[Stepped, State | None]]  # None: no step was taken yet
     options: list[dict[str, Any]]  # of each parameter group
+    conversions: list[Conversion]  # of fields that were saved in another format
 
 
-def check(index: Index, run: Run, where: str) -> Fit:
+def check(index: Index, run: Run, where: str, convert: bool = False) -> Fit:
     """Compare a checkpoint with what is here, names and shapes being right already (`match`).
+
+    With `convert` the formats of state may differ.
 
     Raises:
         CheckpointError: For other levels, wavelets, recipes or state, and states that this engine cannot hold apart.
@@ -60,16 +69,43 @@ def check(index: Index, run: Run, where: str) -> Fit:
                 )
             if entry.level:
                 check_meaning(index.groups[entry.group], run.optimizer.param_groups[about.group], repr(name), where)
-            if entry.step is not None and set(entry.fields) != set(about.fields):
+            if entry.step is not None and _meant(entry.fields) != _meant(about.fields):
                 raise CheckpointError(
                     f"{name!r} has the state {_shown(entry.fields)} in {where}, and this optimizer (recipe "
                     f"{about.recipe!r}) needs {_shown(about.fields)}. {_AS_IT_WAS}"
                 )
-    return Fit([(one, _state(index, run, one, where)) for one in run.stepped], list(_options(index, run, where)))
+            if entry.step is not None and set(entry.fields) != set(about.fields) and not convert:
+                raise CheckpointError(
+                    f"{name!r} has the state {_shown(entry.fields)} in {where}, and this optimizer keeps it as "
+                    f"{_shown(about.fields)}: the same moments in another format, of which every number would be "
+                    f"another one. {_CONVERT.format(_state_dtype(index.groups[entry.group]))}"
+                )
+    states = [(one, _state(index, run, one, where)) for one in run.stepped]
+    options = list(_options(index, run, where, convert))
+    needed: list[Conversion] = []
+    for one, state in states if convert else ():
+        if state is not None:
+            rule = rule_of({**run.optimizer.param_groups[one.group], **options[one.group]})
+            needed += conversions(one, index.tensors, state.tensors, int(rule["rounding_seed"]))
+    return Fit(states, options, needed)
+
+
+def _meant(fields: Iterable[Field]) -> set[tuple[str, Extent]]:
+    """What fields are, whatever their formats."""
+    return {(field.name, field.extent) for field in fields if field.extent is not Extent.CELL}
+
+
+def _state_dtype(group: Mapping[str, Any]) -> Any:
+    return group.get("state_dtype") or FP32
 
 
 def _shown(fields: Iterable[Field]) -> str:
-    return ", ".join(f"{field.name} ({field.extent.value})" for field in fields) or "of no field"
+    said = [
+        f"{field.name} ({field.extent.value}{'' if field.format == FP32 else f' in {field.format}'})"
+        for field in fields
+        if field.extent is not Extent.CELL  # scales go with formats
+    ]
+    return ", ".join(said) or "of no field"
 
 
 def _state(index: Index, run: Run, one: Stepped, where: str) -> State | None:
@@ -96,14 +132,18 @@ def _state(index: Index, run: Run, one: Stepped, where: str) -> State | None:
     return State(tensors, taken, {name: number for name, number in missed.items() if number})
 
 
-def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
+def _options(index: Index, run: Run, where: str, convert: bool) -> Iterable[dict[str, Any]]:
     """The saved options of each group that is here, whatever groups the saved run had.
 
-    Without those that say what the moments mean, which stay as the optimizer was built and must be what they were.
+    Without those that say what the moments mean, which stay as the optimizer was built and must be what they were; nor,
+    with `convert`, the format that they get.
     """
-    stay = {"level", "wavelet", "recipe", *(key for key, about in KEYS.items() if about.meaning)}
+    meaning = {"level", "wavelet", "recipe", *(key for key, about in KEYS.items() if about.meaning)}
+    meaning |= {"state_dtype"} if convert else set()
     for i, group in enumerate(run.optimizer.param_groups):
-        names = [name for one in run.stepped if one.group == i for name in one.names]
+        its = [one for one in run.stepped if one.group == i]
+        names = [name for one in its for name in one.names]
+        stay = meaning if _both_in_bf16(index, its) else meaning | {"stochastic_rounding"}
         chosen: dict[str, Any] | None = None
         first = ""
         for name in names:
@@ -129,9 +169,10 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
             check_group(loaded, f"a parameter group of {where}")
             then, now = (Form.of(one["level"], one["wavelet"], rule_of(one)) for one in (loaded, group))
             if then != now:
+                then_as, now_as = _state_dtype(loaded), _state_dtype(group)
                 raise CheckpointError(
                     f"with the options of a parameter group in {where} this optimizer ({now}) would have other state "
-                    f"({then}). {_AS_IT_WAS}"
+                    f"({then}). {_AS_IT_WAS if then_as == now_as else _CONVERT.format(then_as)}"
                 )
             for key, value in options.items():
                 if isinstance(group.get(key), Tensor):
@@ -139,3 +180,16 @@ def _options(index: Index, run: Run, where: str) -> Iterable[dict[str, Any]]:
         except (TypeError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"the options of a parameter group in {where} make no sense: {error}") from None
         yield options
+
+
+def _both_in_bf16(index: Index, its: Iterable[Stepped]) -> bool:
+    """Whether weights are bf16 in the checkpoint and here, without masters.
+
+    How they are rounded is an option of such a run alone: masters are refused it, and a run that has none and was built
+    with it does not lose it by weights of one that had masters.
+    """
+    return all(
+        one.parameter.dtype == torch.bfloat16
+        and all(index.tensors[name].parts[WEIGHT].dtype == "BF16" for name in one.names if name in index.tensors)
+        for one in its
+    )

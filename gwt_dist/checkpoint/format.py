@@ -16,10 +16,11 @@ from typing import Any
 from gwt_dist.checkpoint.errors import CheckpointError as CheckpointError
 from gwt_dist.checkpoint.values import encode
 from gwt_dist.declare import Extent, Field
+from gwt_dist.formats import FORMATS, FP32
 from gwt_dist.layout import Fragment
 
 FORMAT = "gwt_dist checkpoint"
-VERSION = 3
+VERSION = 4
 INDEX = "index.json"
 WEIGHT = "weight"
 # The names of safetensors, and the bytes of an element. C128 and C32 are ours; an element of F4 is two numbers.
@@ -29,6 +30,11 @@ ITEM_BYTES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
 }
 FLOATS = {"F64", "F32", "F16", "BF16"}  # rounded into each other; all others only load as what they were
+
+
+def dtypes_of(field: Field) -> set[str]:
+    """The dtypes that the part of a field may have: the one of its format, and any of FLOATS for fp32."""
+    return FLOATS if field.format == FP32 else {FORMATS[field.format].stored}
 
 
 def stored_of(fields: Iterable[Field]) -> list[str]:
@@ -160,7 +166,7 @@ def dump(index: Index) -> bytes:
                 "level": entry.level,
                 "wavelet": entry.wavelet,
                 "recipe": entry.recipe,
-                "fields": {field.name: {"extent": field.extent.value} for field in entry.fields},
+                "fields": {f.name: {"extent": f.extent.value, "format": f.format} for f in entry.fields},
                 "step": entry.step,
                 "numbers": entry.numbers,
                 "parts": {kind: _dump_stored(part) for kind, part in entry.parts.items()},

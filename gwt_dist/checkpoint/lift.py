@@ -2,6 +2,7 @@
 
 Version 1 knew two moments and the norm of a limiter. Versions 1 and 2 kept what is the user's as JSON made it, with
 lists for tuples and text for keys; it stays so, but for the milestones of a MultiStepLR, which would never be reached.
+Before version 4 all state was in fp32.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from typing import Any
+
+from gwt_dist.formats import FP32
 
 
 def lift_index(content: dict[str, Any]) -> dict[str, Any]:
@@ -42,3 +45,8 @@ def lift_entry(entry: dict[str, Any]) -> dict[str, Any]:
         kept = [name for name in ("exp_avg", "exp_avg_sq") if name in entry["parts"] or not entry["level"]]
         fields = {name: {"extent": "unit"} for name in kept} | {"limited_norm": {"extent": "tensor"}}
     return entry | {"fields": fields, "numbers": {"limited_norm": norm or 0.0} if fields else {}}
+
+
+def lift_field(field: dict[str, Any]) -> dict[str, Any]:
+    """What version 2 or 3 says of a field as version 4 does."""
+    return field | {"format": FP32}

@@ -9,7 +9,6 @@ from math import isfinite, prod
 from typing import Any, NoReturn, TypeVar
 
 from gwt_dist.checkpoint.format import (
-    FLOATS,
     FORMAT,
     ITEM_BYTES,
     VERSION,
@@ -22,12 +21,14 @@ from gwt_dist.checkpoint.format import (
     Index,
     Schedule,
     Stored,
+    dtypes_of,
     stored_of,
 )
-from gwt_dist.checkpoint.lift import lift_entry, lift_index
+from gwt_dist.checkpoint.lift import lift_entry, lift_field, lift_index
 from gwt_dist.checkpoint.values import decode
 from gwt_dist.declare import Extent, Field
 from gwt_dist.exchange import join
+from gwt_dist.formats import FORMATS, scale_of
 from gwt_dist.layout import Fragment, LayoutError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -134,7 +135,7 @@ class _Reader:
         optional, self.version = (dict, type(None)), content["version"]
         kinds: dict[str, Any] = dict(format=str, version=int, step=int, world_size=int, versions=dict, files=dict)
         kinds |= dict(groups=list, tensors=dict, random=dict, engine=optional)
-        if self.version < VERSION:
+        if self.version < 3:
             self.fields(content, "the index", **kinds, scheduler=object, extra=object)
             content = lift_index(content)
         kinds |= dict(engine_schedule=optional, scheduler=optional, extra=object, excluded=dict, tied=dict)
@@ -198,7 +199,7 @@ class _Reader:
 
     def value(self, value: Any, path: str) -> Any:
         # Before version 3 an object with such a key was the user's.
-        return decode(value, f"{self.where}: {path}") if self.version == VERSION else value
+        return decode(value, f"{self.where}: {path}") if self.version >= 3 else value
 
     def schedule(self, value: Any, path: str) -> Schedule | None:
         if value is None:
@@ -239,6 +240,9 @@ class _Reader:
             self.fail(f"{path}.group", f"is {group}, of {groups}")
         self.known(dtype, ITEM_BYTES, f"{path}.dtype")
         kept = tuple(self.field(key, said, f"{path}.fields.{key}") for key, said in fields.items())
+        scales = {scale_of(f.name) for f in kept if FORMATS[f.format].scaled}
+        if scales != {f.name for f in kept if f.extent is Extent.CELL}:
+            self.fail(f"{path}.fields", f"are {_shown(sorted(fields))}, which should have the scales {sorted(scales)}")
         if group is None and (kept or step is not None):
             self.fail(f"{path}.group", f"is none, of a tensor with the state {_shown(sorted(fields))} at step {step}")
         state = stored_of(kept) if step is not None else []
@@ -247,8 +251,9 @@ class _Reader:
         stored = {kind: self.stored(part, f"{path}.{kind}", name) for kind, part in parts.items()}
         if stored[WEIGHT].shape != whole:
             self.fail(f"{path}.weight.shape", f"is {stored[WEIGHT].shape}, of a tensor of {whole}")
-        for kind in state:
-            self.known(stored[kind].dtype, FLOATS, f"{path}.{kind}.dtype")
+        for field in kept:
+            if field.name in state:
+                self.known(stored[field.name].dtype, dtypes_of(field), f"{path}.{field.name}.dtype")
         single = {f.name: float for f in kept if f.extent is Extent.TENSOR and step is not None}
         self.fields(numbers, f"{path}.numbers", **single)
         step = None if step is None else self.natural(step, f"{path}.step")
@@ -256,11 +261,17 @@ class _Reader:
         return Entry(name, whole, dtype, stored, group, level, wavelet, recipe, kept, step, numbers)
 
     def field(self, name: str, value: Any, path: str) -> Field:
-        (extent,) = self.fields(value, path, extent=str)
+        if self.version < 4:
+            self.fields(value, path, extent=str)
+            value = lift_field(value)
+        extent, form = self.fields(value, path, extent=str, format=str)
         self.known(extent, [one.value for one in Extent], f"{path}.extent")
         if name == WEIGHT:
             self.fail(path, "is the name of what is no state")
-        return Field(name, Extent(extent))
+        try:
+            return Field(name, Extent(extent), form)
+        except ValueError as error:
+            self.fail(path, f"is none: {error}")
 
     def stored(self, value: Any, path: str, name: str) -> Stored:
         dtype, shape, chunks = self.fields(value, path, dtype=str, shape=list, pieces=list)

@@ -55,6 +55,7 @@ def load(
     restore_random: bool = True,
     weights_only: bool = False,
     strict: bool = True,
+    convert_state: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Loaded:
     """Put a checkpoint into a model and its optimizer, under any engine and number of ranks. A collective.
@@ -65,7 +66,8 @@ def load(
     Weights are stored in the precision of the engine that saved them: fp32 masters where it had some. They are cast to
     what is here: masters become bf16 weights by rounding, bf16 weights become masters as they are. Options of the
     parameter groups (``lr`` and the like) become the saved ones, as with torch's ``load_state_dict``; ``level``,
-    ``wavelet`` and the recipe must be the same already. A rank takes the random states of its own number; one whose
+    ``wavelet``, ``state_dtype`` and the recipe must be the same already. ``stochastic_rounding`` is taken only where
+    weights are bf16 without masters, then and now. A rank takes the random states of its own number; one whose
     number the saved run did not have keeps those that it has.
 
     What the save left out (``exclude=``) must be in the model, in the shape that it had, and stays as it is there.
@@ -87,6 +89,9 @@ def load(
         weights_only: Whether to take the weights and nothing else.
         strict: False, with `weights_only`, leaves tensors as they are here which only the model or only the checkpoint
             has, or which have another shape; logs them on rank 0, and says them in ``Loaded.left``.
+        convert_state: Whether moments that were saved in another format, ``state_dtype``, are decoded and stored in the
+            one that is here, rounded by the noise of the step that was saved: the same bits on any ranks. A rank has
+            them in memory as they were saved too, meanwhile.
         process_group: The ranks that load, if they are not all: those that train this model, and nobody else calls it.
             Ranks are numbered as in this group.
 
@@ -97,15 +102,15 @@ def load(
             that a loop of your own adds up are not seen). On one rank, if that is not in `process_group`.
     """
     together = Together.of(process_group, "gwt_dist.load")
-    together.agree((weights_only, strict), "weights_only and strict")
-    together.each(lambda: _check_arguments(optimizer, scheduler, weights_only, strict))
+    together.agree((weights_only, strict, convert_state), "weights_only, strict and convert_state")
+    together.each(lambda: _check_arguments(optimizer, scheduler, weights_only, strict, convert_state))
     place, sha256 = together.from_rank_0(lambda: _found(Path(path), which))
     where = Path(place)
     index = together.each(lambda: folder.read_index(where, sha256))
     run = together.each(lambda: None if weights_only else _between_steps(model, optimizer))
     weights = together.each(lambda: weights_of(model, optimizer) if run is None else run.weights)
     matched = together.each(lambda: match(index, weights, str(where), strict=strict, weights_only=weights_only))
-    fit = together.each(lambda: None if run is None else check(index, run, str(where)))
+    fit = together.each(lambda: None if run is None else check(index, run, str(where), convert_state))
     takers = together.each(lambda: [] if run is None else schedules.takers(index, run, scheduler, str(where)))
     holdings = together.each(lambda: list(_holdings(weights, run, fit, matched)))
     tasks = together.each(lambda: _tasks(index, holdings, matched))
@@ -128,7 +133,12 @@ def load(
     return Loaded(index.step, index.extra, where, bool(states), matched.left)
 
 
-def _check_arguments(optimizer: Any, scheduler: Any, weights_only: bool, strict: bool) -> None:
+def _check_arguments(optimizer: Any, scheduler: Any, weights_only: bool, strict: bool, convert: bool) -> None:
+    if weights_only and convert:
+        raise CheckpointError(
+            "load got convert_state=True and weights_only=True, which takes no state of the optimizer: leave one of "
+            "both out"
+        )
     if weights_only and scheduler is not None and scheduler is not False:
         raise CheckpointError(
             "load got a scheduler and weights_only=True, which takes no state of a schedule: leave one of both out"
@@ -183,9 +193,13 @@ def _holdings(weights: Weights, run: Run | None, fit: Fit | None, matched: Match
     leave = {fragment.fqn for local in copies for fragment in local.fragments} - matched.sources.keys()
     yield from weight_holdings(copies, WEIGHT, leave)
     if run is not None and fit is not None:
+        converted = set().union(*(conversion.converted for conversion in fit.conversions))
         for one, state in fit.states:
             if state is not None:
-                yield from run.state_holdings(one, state.tensors)
+                its = run.state_holdings(one, state.tensors)
+                yield from (h for h in its if (h.fragment.fqn, h.kind) not in converted)
+        for conversion in fit.conversions:
+            yield from conversion.holdings()
 
 
 def _shared(where: Path, index: Index, holdings: Iterable[Holding], matched: Match) -> list[tuple[Tensor, Tensor]]:
@@ -236,6 +250,8 @@ def _commit(
     for tensor, whole in shared:
         put(tensor, whole)
     if run is not None and fit is not None:
+        for conversion in fit.conversions:
+            conversion.finish()
         schedules.restore(takers)
         set_counters(run.model, index.engine, index.step)
         _put_state(index, run, fit)

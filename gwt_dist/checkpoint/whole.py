@@ -17,7 +17,7 @@ from gwt_dist.checkpoint.together import Together
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent
 from gwt_dist.layout import Fragment
-from gwt_dist.piece import math_dtype
+from gwt_dist.piece import stored_dtype
 from gwt_dist.plan import Plan
 
 _Parts = tuple[float | None, dict[str, float], list[tuple[str, Fragment, Tensor]]]
@@ -39,7 +39,9 @@ def full_state(
     Returns:
         On every rank the same tensors on the CPU, copies: ``step`` (0-d fp32) and the fields of the tensor's recipe, in
         the shapes that `GWTAdamW` tells: ``exp_avg`` ``[R, ceil(C / 2**level)]`` and so on; fp32, or fp64 for fp64
-        parameters. Empty before the first step of the tensor.
+        parameters. In another ``state_dtype`` they are as they are stored: bf16, or codes (int8, of ``exp_avg_sq``
+        uint8) with the scales (``exp_avg_scale``, fp32, ``[R, ceil(K / 64)]``) beside them; `formulas.codecs.decode`
+        makes numbers of them. Empty before the first step of the tensor.
 
     Raises:
         CheckpointError: On all ranks, if the optimizer steps no tensor of that name on any of them, or a layout cannot
@@ -56,8 +58,8 @@ def full_state(
     plan = Plan.of(Shard.whole(name, shape), one.plan.form)
     state = {"step": torch.tensor(step, dtype=torch.float32)}
     numbers = next(numbers for step, numbers, _ in everyone if step is not None)
-    dtype = math_dtype(one.parameter.dtype)
     for field in plan.fields:
+        dtype = stored_dtype(field, one.parameter.dtype)
         parts = [(fragment, values) for _, _, held in everyone for kind, fragment, values in held if kind == field.name]
         if field.extent is Extent.TENSOR:
             state[field.name] = torch.tensor(numbers[field.name], dtype=dtype)
