@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from gwt_dist import dtensor
 from gwt_dist.comm import Shard
+from gwt_dist.declare import Extent
 from gwt_dist.extents import SHARDED
 from gwt_dist.keys import KEYS, within
 from gwt_dist.piece import stored_dtype
@@ -54,11 +55,18 @@ def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], step
         fields = [f for f in steps.plans[parameter].fields if f.extent in SHARDED and f.name in state]
         twice = [f for f in fields if not isinstance(state[f.name], DTensor)]
         if twice:
+            cell = steps.plans[parameter].form.cell
+            what = "cell" if cell > 1 and twice[0].extent is not Extent.ROW else twice[0].extent.value
+            way_out = "Shard columns in multiples of 2**level or lower the level (a row: shard rows alone)"
+            if what == "cell":
+                way_out = (
+                    f"Put it into a parameter group of its own with state_dtype='fp32' (which costs little for "
+                    f"vectors), shard columns in multiples of {cell} * 2**level"
+                )
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)} with placements {parameter.placements} is cut within a "
-                f"{twice[0].extent.value}, so ranks keep {twice[0].name} of the same {twice[0].extent.value} and it "
-                f"cannot be written as a DTensor. Shard columns in multiples of 2**level or lower the level (a row: "
-                f"shard rows alone), or use gwt_dist.save, which takes every layout"
+                f"{what}, so ranks keep {twice[0].name} of the same {what} and it cannot be written as a DTensor. "
+                f"{way_out}, or use gwt_dist.save, which takes every layout"
             )
 
 

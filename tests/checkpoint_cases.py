@@ -41,7 +41,12 @@ ZERO: dict[str, dict[str, Any]] = {
 }
 LEVEL, RECIPE, BEFORE, AFTER = 2, "paper", 2, 3
 # Recipes with keys of their own, by the names that the cases have for them.
-KEYS: dict[str, dict[str, Any]] = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
+KEYS: dict[str, dict[str, Any]] = {
+    "normuon": {"recipe": "orthogonal", "nor": 0.95},
+    "int8": {"recipe": "energy", "state_dtype": "int8", "rounding_seed": 7},
+    "bf16": {"recipe": "energy", "state_dtype": "bf16", "rounding_seed": 7},
+    "orthogonal int8": {"recipe": "orthogonal", "products": "fp32", "state_dtype": "int8"},
+}
 
 
 class Trained:

@@ -89,6 +89,7 @@ def describe(folder: Path, index: Index) -> dict[str, Any]:
         "tensors": tensors,
         "totals": {key: sum(tensor[key] for tensor in tensors) for key in keys},
         "state_bytes": dict(sum((Counter(tensor["state_bytes"]) for tensor in tensors), Counter())),
+        "formats": _formats(tensors),
         "files": _written(index),
         "scheduler": index.scheduler is not None,
         "random_states_of_ranks": sorted(index.random),
@@ -97,9 +98,20 @@ def describe(folder: Path, index: Index) -> dict[str, Any]:
     }
 
 
+def _formats(tensors: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Of each field that has bytes, the formats that tensors have it in."""
+    found: dict[str, set[str]] = {}
+    for tensor in tensors:
+        for name, form in tensor["formats"].items():
+            found.setdefault(name, set()).add(form)
+    return {name: sorted(formats) for name, formats in found.items()}
+
+
 def _tensor(entry: Entry) -> dict[str, Any]:
     state = {kind: part for kind, part in entry.parts.items() if kind != WEIGHT}
+    # fp32, but for state in fp64; what is stored in fewer bits is not what AdamW would have.
     item = max((ITEM_BYTES[part.dtype] for part in state.values()), default=0)
+    item = max(item, 4) if state else 0
     weight = entry.parts[WEIGHT]
     numel = weight.bytes // ITEM_BYTES[weight.dtype]
     return {
@@ -114,8 +126,9 @@ def _tensor(entry: Entry) -> dict[str, Any]:
         "weight_bytes": 0 if entry.has_master else weight.bytes,
         "master_bytes": weight.bytes if entry.has_master else 0,
         "state_bytes": {kind: part.bytes for kind, part in state.items()},
+        "formats": {field.name: field.format for field in entry.fields if field.name in state},
         "moment_bytes": sum(part.bytes for part in state.values()),
-        "adamw_moment_bytes": 2 * numel * item,  # two for each element, in the dtype that these are in
+        "adamw_moment_bytes": 2 * numel * item,  # two for each element
     }
 
 
@@ -170,7 +183,10 @@ def _show(console: Any, told: dict[str, Any]) -> None:
     totals = told["totals"]
     if totals["adamw_moment_bytes"]:
         share = totals["moment_bytes"] / totals["adamw_moment_bytes"]
-        fields = ", ".join(f"{printable(name)} {size:,} bytes" for name, size in told["state_bytes"].items())
+        fields = ", ".join(
+            f"{printable(name)} in {' and '.join(told['formats'][name])} {size:,} bytes"
+            for name, size in told["state_bytes"].items()
+        )
         console.print(f"moments: {share:.4f} of AdamW's ({fields})", soft_wrap=True)
 
 
