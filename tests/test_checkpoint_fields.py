@@ -111,7 +111,7 @@ def test_a_recipe_that_is_not_known_here(tmp_path, capsys, monkeypatch) -> None:
     assert told["totals"]["moment_bytes"] == sum(sizes.values())
     assert {one["recipe"] for one in told["tensors"]} == {EVERY, None}
     assert main(["inspect", str(tmp_path / "run")]) == 0
-    assert f"row {sizes['row']:,} bytes" in capsys.readouterr().out
+    assert f"row in fp32 {sizes['row']:,} bytes" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     weights = {
         name: tensor for path in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(path).items()

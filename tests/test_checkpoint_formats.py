@@ -188,19 +188,26 @@ def test_the_state_of_one_tensor_is_as_it_is_stored() -> None:
     assert all(torch.equal(value, run[1].state[run[0].weight][name]) for name, value in state.items())
 
 
-def test_inspect_shows_formats_and_their_bytes(tmp_path, capsys) -> None:
-    gwt_dist.save(tmp_path, *train(built("int8"), 0, 1), step=1)
+SIZES = {  # 5 rows of 100 coefficients in 2 cells, and a vector of 5 in one
+    "int8": {"exp_avg": 505, "exp_avg_sq": 505, "exp_avg_scale": 44, "exp_avg_sq_scale": 44},
+    "bf16": {"exp_avg": 1010, "exp_avg_sq": 1010},
+}
+
+
+@pytest.mark.parametrize("state_dtype", SIZES)
+def test_inspect_shows_formats_and_their_bytes(tmp_path, capsys, state_dtype) -> None:
+    sizes = SIZES[state_dtype]
+    gwt_dist.save(tmp_path, *train(built(state_dtype), 0, 1), step=1)
     assert main(["inspect", "--json", str(tmp_path)]) == 0
     told = json.loads(capsys.readouterr().out)
-    # 5 rows of 100 coefficients in 2 cells, and a vector of 5 in one.
-    sizes = {"exp_avg": 505, "exp_avg_sq": 505, "exp_avg_scale": 44, "exp_avg_sq_scale": 44}
     assert told["state_bytes"] == sizes
-    assert told["formats"] == {"exp_avg": ["int8"], "exp_avg_sq": ["e4m4"], "exp_avg_scale": ["fp32"],
-                               "exp_avg_sq_scale": ["fp32"]}  # fmt: skip
+    formats = dict(zip(("exp_avg", "exp_avg_sq"), FORMATS[state_dtype], strict=True))
+    assert told["formats"] == {name: [formats.get(name, "fp32")] for name in sizes}
     assert told["totals"]["adamw_moment_bytes"] == 2 * 4 * 1005, "AdamW's would be in fp32"
     assert main(["inspect", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert f"moments: {sum(sizes.values()) / (2 * 4 * 1005):.4f} of AdamW's (exp_avg in int8 505 bytes" in shown
+    share = sum(sizes.values()) / (2 * 4 * 1005)
+    first = f"exp_avg in {state_dtype} {sizes['exp_avg']:,} bytes"
+    assert f"moments: {share:.4f} of AdamW's ({first}, " in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------ torch's roads
