@@ -131,6 +131,19 @@ def test_a_conversion_has_the_same_bits_on_any_ranks(ranks, tmp_path) -> None:
         assert found == [back, back]
 
 
+def test_only_what_was_saved_in_another_format_is_converted(tmp_path) -> None:
+    """Codes that are read and rounded again would be others."""
+    model, _ = built("int8")
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "state_dtype": "fp32"}]
+    saved = train((model, GWTAdamW(groups, lr=0.01, level=1, state_dtype="int8")), 0, 2)
+    gwt_dist.save(tmp_path, *saved, step=2)
+    run = built("int8")
+    gwt_dist.load(tmp_path, *run, convert_state=True)
+    state, its = run[1].state[run[0].weight], saved[1].state[model.weight]
+    assert all(torch.equal(value, its[name]) for name, value in state.items())
+    assert run[1].state[run[0].bias]["exp_avg"].dtype == torch.int8
+
+
 def test_a_format_of_moments_that_are_not_there_yet(tmp_path) -> None:
     gwt_dist.save(tmp_path, *built("int8"), step=0)
     run = built(None)

@@ -71,7 +71,7 @@ def test_groups_that_save_at_once(ranks, tmp_path, kind) -> None:
 def test_ranks_that_disagree(ranks, tmp_path) -> None:
     for left_out, mode in ranks(2, disagreeing_case, str(tmp_path)):
         assert "ranks leave out different tensors: frozen.weight; embed.weight" in left_out
-        assert "ranks disagree about weights_only and strict: (True, True) on rank 0 and (False, True)" in mode
+        assert "ranks disagree about weights_only, strict and convert_state: (True, True, False) on rank 0" in mode
 
 
 def run() -> tuple[nn.Module, GWTAdamW]:
