@@ -27,6 +27,9 @@ SEED = 7
 Built = tuple[nn.Module, GWTAdamW]
 
 
+@pytest.mark.support(
+    "checkpoints", "state in 16 and 8 bits: ZeRO-2, ZeRO-3, FSDP2, FSDP1, 2 to 3 to 2 ranks, to the bit"
+)
 @pytest.mark.parametrize("recipe", ["int8", "bf16", "orthogonal int8"])
 def test_engines_and_ranks_change_no_bit(ranks, tmp_path, recipe) -> None:
     """Vectors of one cell that three ranks share, rows of cells that a boundary of a flat buffer cuts, short cells."""
@@ -119,6 +122,7 @@ def test_every_format_into_every_other(tmp_path, then, now) -> None:
     gwt_dist.load(tmp_path, *built(now), weights_only=True)  # which asks for no format
 
 
+@pytest.mark.support("checkpoints", "state of one format into another, the same bits on 1, 2 and 3 ranks")
 def test_a_conversion_has_the_same_bits_on_any_ranks(ranks, tmp_path) -> None:
     folder = str(tmp_path)
     ranks(2, road_case, folder, ("zero2",), "bf16", "", 0, 2, "two", timeout=120)
@@ -257,6 +261,7 @@ def test_state_dict_of_another_format_is_refused() -> None:
     assert not other[1].state
 
 
+@pytest.mark.support("FSDP2", "torch.distributed.checkpoint of 8-bit state, 2 to 3 ranks; vectors in a group in fp32")
 def test_distributed_checkpoints(ranks, tmp_path) -> None:
     """2 to 3 ranks, with vectors in a group of their own; else one of them cuts their only cell."""
     ranks(2, dcp_case, str(tmp_path), False, 0, 2)
@@ -265,6 +270,9 @@ def test_distributed_checkpoints(ranks, tmp_path) -> None:
         assert "cut within a cell" in message and "state_dtype" in message and "gwt_dist.save" in message
 
 
+@pytest.mark.support(
+    "checkpoints", "8-bit state by the engine's own checkpoint, on the same ranks: ZeRO-2, ZeRO-3, FSDP1"
+)
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp1 flat"])
 def test_the_checkpoint_of_an_engine_on_the_same_ranks(ranks, tmp_path, kind) -> None:
     for through, again in ranks(2, same_layout_case, kind, "int8", str(tmp_path)):
