@@ -84,7 +84,7 @@ def inject(model: nn.Module, step: dict[str, Tensor]) -> None:
     """Gradients put in place, for layouts whose forward pass needs another model."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name in step:
-            gradient = part_of(step[name].double(), parameter).clone()
+            gradient = part_of(step[name].to(parameter.dtype), parameter).clone()
             if isinstance(parameter, DTensor):
                 gradient = DTensor.from_local(
                     gradient,

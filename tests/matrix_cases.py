@@ -38,8 +38,20 @@ COMBINATIONS = [
 BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")]}
 # For traffic: groups whose matrices have one program, with numbers of rows and without, in both dtypes of products.
 BLOCKS["travelling"] = [*COMBINATIONS, (1, "orthogonal"), *((level, "bf16") for level in (1, 3))]
-NAMED = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
+# State in every format, of fp32 weights or masters, and of bf16 weights that are rounded by chance.
+FORMATTED = [(1, "energy8"), (2, "energy16"), (2, "foam8"), (1, "muon8"), (2, "muon16")]
+BLOCKS |= {"formats": FORMATTED, "rounded": [(level, f"rounded {name}") for level, name in FORMATTED]}
+DTYPES = {"formats": torch.float32, "rounded": torch.bfloat16}  # of weights; fp64, or fp32 under DeepSpeed, in others
+NAMED: dict[str, dict[str, Any]] = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
 NAMED["bf16"] = {**NAMED["normuon"], "products": "bf16"}
+NAMED |= {
+    "energy8": {"recipe": "energy", "state_dtype": "int8"},
+    "energy16": {"recipe": "energy", "state_dtype": "bf16", "rounding_seed": 7},
+    "foam8": {"recipe": "foam", "state_dtype": "int8"},
+    "muon8": {"recipe": "orthogonal", "state_dtype": "int8", "nor": 0.95, "products": "fp32"},
+    "muon16": {"recipe": "orthogonal", "state_dtype": "bf16", "nesterov": True, "products": "fp32"},
+}
+NAMED |= {f"rounded {name}": {**NAMED[name], "stochastic_rounding": True} for _, name in FORMATTED}
 
 
 class Shapes(nn.Module):
@@ -79,21 +91,33 @@ class Vectors(nn.Module):
         return sum((getattr(self, name)(g) for name, g in gradients.items()), torch.zeros(()))
 
 
+class Cells(Vectors):
+    """What cells of 64 coefficients make of shapes: several in a row, fewer than one, fewer elements than ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_q = Dot(66, 97)
+        self.mlp_down = Dot(16, 683, bias=True)
+        self.norm = Scale(131)
+        self.mlp_tiny = Dot(1, 2)
+
+
 class Model(nn.Module):
     """A block for each level and recipe."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
+        block = {"vectors": Vectors, "formats": Cells, "rounded": Cells}.get(kind, Shapes)
         for level, recipe in BLOCKS[kind]:
-            self.add_module(f"{recipe}{level}", Vectors() if kind == "vectors" else Shapes())
+            self.add_module(f"{recipe}{level}", block())
 
     def forward(self, gradients: dict[str, dict[str, Weights]]) -> Tensor:
         return sum((getattr(self, name)(g) for name, g in gradients.items()), torch.zeros(()))
 
 
-def fresh(kind: str, dtype: torch.dtype = torch.float64) -> Model:
-    """The model with its known weights."""
-    model = Model(kind).to(dtype)
+def fresh(kind: str, dtype: torch.dtype | None = None) -> Model:
+    """The model with its known weights, in the dtype of the kind if no other is said."""
+    model = Model(kind).to(dtype or DTYPES.get(kind, torch.float64))
     load(model, initial(shapes_of(model)))
     return model
 
@@ -186,14 +210,14 @@ def deepspeed(kind: str, config: dict[str, Any], zero_init: bool = False) -> Ite
 def fsdp2(kind: str, layout: str) -> Iterator[Built]:
     """A layout of `fsdp2_cases`."""
     model = fsdp2_cases.shard(fresh(kind), layout)
-    optimizer = GWTAdamW(groups_of(model))
+    optimizer, dtype = GWTAdamW(groups_of(model)), next(model.parameters()).dtype
 
     def take(step: Weights) -> None:
         optimizer.zero_grad()
         if layout in ("columns", "tensor parallel"):
             fsdp2_cases.inject(model, step)
         else:
-            model(nested(step, torch.float64)).backward()
+            model(nested(step, dtype)).backward()
         optimizer.step()
 
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -211,9 +235,10 @@ def taking(model: nn.Module, optimizer: GWTAdamW) -> Callable[[Weights], None]:
 
     def take(step: Weights) -> None:
         optimizer.zero_grad()
-        model(nested(step, torch.float64)).backward()
+        model(nested(step, dtype)).backward()
         optimizer.step()
 
+    dtype = next(model.parameters()).dtype
     return take
 
 
@@ -248,7 +273,7 @@ def fairscale(kind: str, flattening: str) -> Iterator[Built]:
         options = {"compute_device": torch.device("cpu"), "flatten_parameters": flattening != "tensors"}
         model: Any = fresh(kind, torch.float32)  # fairscale takes no other to begin with
         for name, block in model.named_children():
-            if kind != "vectors":
+            if hasattr(block, "frozen"):
                 del block.frozen  # summon_full_params fails beside a frozen one
             if flattening == "modules":
                 for inner, child in list(block.named_children()):
@@ -256,7 +281,7 @@ def fairscale(kind: str, flattening: str) -> Iterator[Built]:
                     if inner not in ("attn_q", "attn_tied", "unused"):
                         setattr(block, inner, wrap(child, **options))
             setattr(model, name, wrap(block, **options))
-        model = wrap(model, **options).double()
+        model = wrap(model, **options).to(DTYPES.get(kind, torch.float64))
         optimizer = GWTAdamW(groups_of(model))
         attach(optimizer, model)
 
@@ -271,13 +296,15 @@ def fairscale(kind: str, flattening: str) -> Iterator[Built]:
 def whole(kind: str, engine_kind: str) -> Iterator[Built]:
     """An engine of `whole_tensor_cases`."""
     model = fresh(kind)
-    ddp = {"find_unused_parameters": True} if kind != "vectors" else {}
+    ddp = {"find_unused_parameters": True} if hasattr(next(model.children()), "unused") else {}
     engine = whole_tensor_cases.Engine(engine_kind, model, groups_of(model), **ddp)
 
     def take(step: Weights) -> None:
         engine.zero_grad()
-        engine.model(nested(step, torch.float64)).backward()
+        engine.model(nested(step, dtype)).backward()
         engine.optimizer.step()
+
+    dtype = next(model.parameters()).dtype
 
     yield Built(engine.inner, take, lambda: whole_tensor_cases.weights_of(model), model=model)
 
@@ -287,7 +314,7 @@ FAMILIES = {"deepspeed": deepspeed, "fsdp2": fsdp2, "fsdp1": fsdp1, "fairscale":
 
 def matrix_case(family: str, arguments: tuple[Any, ...], kind: str, unused: str) -> dict[str, Any]:
     """A few steps of a model under an engine: by block and tensor, how far from one process it is; the collectives."""
-    dtype = torch.float32 if family == "deepspeed" else torch.float64
+    dtype = torch.float32 if family == "deepspeed" else DTYPES.get(kind, torch.float64)
     expected, start = reference(kind, dtype, unused), initial(shapes_of(Model(kind)))
     with FAMILIES[family](kind, *arguments) as built, Recorder() as recorder:
         collectives = recorder.watch(built.optimizer)

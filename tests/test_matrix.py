@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from matrix_cases import COMBINATIONS, STEPS, matrix_case, rerun_case
+from matrix_cases import BLOCKS, DTYPES, STEPS, matrix_case, rerun_case
 from zero_engine_cases import ENGINES as DEEPSPEED
 
 pytestmark = pytest.mark.usefixtures("torch_extensions_dir")
@@ -30,10 +30,9 @@ class Engine:
     unused: str = "zeros"  # the gradient that it gives to what the forward pass does not use, or "none"
     outcome: str = "exact"
 
-    @property
-    def tolerance(self) -> float:
-        """Relative to the update: DeepSpeed keeps its masters in fp32."""
-        return 1e-6 if self.family == "deepspeed" else 1e-12
+    def tolerance(self, kind: str) -> float:
+        """Relative to the update: DeepSpeed keeps its masters in fp32. None where state is rounded: by the same bits."""
+        return 0.0 if kind in DTYPES else 1e-6 if self.family == "deepspeed" else 1e-12
 
 
 def deepspeed(name: str) -> Engine:
@@ -148,9 +147,9 @@ def test_the_update_is_that_of_one_process(ranks, name, world_size) -> None:
     unused = engine.unused if world_size > 1 or engine.family != "whole" else "none"  # one rank has no buckets
     for kind in kinds(name, world_size):
         results = ranks(world_size, matrix_case, engine.family, engine.arguments, kind, unused)
-        blocks = {f"{recipe}{level}" for level, recipe in COMBINATIONS} if kind == "shapes" else {"paper2"}
+        blocks = {f"{recipe}{level}" for level, recipe in BLOCKS[kind]}
         for result in results:
-            wrong = {tensor: error for tensor, error in result["errors"].items() if not error < engine.tolerance}
+            wrong = {tensor: error for tensor, error in result["errors"].items() if not error <= engine.tolerance(kind)}
             assert not wrong
             assert {tensor.split(".")[0] for tensor in result["errors"]} == blocks
             assert result["stale"] == 0.0
