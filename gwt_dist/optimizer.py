@@ -125,9 +125,17 @@ class GWTAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, as `torch.optim.Optimizer.add_param_group`; raises `ValueError` for values out of range."""
+        """Add a group, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises `ValueError` for values out of range, and parameters of a dtype for which a key of the group is not.
+        """
         check_group({**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}")
         super().add_param_group(param_group)
+        try:
+            self._steps.refuse_dtypes(self.param_groups[-1]["params"], self.param_groups)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         for parameter in self.param_groups[-1]["params"]:
             self._steps.given[parameter] = True
 
@@ -154,6 +162,7 @@ class GWTAdamW(torch.optim.Optimizer):
         Users call `gwt_dist.attach`, which reads and checks the layout first. Raises `ValueError` if a parameter
         already has state in another layout, or there is state of parameters that are not held any more.
         """
+        self._steps.refuse_dtypes(shards, self.param_groups)
         for parameter, shard in shards.items():
             if self.state.get(parameter) and self._steps.copied.get(parameter) != state.layout_of(shard):
                 raise ValueError(

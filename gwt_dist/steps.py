@@ -163,14 +163,15 @@ class Steps:
         None for the buffers of an engine's dry run. Raises `ValueError` if its group has another form now.
         """
         plan, group = self.plans.get(parameter), groups[number]
-        form = Form.of(group["level"], group["wavelet"], rule or rule_of(group))
+        rule = rule or rule_of(group)
+        form = Form.of(group["level"], group["wavelet"], rule)
         if plan is None:
             shard = shard_of(parameter, self.shards, self.given, self._where(parameter, number, groups))
             if shard is None:
                 return None
             plan = self.plans[parameter] = Plan.of(shard, form)
             self._shapes.setdefault(parameter, tuple(dtensor.local(parameter.detach()).shape))
-        self._check_dtype(parameter, rule or rule_of(group), form, self._where(parameter, number, groups))
+        _check_dtype(parameter, rule, self._where(parameter, number, groups))
         if plan.form != form:
             raise ValueError(
                 f"{form} of {self._where(parameter, number, groups)} differ from {plan.form} at its first step; its "
@@ -178,25 +179,33 @@ class Steps:
             )
         return plan
 
-    def _check_dtype(self, parameter: Tensor, rule: Rule, form: Form, where: str) -> None:
-        """Raise `ValueError` for a parameter whose dtype cannot have what its group says."""
-        stored = sorted({f.format for f in (*form.leveled, *form.plain)} - {FP32})
-        if stored and parameter.dtype == torch.float64:
-            raise ValueError(
-                f"{where} is float64, and its group keeps moments in {', '.join(stored)}, which is a rounding of fp32: "
-                f"double precision would be lost in silence. Leave state_dtype out of the group, or train in fp32"
-            )
-        if rule.program.rounding == "stochastic" and parameter.dtype != torch.bfloat16:
-            raise ValueError(
-                f"{where} is {parameter.dtype} and its group says stochastic_rounding=True, which is for bfloat16 "
-                f"parameters: with fp32 weights, or masters that an engine keeps, no change of a weight is lost. Leave "
-                f"stochastic_rounding out of the group"
-            )
+    def refuse_dtypes(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> None:
+        """Raise `ValueError` for the first of `parameters` whose dtype cannot have what its group says."""
+        for number, parameter in self.numbered(parameters, groups):
+            _check_dtype(parameter, rule_of(groups[number]), self._where(parameter, number, groups))
 
     def _where(self, parameter: Tensor, number: int, groups: Sequence[Group]) -> str:
         """For messages; what an engine took out of its group, as ZeRO-3 does, has no number."""
         place = self._place(parameter, groups)
         return f"parameter{f' {place[1]}' if place else ''} of group {number}"
+
+
+def _check_dtype(parameter: Tensor, rule: Rule, where: str) -> None:
+    """Raise `ValueError` for a parameter that is trained and of a dtype that cannot have what its rule says."""
+    if parameter.is_meta or not (parameter.requires_grad or parameter.grad is not None):
+        return  # a plan without weights, whose dtype nobody has said yet; or a weight that stays as it is
+    stored = sorted({field.format for field in (*rule.program.fields, *rule.plain.fields)} - {FP32})
+    if stored and parameter.dtype == torch.float64:
+        raise ValueError(
+            f"{where} is float64, and its group keeps moments in {', '.join(stored)}, which is a rounding of fp32: "
+            f"double precision would be lost in silence. Leave state_dtype out of the group, or train in fp32"
+        )
+    if rule.program.rounding == "stochastic" and parameter.dtype != torch.bfloat16:
+        raise ValueError(
+            f"{where} is {parameter.dtype} and its group says stochastic_rounding=True, which is for bfloat16 "
+            f"parameters: with fp32 weights, or masters that an engine keeps, no change of a weight is lost. Leave "
+            f"stochastic_rounding out of the group, or put these parameters into a group without it"
+        )
 
 
 def _run(

@@ -21,6 +21,7 @@ from zero_engine_cases import (
     init_case,
     read_again_case,
     refused_attach_case,
+    rounded_case,
     spoiled_case,
     universal_case,
     wrapper_case,
@@ -84,6 +85,15 @@ def test_each_layout_keeps_what_was_planned(ranks, engine) -> None:
         assert sum(moments) == once(3) + sum(r["received"] for r in results) - len(cut)  # T26
 
 
+@pytest.mark.parametrize("engine", ["2 bf16", "3 tiny sub-groups"])
+def test_state_in_8_bits_keeps_what_was_planned(ranks, engine) -> None:
+    """Padding is NaN there too, cells are cut, and a gradient is that of four batches."""
+    results = ranks(3, engine_case, ENGINES[engine], 1, "energy in int8", "by name", 4)
+    assert [r["error"] for r in results] == [0.0] * 3
+    assert [r["bytes"] for r in results] == [r["planned"] for r in results]
+    assert sum(r["poisoned"] for r in results) > 0 and any(r["cut"] for r in results)
+
+
 @pytest.mark.support("DeepSpeed", "groups with options of their own, frozen and 1-D groups")
 @pytest.mark.parametrize("engine", ["0 fp32", *WRAPPERS, "2 round robin", "2 offload", "3 tiny sub-groups"])
 def test_groups_keep_their_own_options(ranks, engine) -> None:
@@ -123,6 +133,7 @@ def test_gradients_that_are_summed_over_ranks(ranks, engine) -> None:
 
 
 SPOILED = [(engine, "paper", math.nan, False) for engine in [*WRAPPERS, "2 offload", "3 offload both"]]
+SPOILED += [("2", "energy in int8", math.nan, False)]
 SPOILED += [(engine, "energy", math.inf, True) for engine in [*WRAPPERS, "3 tiny sub-groups"]]
 
 
@@ -243,6 +254,17 @@ def test_groups_that_deepspeed_would_break_are_refused(ranks) -> None:
     assert "group 4 holds 1 parameters and none of them is trained" in ranks(1, groups_case, zero(2), "frozen")[0][0]
     assert ranks(1, groups_case, zero(0), "frozen")[0] == ("no error", [0.03, 0.01, 0.002, 0.005, 0.001])
     assert "parameter 'mlp_down.weight' belongs to an expert" in ranks(1, groups_case, zero(2), "expert")[0][0]
+
+
+@pytest.mark.support("DeepSpeed", "weights that are rounded by chance, beside masters", outcome="refused")
+def test_weights_are_not_rounded_by_chance_beside_masters(ranks) -> None:
+    """At set-up, by `initialize` and by `attach`; without masters they are."""
+    for config in (zero(2), zero(3), ENGINES["0 bf16"]):
+        by_initialize, by_attach = ranks(1, rounded_case, config)[0]
+        assert "group 0 says stochastic_rounding=True" in by_initialize and "fp32 masters" in by_initialize
+        if config != zero(3):  # which has taken its parameters out of the groups by then: the first step raises
+            assert "parameter 0 of group 0 is torch.float32" in by_attach and "Leave stochastic_rounding" in by_attach
+    assert ranks(1, rounded_case, ENGINES["0 fp32"])[0] == ["no error", "no error"]
 
 
 def scheduled(**params) -> dict:

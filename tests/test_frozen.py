@@ -19,11 +19,12 @@ BUFFERS = ["2 bf16", "3 tiny sub-groups", "bf16 optimizer"]
 @pytest.mark.parametrize("engine", BUFFERS)
 def test_frozen_weights_stay_where_they_are_under_zero(ranks, engine) -> None:
     """They lie in buffers with others, whose gradients are zero there: momentum and decay would go on moving them."""
-    runs = [("", recipe, FREEZE, "") for recipe in ("energy", "paper", "orthogonal")]
+    runs = [("", recipe, FREEZE, "") for recipe in ("energy", "paper", "orthogonal", "energy in int8")]
     for results in ranks(2, zero_cases, ENGINES[engine], runs):
         for error, moved, message in results:
             assert (moved, message) == (0.0, "")
             assert error < 1e-6
+        assert results[-1][0] == 0.0  # of other bits, codes would be rounded to others
 
 
 @pytest.mark.support("DeepSpeed", "weights frozen and thawed, in a parameter group of their own")

@@ -1,4 +1,4 @@
-"""Every engine on 1 to 4 ranks, every level, both recipes, every shape: the update equals that of one process.
+"""Every engine on 1 to 4 ranks, every level, both recipes, every shape and format: the update is that of one process.
 
 Gradients are chosen and go through the engine's own reduction (put in place where a forward pass needs another model).
 One test builds an engine once, over a model with a block of all shapes for each level and recipe; `matrix_cases` has
@@ -134,15 +134,24 @@ def cases() -> list[Any]:
 
 
 def kinds(name: str, world_size: int) -> tuple[str, ...]:
-    """The models of a case: vectors alone on one number of ranks under each engine, that of `make test` if any."""
+    """The models of a case: all on one number of ranks under each engine, that of `make test` if any.
+
+    On all others those that show what the engine can: weights that are rounded by chance, which masters are not.
+    """
     engine, place = ENGINES[name], list(ENGINES).index(name)
     alone = engine.suite or engine.worlds[place % len(engine.worlds)]
-    return ("shapes", "vectors") if world_size == alone else ("shapes",)
+    rounded = () if engine.family == "deepspeed" else ("rounded",)
+    if world_size == alone:
+        return ("shapes", "vectors", "formats", *rounded)
+    return ("shapes", *(rounded or ("formats",)))
 
 
 @pytest.mark.parametrize(("name", "world_size"), cases())
 def test_the_update_is_that_of_one_process(ranks, name, world_size) -> None:
-    """T1 to T4, T10, T12, T13, T16, T18, T20, T23, T27 by the engine and the shape; see `test_deepspeed_engines.py`."""
+    """T1 to T4, T10, T12, T13, T16, T18, T20, T23, T27 by the engine and the shape; see `test_deepspeed_engines.py`.
+
+    Where state has another format than fp32, or weights are rounded by chance, bit for bit.
+    """
     engine = ENGINES[name]
     unused = engine.unused if world_size > 1 or engine.family != "whole" else "none"  # one rank has no buckets
     for kind in kinds(name, world_size):

@@ -80,7 +80,10 @@ def gradients(shapes: dict[str, tuple[int, ...]], steps: int) -> Iterator[dict[s
 
 
 def options(level: int, recipe: str, wavelet: str = "haar") -> dict[str, Any]:
-    return dict(lr=LR, level=level, recipe=recipe, wavelet=wavelet, weight_decay=0.1)
+    """Of a group; "energy in int8" is the recipe with moments in that format."""
+    recipe, _, state_dtype = recipe.partition(" in ")
+    keys = {"state_dtype": state_dtype} if state_dtype else {}
+    return dict(lr=LR, level=level, recipe=recipe, wavelet=wavelet, weight_decay=0.1, **keys)
 
 
 @cache

@@ -396,6 +396,27 @@ def groups_case(config: dict[str, Any], what: str) -> tuple[str, list[float]]:
     return "no error", rates
 
 
+def rounded_case(config: dict[str, Any]) -> list[str]:
+    """The messages for bf16 weights rounded by chance: of `initialize`, and of `attach` after DeepSpeed's own."""
+    import deepspeed
+
+    messages = []
+    for build in (gwt_dist.initialize, deepspeed.initialize):
+        model = Net().bfloat16()
+        load(model, initial(shapes_of(model)))
+        optimizer = GWTAdamW(param_groups(model, targets=TARGETS, stochastic_rounding=True))
+        settings = copy.deepcopy(config) | {"zero_allow_untested_optimizer": True}
+        try:
+            engine = build(model=model, optimizer=optimizer, config=settings)[0]
+            gwt_dist.attach(optimizer, engine)
+            backward(engine, model, next(gradients(shapes_of(model), 1)), 1)
+            engine.destroy()
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
 def universal_case(config: dict[str, Any], folder: str) -> str:
     """The message of DeepSpeed's conversion of its own checkpoint, on rank 0."""
     from deepspeed.checkpoint import ds_to_universal

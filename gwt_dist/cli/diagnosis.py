@@ -187,7 +187,7 @@ def examine(
         optimizer = GWTAdamW(groups)
         if model is not None:
             refusals.refuse_experts(model.named_parameters())
-            refusals.refuse_groups(settings or {}, optimizer.param_groups)
+        refusals.refuse_groups(settings or {}, optimizer.param_groups)
     except ValueError as error:
         yield Finding(REFUSED, str(error))
         return

@@ -139,6 +139,12 @@ def refuse_groups(settings: Mapping[str, Any], groups: Iterable[Group]) -> None:
                 f"parameter group {i} holds {len(group['params'])} parameters and none of them is trained; ZeRO has no "
                 f"flat buffer for it and would fail or skip it. Leave frozen parameters out of the groups"
             )
+        if group.get("stochastic_rounding") and _has_masters(settings):
+            raise ValueError(
+                f"parameter group {i} says stochastic_rounding=True, which is for bf16 weights that are all there is, "
+                f"and DeepSpeed steps on fp32 masters (at stage 1 and above, and with its bf16 section): they lose no "
+                f"change, and the weights are made of them by DeepSpeed. Leave stochastic_rounding out of the group"
+            )
     scheduler = _section(settings, "scheduler")
     highest = _section(scheduler, "params").get("warmup_max_lr")
     # These scale the rate of each group; all others, and a single maximum, overwrite it.
@@ -235,6 +241,10 @@ def refuse_swapped(optimizer: Sequence[Any], engine: Sequence[Any]) -> None:
 def _stage(settings: Mapping[str, Any]) -> int:
     stage = _section(settings, "zero_optimization").get("stage")
     return 0 if stage in (None, ds_json.AUTO) else int(stage)
+
+
+def _has_masters(settings: Mapping[str, Any]) -> bool:
+    return _stage(settings) > 0 or any(_section(settings, name).get("enabled") is True for name in ("bf16", "fp16"))
 
 
 def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
