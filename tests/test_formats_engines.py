@@ -40,7 +40,7 @@ def thirds(shapes: dict[str, tuple[int, ...]]) -> list[list[Fragment]]:
     ("level", "shapes"), [(1, SHAPES), (9, {"several cells": (2, 70_000), "one": (2, 500), "thin": (3, 2)})]
 )
 def test_shapes_at_their_ends(level: int, shapes: dict[str, tuple[int, ...]], state_dtype: str) -> None:
-    """Rows of one element, no elements, units longer than rows, levels of the eager kernel alone, ranks that hold nothing."""
+    """Rows of one element, no elements, units longer than rows, a level of the eager kernel alone, ranks without any."""
     options: dict[str, Any] = {"lr": 0.01, "level": level, "state_dtype": state_dtype}
     weights = {fqn: gaussian(shape, i) for i, (fqn, shape) in enumerate(shapes.items())}
     sharded = Sharded(weights, thirds(shapes), **options)
@@ -81,7 +81,7 @@ def test_weights_that_are_not_contiguous_move_as_contiguous_ones() -> None:
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_small_changes_of_bf16_weights_add_up(level: int) -> None:
-    """Each is a 40th of what bf16 can say, so that to nearest nothing would move; by chance the mean is that of fp32."""
+    """Each is a 40th of what bf16 can say, so to nearest nothing would move; by chance the mean is that of fp32."""
     ulp, steps = 2.0**-7, 400
     start, runs = torch.full((64, 64), 1.5), {}
     for name, dtype in (("exact", torch.float32), ("nearest", torch.bfloat16), ("chance", torch.bfloat16)):

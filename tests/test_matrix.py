@@ -31,7 +31,7 @@ class Engine:
     outcome: str = "exact"
 
     def tolerance(self, kind: str) -> float:
-        """Relative to the update: DeepSpeed keeps its masters in fp32. None where state is rounded: by the same bits."""
+        """Relative to the update: DeepSpeed keeps its masters in fp32. What is rounded by noise has the same bits."""
         return 0.0 if kind in DTYPES else 1e-6 if self.family == "deepspeed" else 1e-12
 
 
