@@ -24,6 +24,7 @@ from fairscale_cases import streams_on_cpu
 from fsdp1_cases import unit_options
 from fsdp2_cases import TARGETS, Counter, local, shard
 from gwt_dist import GWTAdamW, param_groups
+from zero_cases import options
 
 LAYERS, STEPS = 5, 4
 
@@ -68,7 +69,7 @@ def trained(fused: bool, recipe: str, accumulation: int) -> tuple[nn.Module, GWT
     """Some steps; the most groups that had gradients at once, and the number of collectives of each step."""
     torch.manual_seed(0)
     model = shard(Chain(), "rows") if dist.is_initialized() else Chain()
-    optimizer = GWTAdamW(param_groups(model, level=2, targets=TARGETS, recipe=recipe, lr=0.01))
+    optimizer = GWTAdamW(param_groups(model, targets=TARGETS, **options(2, recipe)))
     watch = GradientWatch(model)
     if fused:
         gwt_dist.fuse_backward(optimizer, model)
@@ -244,7 +245,7 @@ def trained_fsdp1(
     policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16) if what == "bf16" else None
     model: Any = wrapped(strategy, use_orig_params, mixed_precision=policy)
     model.module.reentrant = what == "reentrant"
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=2, recipe=recipe, lr=0.01)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], **options(2, recipe))
     gwt_dist.attach(optimizer, model)
     if fused:
         gwt_dist.fuse_backward(optimizer, model)

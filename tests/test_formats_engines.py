@@ -40,7 +40,7 @@ def thirds(shapes: dict[str, tuple[int, ...]]) -> list[list[Fragment]]:
     ("level", "shapes"), [(1, SHAPES), (9, {"several cells": (2, 70_000), "one": (2, 500), "thin": (3, 2)})]
 )
 def test_shapes_at_their_ends(level: int, shapes: dict[str, tuple[int, ...]], state_dtype: str) -> None:
-    """Rows of one element, no elements, units longer than rows, a level of the eager kernel alone, ranks without any."""
+    """Rows of one element, no elements, units longer than rows, a level for the eager kernel, ranks without any."""
     options: dict[str, Any] = {"lr": 0.01, "level": level, "state_dtype": state_dtype}
     weights = {fqn: gaussian(shape, i) for i, (fqn, shape) in enumerate(shapes.items())}
     sharded = Sharded(weights, thirds(shapes), **options)
