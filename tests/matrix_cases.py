@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ import toy_recipe  # noqa: F401
 import whole_tensor_cases
 import zero_engine_cases
 from gwt_dist import GWTAdamW, attach, initialize
+from gwt_dist.kernels.choice import VARIABLE
 from zero_cases import Dot, Scale, gradients, load, options, shapes_of
 from zero_engine_cases import Recorder, initial
 
@@ -314,6 +317,12 @@ FAMILIES = {"deepspeed": deepspeed, "fsdp2": fsdp2, "fsdp1": fsdp1, "fairscale":
 
 def matrix_case(family: str, arguments: tuple[Any, ...], kind: str, unused: str) -> dict[str, Any]:
     """A few steps of a model under an engine: by block and tensor, how far from one process it is; the collectives."""
+    # Kernels that round weights are builds of their own, half a minute of a compiler each, and have tests of their own.
+    with patch.dict(os.environ, {VARIABLE: "eager"} if kind == "rounded" else {}):
+        return _stepped(family, arguments, kind, unused)
+
+
+def _stepped(family: str, arguments: tuple[Any, ...], kind: str, unused: str) -> dict[str, Any]:
     dtype = torch.float32 if family == "deepspeed" else DTYPES.get(kind, torch.float64)
     expected, start = reference(kind, dtype, unused), initial(shapes_of(Model(kind)))
     with FAMILIES[family](kind, *arguments) as built, Recorder() as recorder:

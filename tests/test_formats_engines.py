@@ -19,6 +19,12 @@ from simulated import Sharded
 SHAPES = {"row": (1, 300), "column": (5, 1), "thin": (2, 3), "no columns": (3, 0), "no rows": (0, 5), "scalar": ()}
 
 
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other kernels are compared with it elsewhere, and those that round weights would be compiled for this alone."""
+    monkeypatch.setenv("GWT_DIST_KERNEL", "eager")
+
+
 def gaussian(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
