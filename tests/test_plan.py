@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from gwt_dist import memory, param_groups, units
+from gwt_dist import memory, param_groups, recipes, units
 from gwt_dist.cli.models import read_model
 from gwt_dist.comm import Shard, alone
 from gwt_dist.declare import Extent, Field, Pass, Program, Sum
@@ -27,6 +27,7 @@ from gwt_dist.memory.model import groups_of as groups_by_name
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import DEVICES, Setup
 from gwt_dist.memory.traffic import traffic
+from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.piece import moments_shape
 from gwt_dist.plan import Form
 from gwt_dist.plan import Plan as ParameterPlan
@@ -300,6 +301,91 @@ def test_fields_and_sums_of_every_extent(engine: str) -> None:
     cut = [c for tensor in join(held) if len(tensor.shape) > 1 for c in tensor.cuts if c % prod(tensor.shape[1:])]
     # Rows that are cut, coefficients of a row of each tensor, and numbers of each tensor.
     assert found.norms == 3 * len(cut) + (2 + 11 + 3 + 1) + 3 * 4 and cut
+
+
+SPLITS: dict[str, Any] = {
+    "single": lambda shapes, world: [splits.flat([shape], world) for shape in shapes],
+    "zero2": lambda shapes, world: [splits.zero_1_and_2(shapes, world)[0]],
+    "zero3": lambda shapes, world: [splits.zero_3(shape, world) for shape in shapes],
+    "fsdp2": lambda shapes, world: [splits.rows(shape, world) for shape in shapes],
+    "fairscale": lambda shapes, world: [splits.flat(shapes, world)],
+}
+ODD = (66, 97), (16, 683), (1, 29), (2, 3), (1, 1), (300,), (7,), (4, 3, 50)
+CHOSEN: dict[str, dict[str, Any]] = {
+    "energy": {"level": 2},
+    "muon": {"level": 0, "recipe": "orthogonal", "least_level": 0},
+    "normuon": {"level": 1, "recipe": "orthogonal", "nor": 0.9},
+    "adamw": {"level": 0},
+}
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "bf16"])
+@pytest.mark.parametrize("engine", SPLITS)
+def test_formats_are_planned_as_they_are_laid_out(engine: str, state_dtype: str) -> None:
+    """State in few bits, with the scales of its cells: what a plan says of each rank is what the optimizer allocates
+    there, cells that a boundary cuts included; and each number is in a checkpoint once.
+    """
+    tensors = tuple((f"t{i}", shape) for i, shape in enumerate(ODD))
+    model = ModelSpec("", tuple(TensorSpec(*tensor) for tensor in tensors))
+    world = 1 if engine == "single" else 3
+    for options in CHOSEN.values():
+        group = memory.GroupSpec.of({**options, "state_dtype": state_dtype}, tensors)
+        found = fill.plan(model, [group], Setup(engine, world, weights="fp32", flatten=True))
+        assert {f.name: f.format for f in found.fields}["exp_avg"] == state_dtype
+        rule = recipes.rule_of({"wavelet": "haar", **options, "state_dtype": state_dtype})
+        allocated: list[dict[str, int]] = [{} for _ in range(world)]
+        exchange, left = 0, list(tensors)
+        for laid in SPLITS[engine](ODD, world):
+            names = [left.pop(0)[0] for _ in laid.shapes]
+            held = [laid.fragments(names, rank) for rank in range(world)]
+            for rank, fragments in enumerate(held):
+                shard = Shard(join(held), tuple(fragments), ("all",), ("all",), alone(fragments))  # type: ignore[arg-type]
+                plan = ParameterPlan.of(shard, Form.of(options["level"], "haar", rule))
+                for name, tensor in plan.fresh_state(torch.zeros(laid.part)).items():
+                    allocated[rank][name] = allocated[rank].get(name, 0) + tensor.nbytes
+            exchange += plan.exchange.length
+        for rank in range(world):
+            sharded = {f.name: n[rank] for f, n in found.fields.items() if f.extent is not Extent.TENSOR and any(n)}
+            assert sharded == {name: allocated[rank].get(name, 0) for name in sharded}
+            assert allocated[rank].keys() <= {*sharded, "step", "limited_norm"}
+        assert found.exchange == (exchange if world > 1 else 0)
+        whole = sum(group.whole(shape) for shape in ODD) - 4 * len(ODD)
+        whole -= 4 * sum(f.extent is Extent.TENSOR for s in ODD for f in group.program_for(s).fields)
+        assert sum(found.checkpoint) + found.checkpoint_common - 4 * model.numel == whole
+        assert sum(found.state) - sum(found.scalars) - sum(found.cut) == whole
+        if engine == "single":
+            assert found.state[0] == sum(group.whole(shape) for shape in ODD)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "level", "most"),
+    [("energy", 3, 0.27), ("orthogonal", 2, 0.27), ("orthogonal", 1, 0.54), ("orthogonal", 0, 1.07)],
+)
+def test_bytes_a_weight_in_8_bits(recipe: str, level: int, most: float) -> None:
+    """Allocated, scales, steps and norms included; 5461 columns are no whole number of cells."""
+    group = {"recipe": recipe, "level": level, "state_dtype": "int8", "least_level": 0 if level == 0 else None}
+    for shape in ((16, 5461), (64, 2048)):
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.ones(shape)
+        optimizer = GWTAdamW([{"params": [weight], **group}], lr=0.1)
+        optimizer.step()
+        allocated = sum(tensor.nbytes for tensor in optimizer.state[weight].values())
+        assert allocated == memory.GroupSpec.of(group, ()).whole(shape)
+        assert most - 0.01 < allocated / weight.numel() <= most
+
+
+def test_formats_that_a_run_refuses_are_not_planned() -> None:
+    model = ModelSpec("", (TensorSpec("a.weight", (4, 8), "a"),))
+
+    def planned_with(weights: str, engine: str = "fsdp2", **keys: Any) -> MemoryPlan:
+        return fill.plan(model, groups_by_name(model, 1, "a", **keys), Setup(engine, 2, weights=weights))
+
+    with pytest.raises(ValueError, match="weights are fp64 and state_dtype keeps moments in e4m4, int8"):
+        planned_with("fp64", state_dtype="int8")
+    for weights, engine in (("fp32", "fsdp2"), ("bf16", "zero2")):
+        with pytest.raises(ValueError, match=f"{engine} steps fp32 here"):
+            planned_with(weights, engine, stochastic_rounding=True)
+    planned_with("bf16", stochastic_rounding=True, state_dtype="int8")
 
 
 def test_other_optimizers_by_formula() -> None:

@@ -254,11 +254,36 @@ def test_the_rate_rises_and_falls() -> None:
         ({"batches": [{"tokens": 65, "steps": 8}]}, "no multiple of sequence_length=16"),
         ({"seeds": [0, 0]}, "different numbers"),
         ({"warmup": 1.5}, "outside 0 to 1"),
+        ({"device": "gpu"}, "device='gpu' in here must be one of cpu, cuda, auto"),
     ],
 )
 def test_mistakes_are_told(settings: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         study_from(settings | change, "here")
+
+
+def test_a_study_on_a_gpu_has_other_runs_and_is_refused_without_one(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {}
+    for device, found in (("cpu", False), ("auto", False), ("auto", True), ("cuda", False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        shared[device, found] = identity(study_from(settings | {"device": device}, "here"))
+    assert shared["cpu", False] == shared["auto", False] != shared["auto", True] == shared["cuda", False]
+    assert "device" not in shared["cpu", False]  # runs that were recorded before there was the key
+    with pytest.raises(ValueError, match="torch sees no GPU here"):
+        compare(study_from(settings | {"device": "cuda"}, "here"), tmp_path, jobs=0)
+
+
+def test_rows_of_ours_say_keys_of_the_rest() -> None:
+    model = torch.nn.ModuleDict({"attn": torch.nn.Linear(8, 8), "head": torch.nn.Linear(8, 4)})
+    given = {"recipe": "orthogonal", "level": 0, "least_level": 0, "state_dtype": "int8"}
+    for rest, expected in (({}, ("orthogonal", 0, None)), ({"recipe": "energy", "level": 1}, ("energy", 1, None))):
+        (optimizer,) = build("gwt", model, 0.01, 0.02, options_of("gwt", given | {"rest": rest}, "a row"))
+        matrices, others = optimizer.param_groups
+        assert [matrices[key] for key in given] == list(given.values()) and matrices["lr"] == 0.01
+        assert tuple(others[key] for key in ("recipe", "level", "least_level")) == expected
+        assert (others["lr"], others["state_dtype"]) == (0.02, "int8")
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
