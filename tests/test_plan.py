@@ -96,7 +96,10 @@ def planned(name: str, world_size: int, kind: str) -> MemoryPlan:
 
 def state_of(plan: MemoryPlan, shard: int) -> dict[str, int]:
     """Bytes of state by name, and of what there is one of a tensor."""
-    fields = {f.name: values[shard] for f, values in plan.fields.items() if f.extent is not Extent.TENSOR}
+    fields: dict[str, int] = {}
+    for field, values in plan.fields.items():  # of each of its formats
+        if field.extent is not Extent.TENSOR:
+            fields[field.name] = fields.get(field.name, 0) + values[shard]
     return {**fields, "scalars": plan.scalars[shard]}
 
 
