@@ -6,6 +6,7 @@ Writes a dated Markdown table and a plot into ``benchmarks/results/``::
 
     make bench                                          # everything, about a quarter of an hour
     python benchmarks/step_time.py --models 16M --rounds 9
+    python benchmarks/step_time.py --models 16M --only "energy level 2" 8bit
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from sharded_steps import collective_cost, llama, offload  # noqa: E402
 
 import gwt_dist  # noqa: E402
 from gwt_dist import GWTAdamW  # noqa: E402
+from gwt_dist.formats import FORMATS, FP32, STATE_DTYPES  # noqa: E402
 from gwt_dist.kernels import build  # noqa: E402
 
 Shapes = Sequence[tuple[int, ...]]
@@ -68,24 +70,28 @@ class Contender:
     failed: str = ""
 
 
-def ours(recipe: str, level: int) -> Contender:
-    """One level of one recipe."""
-    # The weight is read and written, the gradient read; both fp32 moments are read and written, one for each unit.
-    # Two phases read the gradient and the moments again.
+def ours(recipe: str, level: int, state_dtype: str = FP32) -> Contender:
+    """One level of one recipe, its moments in one format."""
+    # The weight is read and written, the gradient read; both moments are read and written, one for each unit.
+    # Two phases read the gradient and the moments again. What waits for products is not bound by memory.
     again = 0 if recipe == "energy" else 1
+    its = FORMATS[STATE_DTYPES[state_dtype][0]]
+    moment = its.bytes + (4 / its.cell if its.scaled else 0)
     return Contender(
-        f"gwt_dist {recipe} level {level}",
-        partial(_ours, recipe=recipe, level=level),
-        lambda size: (3 + again) * size + (4 + 2 * again) * 4 / 2**level,
+        f"gwt_dist {recipe} level {level}" + f", {state_dtype}" * (state_dtype != FP32),
+        partial(_ours, recipe=recipe, level=level, state_dtype=state_dtype),
+        None if recipe == "orthogonal" else lambda size: (3 + again) * size + (4 + 2 * again) * moment / 2**level,
     )
 
 
-def _ours(parameters: list[nn.Parameter], recipe: str, level: int) -> GWTAdamW:
+def _ours(parameters: list[nn.Parameter], recipe: str, level: int, state_dtype: str) -> GWTAdamW:
     # Embeddings and output heads are the tensors with very many rows; 1-D tensors are level 0 by themselves.
     excluded = [p for p in parameters if p.shape[0] >= 32_000]
     matrices = [p for p in parameters if p.shape[0] < 32_000]
     groups = [{"params": matrices, "level": level}, {"params": excluded, "level": 0}]
-    return GWTAdamW([group for group in groups if group["params"]], recipe=recipe, weight_decay=0.01)
+    return GWTAdamW(
+        [group for group in groups if group["params"]], recipe=recipe, state_dtype=state_dtype, weight_decay=0.01
+    )
 
 
 def _deepspeed(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -119,7 +125,17 @@ def contenders() -> list[Contender]:
         Contender("bitsandbytes AdamW8bit", _bitsandbytes),
         Contender("torchao AdamW8bit", _torchao),
         *(ours(recipe, level) for recipe in ("energy", "paper") for level in (1, 2, 3)),
+        *(ours(*pair, form) for pair in (("energy", 2), ("orthogonal", 1)) for form in ("bf16", "int8")),
     ]
+
+
+def chosen(parts: Sequence[str]) -> list[Contender]:
+    """The reference, and those that have one of `parts` in their names; raises `SystemExit` if a part has none."""
+    found = contenders()
+    for part in parts:
+        if not any(part in contender.name for contender in found):
+            raise SystemExit(f"no optimizer has {part!r} in its name: {', '.join(c.name for c in found)}")
+    return [c for c in found if c.name == REFERENCE or any(part in c.name for part in parts)]
 
 
 def measure(found: list[Contender], shapes: Shapes, dtype: torch.dtype, rounds: int) -> list[Contender]:
@@ -251,6 +267,7 @@ def main() -> None:
         "--models", nargs="*", default=list(MODELS), choices=MODELS, help="sets of tensors; default: all"
     )
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=DTYPES, help="of weights and gradients")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of names of optimizers, beside fused AdamW")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each optimizer; 256M has a third")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
@@ -266,7 +283,7 @@ def main() -> None:
         for name in arguments.dtypes:
             numel, dtype = sum(map(prod, shapes)), DTYPES[name]
             rounds = arguments.rounds if numel < 1 << 27 else max(3, arguments.rounds // 3)
-            found = measured[f"{model}, {name}"] = measure(contenders(), shapes, dtype, rounds)
+            found = measured[f"{model}, {name}"] = measure(chosen(arguments.only), shapes, dtype, rounds)
             part = [f"## {title}, {numel / 1e6:.1f} M elements, {name}, {rounds} rounds", ""]
             part += [*table(found, numel, dtype.itemsize, bandwidth), ""]
             print("\n".join(part), flush=True)

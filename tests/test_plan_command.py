@@ -99,6 +99,30 @@ def test_the_smallest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["fits"] is False and len(content["fit"]["tried"]) == 9
 
 
+def test_bytes_a_weight_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole models below a byte at 60M and below 0.6 at 1B, as docs/plan.md says."""
+    page = Path("docs/plan.md").read_text(encoding="utf-8")
+    lines = page[page.index("| bytes of state a weight") :].split("\n\n")[0].splitlines()[2:]
+    table = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+    muon = ["--recipe", "orthogonal", "--state-dtype", "int8"]
+    rest = ["--rest", "recipe=energy", "--rest"]
+    settings = [
+        ["--level", "1", "--recipe", "orthogonal"],
+        ["--level", "1", *muon],
+        ["--level", "1", *muon, *rest, "level=1"],
+        ["--level", "0", "--least-level", "0", *muon, *rest, "level=3"],
+        ["--level", "2", *muon, *rest, "level=2"],
+        ["--level", "3", "--state-dtype", "int8", "--rest", "level=3"],
+    ]
+    for row, arguments in zip(table[1:], settings, strict=True):
+        found = [told([model, "--engine", "single", *arguments], capsys)["state_a_weight"] for model in ("60m", "1b")]
+        assert row == [f"{its[what]:.2f}" for its in found for what in ("matrices", "model")]
+    assert main(["plan", "60m", "--engine", "zero2", "--world", "8", *settings[2], "--rest", "scale=1.0"]) == 0
+    shown = capsys.readouterr().out
+    assert "0.8313 of the whole model, 0.5314 of the matrices" in shown and "exp_avg_sq, e4m4" in shown
+    assert float(table[3][1]) < 1 and float(table[3][3]) < 0.6
+
+
 def test_sizes() -> None:
     assert [size(x) for x in ("24GB", "24GiB", "1.5 kib", "7", "2tb")] == [24 * 10**9, 24 * 2**30, 1536, 7, 2 * 10**12]
     for wrong in ("", "24 potatoes", "-1GB", "GB"):
@@ -176,6 +200,10 @@ def test_every_key_of_a_deepspeed_json_counts(tmp_path: Path, capsys: pytest.Cap
         (["tiny", "--deepspeed-config", "configs/zero2.json", "--engine", "zero1"], "the file says it already"),
         (["tiny", "--deepspeed-config", "no.json"], "no.json"),
         (["tiny", "--fit", "much"], "is no size"),
+        (["tiny", "--state-dtype", "int4"], "state_dtype='int4' in parameter group 0 must be one of"),
+        (["tiny", "--state-dtype", "int8", "--weights", "fp64", "--engine", "ddp"], "weights are fp64"),
+        (["tiny", "--rest", "level"], "must be KEY=VALUE"),
+        (["tiny", "--rest", "levle=1"], "did you mean 'level'"),
         (["tiny", "--fit", "1GB", "--reserve", "2GB"], "leaves nothing"),
     ],
 )

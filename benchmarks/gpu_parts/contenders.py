@@ -93,14 +93,14 @@ def divided(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], lis
     return hidden, rest
 
 
-def ours(recipe: str, level: int) -> Callable[[list[nn.Parameter]], GWTAdamW]:
-    """A recipe at a level for hidden matrices, AdamW's update for the others."""
+def ours(recipe: str, level: int, state_dtype: str = "fp32") -> Callable[[list[nn.Parameter]], GWTAdamW]:
+    """A recipe at a level for hidden matrices, AdamW's update for the others; moments of all in one format."""
 
     def make(parameters: list[nn.Parameter]) -> GWTAdamW:
         hidden, rest = divided(parameters)
         groups = [{"params": hidden, "level": level, "recipe": recipe}]
         groups += [{"params": rest, "level": 0}] if rest else []
-        return GWTAdamW(groups, lr=1e-4, weight_decay=0.01)
+        return GWTAdamW(groups, lr=1e-4, weight_decay=0.01, state_dtype=state_dtype)
 
     return make
 
@@ -123,6 +123,13 @@ def _torchao(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return AdamW8bit(parameters, lr=1e-4)
 
 
+def _bitsandbytes(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=1e-4)
+    return optimizer
+
+
 def _galore(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     from galore_torch import GaLoreAdamW
 
@@ -136,8 +143,14 @@ CONTENDERS = (
     *(Contender(f"energy-{level}", ours("energy", level), passes=1) for level in (1, 2, 3, 4)),
     Contender("paper-2", ours("paper", 2), passes=2),
     *(Contender(f"orthogonal-{level}", ours("orthogonal", level)) for level in (1, 3)),
+    *(
+        Contender(f"{recipe}-{level}, {form}", ours(recipe, level, form), passes=passes)
+        for recipe, level, passes in (("energy", 2, 1), ("orthogonal", 1, 0))
+        for form in ("bf16", "int8")
+    ),
     Contender("torch.optim.Muon", muon),
     Contender("torchao AdamW8bit", _torchao, passes=1, package="torchao", on="16 x 4096x4096"),
+    Contender("bitsandbytes AdamW8bit", _bitsandbytes, passes=1, package="bitsandbytes", on="16 x 4096x4096"),
     Contender("GaLore, rank 512", _galore, package="galore_torch", on="1 x 4096x4096"),
 )
 
