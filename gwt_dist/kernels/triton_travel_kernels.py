@@ -121,7 +121,10 @@ def units(
         step, known = of_step(tl.load(parameter + 4), tl.load(rule + ROUNDING_SEED), tl.load(item + SALT))
         first_row, column = tl.load(item + ROW), tl.load(item + COLUMN)
         first_column, width = run_of(total_rows, column, per_row, last, tl.load(item + COLUMNS), LEVEL)
-        gain = GAINED(tl.load(norm), tl.load(norm + 1), before, least, tl.load(rule + COHERENT) != 0).to(tl.float32)
+        gain = 0.0  # at level 0 there are no details
+        if LEVEL > 0:
+            its_gain = GAINED(tl.load(norm), tl.load(norm + 1), before, least, tl.load(rule + COHERENT) != 0)
+            gain = its_gain.to(tl.float32)
 
     # Units are counted through all rows of the item. A cut cell comes whole from the exchange; of it, lead..lead+held
     # are sent.
