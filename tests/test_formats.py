@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon": {"recipe": "orthogonal", "level": 0, "least_level": 0, "nesterov": True, **PRODUCTS},
     "normuon": {"recipe": "orthogonal", "nor": 0.9, **PRODUCTS},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reference() -> Iterator[None]:
+    """The reference alone: compiled kernels are held equal to it elsewhere, and each would have to be built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GWT_DIST_KERNEL", "eager")
+        yield
 
 
 def gaussian(shape: tuple[int, ...], seed: int = 0) -> Tensor:

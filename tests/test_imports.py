@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "matrices": {"layout", "owners"},
     "kernels": {"wavelet", "layout", "noise", "formats", "declare", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
-    "groups": set(),
+    "groups": {"keys", "recipes"},
     "dtensor": {"layout", "exchange", "comm"},
     "plan": {"units", "exchange", "formats", "declare", "extents", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
@@ -137,8 +137,8 @@ LIGHT = {"torch", "pywt"}
 ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
 # Nor these, which import triton: functions import them.
 LAZY = {
-    *("products/symmetric_kernels.py", "kernels/triton_kernels.py", "kernels/triton_lines.py"),
-    *("kernels/triton_math.py", "kernels/triton_travel_kernels.py"),
+    *("products/symmetric_kernels.py", "kernels/triton_formats.py", "kernels/triton_kernels.py"),
+    *("kernels/triton_lines.py", "kernels/triton_math.py", "kernels/triton_travel_kernels.py"),
     *(
         path.relative_to(PACKAGE).as_posix()
         for folder in ("formulas", "details", "writes")
