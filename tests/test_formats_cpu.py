@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor
 
 from gwt_dist import Fragment, GWTAdamW
+from gwt_dist.declare import Rule
 from gwt_dist.kernels import choice, cpu
 from simulated import Sharded
 from test_kernels import results, same, train
-from travel_cases import Case, equal, rule, whole
+from travel_cases import WIDE, Case, equal, rule, whole
 
 # Cells that are short, that are the whole row, that rows join; rows shorter than a unit, vectors, nothing.
 SHAPES = ((13, 97), (2, 1461), (9, 3), (8, 256), (131,), (), (3, 2, 5), (0, 4), (40, 36))
 STORED = "bf16", "int8"
-WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NOISE = {"stochastic_rounding": True, "rounding_seed": 2**32 - 1}
+NOISE: dict[str, Any] = {"stochastic_rounding": True, "rounding_seed": 2**32 - 1}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def short_items(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 5, 8])
 def test_codes_scales_and_weights_have_the_bits_of_the_reference(level: int, recipe: str, state_dtype: str) -> None:
     options: dict[str, Any] = {"level": level, "recipe": recipe, "state_dtype": state_dtype, "nesterov": level == 2}
-    for dtype in WEIGHTS.values():
+    for dtype in WIDE:
         found = train("cpu", SHAPES, dtype=dtype, **options)
         same(found, train("eager", SHAPES, dtype=dtype, **options))
     assert torch.uint8 in {t.dtype for t in found} or state_dtype == "bf16"
@@ -126,14 +127,25 @@ def test_cut_cells(level: int, name: str, monkeypatch: pytest.MonkeyPatch) -> No
         same(*found)
 
 
+PAIRS = tuple(itertools.product(WIDE, WIDE))  # dtypes of weights and gradients
+
+
 class Stored(Case):
     """A case whose momentum is stored in another format than fp32, at its third step."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, t=1, **options)
+    def __init__(
+        self,
+        ranks: Sequence[Sequence[Fragment]],
+        rank: int,
+        level: int,
+        its: Rule,
+        landing: torch.dtype = torch.float32,
+        pairs: Sequence[tuple[torch.dtype, torch.dtype]] = PAIRS,
+    ) -> None:
+        super().__init__(ranks, rank, level, [its], landing, 1, pairs=pairs)
         random = torch.Generator().manual_seed(0)
         for state in self.states:
-            state["step"] += 2
+            state["step"].fill_(3)
             its = state["exp_avg"]
             codes = torch.randn(its.shape, generator=random) * (0.05 if its.dtype == torch.bfloat16 else 40)
             its.copy_(codes.clamp(-127, 127))
@@ -152,17 +164,17 @@ MATRICES = (13, 97), (2, 1461), (9, 3), (8, 256), (3, 2, 5), (40, 36)
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 8])
 def test_momentum_that_travels(level: int, state_dtype: str) -> None:
     for landing, options in ((torch.float32, {}), (torch.bfloat16, {"nesterov": True, "detail_gain": 0.3})):
-        its = [rule(state_dtype=state_dtype, **options)]
+        its = rule(state_dtype=state_dtype, **options)
         equal(cpu, Stored([whole(*MATRICES)], 0, level, its, landing))
         for rank in range(2):
             equal(cpu, Stored(RANKS, rank, level, its, landing))
-    equal(cpu, Stored([whole((13, 97))], 0, level, [rule(state_dtype=state_dtype, nor=0.9)]))
+    equal(cpu, Stored([whole((13, 97))], 0, level, rule(state_dtype=state_dtype, nor=0.9)))
 
 
 @pytest.mark.matrix
 def test_weights_that_take_what_came_back_are_rounded_by_noise() -> None:
     pairs = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
-    its = [rule(state_dtype="int8", **NOISE)]
+    its = rule(state_dtype="int8", **NOISE)
     for level in (0, 2):
         equal(cpu, Stored([whole(*MATRICES)], 0, level, its, pairs=pairs))
         columns = [

@@ -301,7 +301,9 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_on_the_run() -> None:
 def compare_all() -> None:
     for name, dtype, level in itertools.product(VARIANTS, (torch.float32, torch.bfloat16), (0, 2, 5)):
         options = VARIANTS[name] | {"level": level, "dtype": dtype, "nesterov": level == 5}
-        same(train("cpu", SHAPES, **options), train("eager", SHAPES, **options))  # type: ignore[arg-type]
+        for state_dtype in ("fp32", "bf16", "int8") if name == "energy" else ("fp32",):
+            its = options | {"state_dtype": state_dtype}
+            same(train("cpu", SHAPES, **its), train("eager", SHAPES, **its))
 
 
 @pytest.mark.matrix

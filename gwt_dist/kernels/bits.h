@@ -78,7 +78,8 @@ INLINE void store_narrow(T* p, const Whole& x) {
     stored(p, _mm_packus_epi32(low, high));
   } else {
     const __m128i both = _mm_packs_epi32(low, high);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), std::is_signed_v<T> ? _mm_packs_epi16(both, both) : _mm_packus_epi16(both, both));
+    const __m128i bytes = std::is_signed_v<T> ? _mm_packs_epi16(both, both) : _mm_packus_epi16(both, both);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
   }
 #else
   stored(p, __builtin_convertvector(x, typename Narrow<T>::Vector));

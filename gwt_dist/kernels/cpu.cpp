@@ -1,7 +1,8 @@
 // A step on a CPU, for Haar units of 2**L elements, L = 0..8: fp32 mathematics on fp32 or bf16 buffers.
 //
 // Many items, taken by threads; what is done with the units of one is in `units.h`. One library is built for each formula,
-// details and write of a program, and `cpu.py` says which. What an item of the table means is written down in `work.py`.
+// details, write and rounding of a program, and `cpu.py` says which; it takes state in all formats of `formats.h`. What an
+// item of the table means is written down in `items.py`.
 
 #include <ATen/Parallel.h>
 
@@ -136,8 +137,9 @@ void run_batches(const Item* items, const Batch* batches, int64_t n, const std::
 
 void step(int64_t phase, const at::Tensor& items, const at::Tensor& batches, const std::vector<at::Tensor>& weights,
           const std::vector<at::Tensor>& gradients, const Moments& exp_avg, const Moments& exp_avg_sq,
-          const std::vector<at::Tensor>& steps, const std::vector<Numbers>& rules, const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange,
-          const at::Tensor& squared_norms, const at::Tensor& rho, const std::vector<at::Tensor>& limited_norms) {
+          const std::vector<at::Tensor>& steps, const std::vector<Numbers>& rules,
+          const std::vector<int64_t>& rule_numbers, const at::Tensor& exchange, const at::Tensor& squared_norms,
+          const at::Tensor& rho, const std::vector<at::Tensor>& limited_norms) {
   std::vector<Parameter> parameters(weights.size());
   Known<Steps> known;
   for (size_t i = 0; i < weights.size(); ++i) {

@@ -1,6 +1,7 @@
 """All phases on a CPU in C++: one pass over memory for each, many tensors in one call. See `cpu.cpp`, `travel.cpp`.
 
-A library is built for each formula, details and write that a program names, on first use.
+A library is built for each formula, details, write and rounding that a program names, on first use. All of them take
+state in every format.
 """
 
 from __future__ import annotations

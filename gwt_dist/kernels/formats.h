@@ -1,4 +1,4 @@
-// How state is stored, gwt_dist/formulas/codecs.py in vectors: moments in fp32, or as codes of cells of 64 with a scale each.
+// How state is stored, gwt_dist/formulas/codecs.py in vectors: moments in fp32, or as codes, of which a cell has a scale.
 //
 // A pass over units knows fp32 alone. It is given a block of moments, decoded, and they are encoded when it has updated
 // them; what is stored is what is used, so encoding puts in their place what decoding will find.

@@ -77,9 +77,9 @@ struct Span {
   }
 };
 
-// Units whose moments are decoded at once where they are not stored in fp32: whole cells, and few enough for their
-// gradients to stay in a cache from one pass over them to the next.
+// Units whose moments are decoded at once where they are not stored in fp32: whole cells; enough for the start of a pass
+// to weigh little, few enough for memory not to stand still while they are encoded, gradients still in the L1 cache.
 template <int L>
-constexpr int64_t DECODED = std::clamp<int64_t>(512 >> L, CELL, 4 * CELL);
+constexpr int64_t DECODED = std::clamp<int64_t>(1024 >> L, CELL, 4 * CELL);
 
 }  // namespace

@@ -75,7 +75,8 @@ class Noise {
   }
 
   // Of places counted from this one that reach into the rows below. Given no address, so that noise stays in registers.
-  static C10_NOINLINE Bits beyond(uint32_t stride, uint32_t first, int64_t row, int64_t column, int64_t columns, uint32_t key) {
+  static C10_NOINLINE Bits beyond(uint32_t stride, uint32_t first, int64_t row, int64_t column, int64_t columns,
+                                  uint32_t key) {
     const Bits places = loaded<Bits>(NUMBERED.data()) * stride + first;
     Bits its_column = places + static_cast<uint32_t>(column), its_row = Bits{} + static_cast<uint32_t>(row);
     for (int64_t end = columns - column; end < 2 * V; end += columns) {

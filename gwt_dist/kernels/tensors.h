@@ -20,15 +20,15 @@ struct Item {
 constexpr int64_t FIELDS = sizeof(Item) / sizeof(int64_t);
 
 at::ScalarType type_of(int64_t format) {
-  TORCH_CHECK(format >= 0 && format < FORMATS, "gwt_dist: the kernel was built for ", +FORMATS, " formats and given number ",
-              format);
+  TORCH_CHECK(format >= 0 && format < FORMATS, "gwt_dist: the kernel was built for ", +FORMATS,
+              " formats and given number ", format);
   return format == int8 ? at::kChar : format == e4m4 ? at::kByte : format == bf16 ? at::kBFloat16 : at::kFloat;
 }
 
 void* data(const at::Tensor& t, at::ScalarType type) {
   TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "gwt_dist: a CPU kernel was given a tensor of another device or not dense");
-  TORCH_CHECK(t.scalar_type() == type, "gwt_dist: a CPU kernel was given a tensor of dtype ", t.scalar_type(), " in place of ",
-              type);
+  TORCH_CHECK(t.scalar_type() == type, "gwt_dist: a CPU kernel was given a tensor of dtype ", t.scalar_type(),
+              " in place of ", type);
   return t.data_ptr();
 }
 

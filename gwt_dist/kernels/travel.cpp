@@ -1,7 +1,7 @@
 // A step of matrices that travel, on a CPU, for Haar units of 2**L elements, L = 0..8, but for the work on whole matrices.
 //
-// Many items, taken by threads; what is done with one is in `travel.h`. One library is built for each formula and write of
-// a program, and `cpu.py` says which. What an item of the table means is written down in `work.py`.
+// Many items, taken by threads; what is done with one is in `travel.h`. One library is built for each formula, write and
+// rounding of a program, and `cpu.py` says which. What an item of the table means is written down in `items.py`.
 
 #include <ATen/Parallel.h>
 
