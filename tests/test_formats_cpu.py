@@ -146,9 +146,9 @@ class Stored(Case):
         random = torch.Generator().manual_seed(0)
         for state in self.states:
             state["step"].fill_(3)
-            its = state["exp_avg"]
-            codes = torch.randn(its.shape, generator=random) * (0.05 if its.dtype == torch.bfloat16 else 40)
-            its.copy_(codes.clamp(-127, 127))
+            kept = state["exp_avg"]
+            codes = torch.randn(kept.shape, generator=random) * (0.05 if kept.dtype == torch.bfloat16 else 40)
+            kept.copy_(codes.clamp(-127, 127))
             if "exp_avg_scale" in state:
                 state["exp_avg_scale"].uniform_(0.01, 0.2, generator=random)
 
