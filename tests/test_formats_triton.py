@@ -30,6 +30,11 @@ def test_equal_to_eager_where_cells_are_cut(interpreted: Callable[..., Any]) -> 
     interpreted(cases.equal_to_eager_where_cells_are_cut, 6)
 
 
+@pytest.mark.parametrize("state_dtype", ["bf16", "int8"])
+def test_equal_to_eager_where_matrices_travel(interpreted: Callable[..., Any], state_dtype: str) -> None:
+    interpreted(cases.equal_to_eager_where_matrices_travel, state_dtype, (0, 2, 3))
+
+
 @needs_triton
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("state_dtype", ["bf16", "int8"])
@@ -74,6 +79,12 @@ def test_equal_to_eager_on_a_gpu(state_dtype: str, level: int) -> None:
 @pytest.mark.parametrize("size", [1e-42, 1e-37, 1e-15, 1e18, 1e37])
 def test_equal_to_eager_on_a_gpu_for_gradients_of_any_size(state_dtype: str, size: float) -> None:
     cases.equal_to_eager(state_dtype, (0, 2), sizes=(size,), device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8"])
+def test_equal_to_eager_on_a_gpu_where_matrices_travel(state_dtype: str) -> None:
+    cases.equal_to_eager_where_matrices_travel(state_dtype, tuple(range(9)), device="cuda")
 
 
 @needs_gpu

@@ -101,9 +101,11 @@ class Case:
         self.states = []
         for weight, member in zip(self.start, members, strict=True):
             state = member.plan.fresh_state(weight)
-            for name in ("exp_avg", *(["exp_avg_sq_row"] if "exp_avg_sq_row" in state else [])):
+            for name in [name for name in state if name.startswith("exp_avg") and t > 1]:
                 # So small beside the gradients that a coherence is neither 0 nor 1.
-                state[name] = size / 20 * normal(state[name].numel(), torch.float32) if t > 1 else state[name]
+                its = normal(state[name].numel(), torch.float32)
+                its = (40 * its).clamp(-127, 127) if state[name].dtype == torch.int8 else size / 20 * its
+                state[name] = its.to(state[name].dtype)
             state["step"] += t
             self.states.append(state)
         self.device, self.landing, self.length = device, landing, GAP
