@@ -22,8 +22,9 @@ from triton_cases import ENERGY, FOAM, PAPER, SLOW, interpreter, kernel, rule, r
 
 WIDE = torch.float32, torch.bfloat16
 NESTEROV: dict[str, Any] = {"recipe": "energy", "nesterov": True}
-# Rows of whole cells that go on one in another, rows with short cells, rows shorter than a unit, and a vector.
-FEW = (2, 97), (2, 512), (3, 3), (70,)
+# Rows with short cells, rows of whole cells and of whole units that go on one in another, rows shorter than a unit, and
+# a vector.
+FEW = (2, 97), (2, 512), (4, 24), (3, 3), (70,)
 MANY = *FEW, (5, 65), (33, 1000), (3, 42001), (64, 1024), (70, 48), (7,), (300, 1)
 # Of `test_formats`, smaller ones.
 CUT = {"odd": (2, 300), "narrow": (3, 66), "vector": (131,), "even": (2, 128)}
