@@ -17,6 +17,7 @@ import test_formats
 import travel_cases
 from gwt_dist.declare import Rule
 from gwt_dist.kernels import triton
+from gwt_dist.layout import Fragment
 from simulated import Sharded
 from triton_cases import ENERGY, FOAM, PAPER, SLOW, interpreter, kernel, rule, run_both, same
 
@@ -61,16 +62,18 @@ def equal_to_eager(
 
 
 def equal_to_eager_where_matrices_travel(state_dtype: str, levels: tuple[int, ...], device: str = "cpu") -> None:
-    """What is summed, sent and kept of whole matrices, in places that are plain and that are not."""
+    """What is summed, sent and kept of whole matrices, in places that are plain and not, and of one with a cut cell."""
     pairs = (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)
     options: dict[str, Any] = dict(state_dtype=state_dtype, stochastic_rounding=True, rounding_seed=9)
     shapes = MANY if device == "cuda" else ((3, 37), (2, 512), (1, 48), (3, 1))
+    whole = travel_cases.whole(*(shape for shape in shapes if len(shape) > 1))
+    cut = [Fragment("t", (2, 300), 0, 101)], [Fragment("t", (2, 300), 101, 600, offset=1)]
     with running(device):
         for level in levels:
             rules = [travel_cases.rule(least_level=0, level=level, nesterov=nesterov, **options) for nesterov in (0, 1)]
-            shapes_here = [shape for shape in shapes if len(shape) > 1]
-            case = travel_cases.Case([travel_cases.whole(*shapes_here)], 0, level, rules, pairs=pairs, device=device)
-            travel_cases.equal(triton, case)
+            for ranks, rank in (([whole], 0), (cut, 0), (cut, 1)):
+                case = travel_cases.Case(ranks, rank, level, rules, pairs=pairs, device=device)
+                travel_cases.equal(triton, case)
 
 
 def noisy(state_dtype: str, stochastic: bool, recipe: dict[str, Any]) -> Rule:
