@@ -1,7 +1,7 @@
 """Numbers in the formats of `formats`, rounded by noise: the reference for every kernel.
 
     bf16   the upper 16 bits of fp32, after noise was added to the lower ones
-    int8   scale * code / (254 - |code|), code -127 to 127, scale the largest of the cell
+    int8   scale * code * (127 + |code|), code -127 to 127, scale the largest of the cell / 32258
     e4m4   scale * (1 + m/16) * 2**(e-15), e and m four bits each, scale the power of two at or below the largest
 
 Codes are rounded up with the probability of the rest. To nearest a second moment could not decay, as a step changes it
@@ -9,9 +9,9 @@ by less than half of what a code can say, and small momentum would stick. In e4m
 (or below 2**-95), and what is less than ``2**-15`` of the scale is stored as that: a moment that vanished would make
 its update without bound.
 
-Single fp32 operations and shifts, so every kernel has the same bits. int8 is the companding of FlashOptim (arXiv
-2602.23349): codes are ``127 * 2y / (1+|y|)`` of ``y = x / scale``, twice as dense at 0 as linear ones. The code of
-second moments is this project's.
+Single fp32 operations and shifts, so every kernel has the same bits. int8 is companded, as in FlashOptim (arXiv
+2602.23349): twice as dense at 0 as linear codes are. The curves are this project's: a parabola has its own inverse in
+one root, and is read without a division.
 
 Shapes: N numbers in G cells; codes (N,), scales (G,) fp32, `cells_N` the cell of each number, int64.
 """
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 LARGEST = 127  # code of int8
-_TWICE = 2.0 * LARGEST
+RANGE = 2 * LARGEST * LARGEST  # what the largest code stands for, in scales
 TINY = 2.0**-126  # scales below have no inverse
+_HALF = LARGEST / 2
 _SIGNLESS = 0x7FFFFFFF
 _INF = 0x7F800000
 
@@ -45,19 +46,21 @@ def tops(x_N: Tensor, cells_N: Tensor, cells: int) -> Tensor:
 
 def encode_int8(x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Codes, int8 (N,), and scales, (G,), of fp32 `x_N`."""
-    scale = tops(x_N, cells_N, cells).view(torch.float32)
+    scale = tops(x_N, cells_N, cells).view(torch.float32) / RANGE
     usable = (scale >= TINY) & scale.isfinite()
     inverse_N = torch.where(usable, 1 / scale, 0.0)[cells_N]
-    y_N = torch.where(usable[cells_N], x_N, 0.0) * inverse_N
-    z_N = y_N * _TWICE / (y_N.abs() + 1)
-    code_N = (z_N + (noise_N >> 16).float() * 2.0**-16).floor_().clamp_(-LARGEST, LARGEST)
+    x_N = torch.where(usable[cells_N], x_N, 0.0)
+    # The code of which t scales are read: c * (127 + c) = t. The root in fp64 rounds correctly, see `denominator`.
+    t_N = (x_N * inverse_N).abs()
+    z_N = (t_N + _HALF * _HALF).double().sqrt().float() - _HALF
+    code_N = (z_N.copysign(x_N) + (noise_N >> 16).float() * 2.0**-16).floor_().clamp_(-LARGEST, LARGEST)
     return code_N.to(torch.int8), scale
 
 
 def decode_int8(code_N: Tensor, scale: Tensor, cells_N: Tensor) -> Tensor:
     """fp32 (N,)."""
     code_N = code_N.float()
-    return scale[cells_N] * (code_N / (_TWICE - code_N.abs()))
+    return scale[cells_N] * (code_N * (code_N.abs() + LARGEST))
 
 
 def encode_e4m4(x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -94,6 +95,18 @@ INLINE Floats floored(const Floats& x) {
 #else
   const Whole towards_zero = __builtin_convertvector(x, Whole);
   return __builtin_convertvector(towards_zero + (__builtin_convertvector(towards_zero, Floats) > x), Floats);
+#endif
+}
+
+INLINE Floats root(const Floats& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+  Floats found;
+  for (int i = 0; i < V; ++i) found[i] = std::sqrt(x[i]);
+  return found;
 #endif
 }
 

@@ -72,16 +72,16 @@ struct Codec<bf16> {
   }
 };
 
-// Companded: codes of small numbers are twice as dense as those of the largest.
+// Companded: codes of small numbers are twice as dense as linear ones, and read without a division.
 template <>
 struct Codec<int8> {
   using Code = int8_t;
   static constexpr bool SCALED = true;
-  static constexpr float LARGEST = 127;
+  static constexpr float LARGEST = 127, HALF = LARGEST / 2;
 
   static INLINE Floats size_of(const Floats& x) { return (Floats)((Bits)x & SIZE); }
 
-  static INLINE Floats decoded(const Floats& code, float scale) { return code / (2 * LARGEST - size_of(code)) * scale; }
+  static INLINE Floats decoded(const Floats& code, float scale) { return code * (size_of(code) + LARGEST) * scale; }
 
   static INLINE void decode(const Code* codes, float scale, float* x) {
     for (int64_t i = 0; i < CELL; i += V) {
@@ -89,14 +89,15 @@ struct Codec<int8> {
     }
   }
 
-  static INLINE float encode(float* x, Code* codes, float scale, const CellNoise& noise) {
-    const float inverse = 1 / scale;
+  static INLINE float encode(float* x, Code* codes, float top, const CellNoise& noise) {
+    const float scale = top / (2 * LARGEST * LARGEST), inverse = 1 / scale;
     if (C10_UNLIKELY(!(scale >= std::numeric_limits<float>::min() && scale < std::numeric_limits<float>::infinity()))) {
       return blank(x, codes, decoded(Floats{}, scale), scale);
     }
     for (int64_t i = 0; i < CELL; i += V) {
-      const Floats y = loaded<Floats>(x + i) * inverse, z = y * (2 * LARGEST) / (size_of(y) + 1.f);
-      Floats code = floored(z + __builtin_convertvector((Whole)(noise.at(i) >> 16), Floats) * 0x1p-16f);
+      const Floats y = loaded<Floats>(x + i) * inverse, z = root(size_of(y) + HALF * HALF) - HALF;
+      const Floats with_sign = (Floats)((Bits)z | ((Bits)y & ~SIZE));
+      Floats code = floored(with_sign + __builtin_convertvector((Whole)(noise.at(i) >> 16), Floats) * 0x1p-16f);
       code = code < -LARGEST ? -LARGEST : code;
       code = code > LARGEST ? LARGEST : code;
       store_narrow(codes + i, __builtin_convertvector(code, Whole));

@@ -117,7 +117,7 @@ def _decode(code, scale):
     """`codecs.decode_int8` or `decode_e4m4`, by the dtype of the codes; a scale each."""
     if code.dtype == tl.int8:
         code = code.to(tl.float32)
-        return scale * tl.div_rn(code, 254.0 - tl.abs(code))
+        return scale * (code * (tl.abs(code) + 127.0))
     else:
         return scale * ((code.to(tl.int32) + (112 << 4)) << 19).to(tl.float32, bitcast=True)
 
@@ -125,12 +125,14 @@ def _decode(code, scale):
 @triton.jit
 def _encode_int8(x, noise, top):
     """`codecs.encode_int8`; `top` is of cells."""
-    scale = top.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(top.to(tl.float32, bitcast=True), 32258.0)
     usable = (scale >= 1.1754943508222875e-38) & (scale < float("inf"))  # 2**-126
     inverse = tl.div_rn(1.0, tl.where(usable, scale, 1.0))
     # Of a cell without a use for its scale x may be NaN, which no integer is.
     y = tl.where(spread(usable, x.shape[0]), x, 0.0) * spread(inverse, x.shape[0])
-    y = tl.div_rn(y * 254.0, tl.abs(y) + 1.0) + (noise >> 16).to(tl.float32) * 1.52587890625e-05  # 2**-16
+    z = tl.sqrt_rn(tl.abs(y) + 4032.25) - 63.5
+    z = (z.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
+    y = z + (noise >> 16).to(tl.float32) * 1.52587890625e-05  # 2**-16
     # Not by `tl.floor`, which takes the smallest numbers for zero.
     code = y.to(tl.int32)
     code -= tl.where(code.to(tl.float32) > y, 1, 0)
