@@ -82,10 +82,11 @@ def expected_of(values: Tensor, form: str, shape: torch.Size, step: int, field: 
         return {"": values}
     rows, matrix = values.reshape(-1, values.shape[-1]), (shape[0], shape[1]) if len(shape) > 1 else (1, shape[0])
     places = torch.arange(rows.shape[1])
-    key = noise.key(torch.tensor(step), field, SEED, noise.salt(*matrix))
+    key = noise.key(torch.tensor(step), 1, SEED, noise.salt(*matrix))
+    chances = [noise.chance(noise.noise(torch.tensor(i), places, key), 16 * (field == 1)) for i in range(len(rows))]
     made = [
-        encode(form, row, noise.noise(torch.tensor(i), places, key), places // 64, -(-len(places) // 64))
-        for i, row in enumerate(rows)
+        encode(form, row, chance, places // 64, -(-len(places) // 64))
+        for row, chance in zip(rows, chances, strict=True)
     ]
     found = {"": torch.stack([code for code, _ in made]).view(values.shape)}
     scales = [scale for _, scale in made if scale is not None]

@@ -37,6 +37,7 @@ class Conversion:
     stored: Mapping[str, Tensor]  # as saved: memory of its own, 1-D, codes and scales
     state: Mapping[str, Tensor]  # of this optimizer
     key: Tensor  # of the noise
+    shift: int  # to the bits of it that the field takes
 
     @property
     def converted(self) -> set[tuple[str, str]]:
@@ -62,7 +63,7 @@ class Conversion:
         wanted = torch.empty(here.numel, dtype=values.dtype, device=values.device)
         for overlap in self.source.moments.intersect(replace(here, offset=0)):
             copy(wanted, values, overlap)
-        Kept.of(self.wanted, self.target, views).write(wanted, self.key)
+        Kept.of(self.wanted, self.target, views).write(wanted, self.key, self.shift)
 
 
 def conversions(
@@ -77,13 +78,14 @@ def conversions(
         place = places[target.fragment.fqn]
         entry, fields = entries[one.names[place]], one.fields(place)
         before = {field.name: field for field in entry.fields}
-        for number, wanted in enumerate((f for f in fields if f.extent is Extent.UNIT), 1):
+        for number, wanted in enumerate(f for f in fields if f.extent is Extent.UNIT):
             saved = before[wanted.name]
             if saved == wanted:
                 continue
             source = _source(one, target, saved, wanted, entry.name)
             device = dtensor.local(state[wanted.name]).device
             step = torch.tensor(entry.step, device=device)
+            what, shift = noise.of_moment(number)
             yield Conversion(
                 entry.name,
                 saved,
@@ -95,7 +97,8 @@ def conversions(
                     for name, dtype in _parts(saved).items()
                 },
                 state,
-                noise.key(step, number, seed, target.salt),
+                noise.key(step, what, seed, target.salt),
+                shift,
             )
 
 

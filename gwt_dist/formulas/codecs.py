@@ -13,7 +13,8 @@ Single fp32 operations and shifts, so every kernel has the same bits. int8 is co
 2602.23349): twice as dense at 0 as linear codes are. The curves are this project's: a parabola has its own inverse in
 one root, and is read without a division.
 
-Shapes: N numbers in G cells; codes (N,), scales (G,) fp32, `cells_N` the cell of each number, int64.
+Shapes: N numbers in G cells; codes (N,), scales (G,) fp32, `cells_N` the cell of each number, int64; `chance_N` the 16
+bits by which each is rounded, int64, see `noise.chance`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ _SIGNLESS = 0x7FFFFFFF
 _INF = 0x7F800000
 
 
-def round_bf16(x: Tensor, noise: Tensor) -> Tensor:
-    """bf16 of fp32 `x`, rounded up where the upper half of `noise` (int64, 32 bits) says so; of `x`'s shape."""
+def round_bf16(x: Tensor, chance: Tensor) -> Tensor:
+    """bf16 of fp32 `x`, rounded up with the probability of the rest; both of one shape."""
     bits = x.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
     finite = (bits & _INF) != _INF
     is_nan = (bits & _SIGNLESS) > _INF
-    upper = torch.where(finite, bits + (noise >> 16), bits) >> 16
+    upper = torch.where(finite, bits + chance, bits) >> 16
     return (upper | (is_nan.long() << 6)).to(torch.int16).view(torch.bfloat16)
 
 
@@ -44,7 +45,7 @@ def tops(x_N: Tensor, cells_N: Tensor, cells: int) -> Tensor:
     return torch.zeros(cells, dtype=torch.int32, device=x_N.device).scatter_reduce(0, cells_N, bits_N, "amax")
 
 
-def encode_int8(x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+def encode_int8(x_N: Tensor, chance_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Codes, int8 (N,), and scales, (G,), of fp32 `x_N`."""
     scale = tops(x_N, cells_N, cells).view(torch.float32) / RANGE
     usable = (scale >= TINY) & scale.isfinite()
@@ -53,7 +54,7 @@ def encode_int8(x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tu
     # The code of which t scales are read: c * (127 + c) = t. The root in fp64 rounds correctly, see `denominator`.
     t_N = (x_N * inverse_N).abs()
     z_N = (t_N + _HALF * _HALF).double().sqrt().float() - _HALF
-    code_N = (z_N.copysign(x_N) + (noise_N >> 16).float() * 2.0**-16).floor_().clamp_(-LARGEST, LARGEST)
+    code_N = (z_N.copysign(x_N) + chance_N.float() * 2.0**-16).floor_().clamp_(-LARGEST, LARGEST)
     return code_N.to(torch.int8), scale
 
 
@@ -63,12 +64,12 @@ def decode_int8(code_N: Tensor, scale: Tensor, cells_N: Tensor) -> Tensor:
     return scale[cells_N] * (code_N * (code_N.abs() + LARGEST))
 
 
-def encode_e4m4(x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+def encode_e4m4(x_N: Tensor, chance_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Codes, uint8 (N,), and scales, (G,), of fp32 `x_N`, which is not negative."""
     e = tops(x_N, cells_N, cells) >> 23
     e = torch.where(e < 32, 0, e)
     bits_N = x_N.view(torch.int32).long()
-    code_N = ((bits_N + (noise_N >> 13)) >> 19) - ((e.long() - 15) << 4)[cells_N]
+    code_N = ((bits_N + (chance_N << 3)) >> 19) - ((e.long() - 15) << 4)[cells_N]
     code_N = torch.where(((e > 0) & (e < 255))[cells_N], code_N.clamp(0, 255), 0)
     return code_N.to(torch.uint8), (e << 23).view(torch.float32)
 
@@ -78,11 +79,11 @@ def decode_e4m4(code_N: Tensor, scale: Tensor, cells_N: Tensor) -> Tensor:
     return scale[cells_N] * ((code_N.to(torch.int32) + (112 << 4)) << 19).view(torch.float32)
 
 
-def encode(form: str, x_N: Tensor, noise_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor | None]:
+def encode(form: str, x_N: Tensor, chance_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of fp32 `x_N` in the format called `form`; None where that has no scales."""
     if form == "bf16":
-        return round_bf16(x_N, noise_N), None
-    return {"int8": encode_int8, "e4m4": encode_e4m4}[form](x_N, noise_N, cells_N, cells)
+        return round_bf16(x_N, chance_N), None
+    return {"int8": encode_int8, "e4m4": encode_e4m4}[form](x_N, chance_N, cells_N, cells)
 
 
 def decode(form: str, code_N: Tensor, scale: Tensor | None, cells_N: Tensor) -> Tensor:

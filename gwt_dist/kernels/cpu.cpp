@@ -37,14 +37,14 @@ template <int L, int64_t PHASE, typename W, typename G>
 void run_item(const Item& item, const Parameter& p, const float* exchange, float size, Lanes* norm) {
   const Step& step = (*p.steps)[L > 0];
   const bool plain = p.exp_avg.format == fp32 && p.exp_avg_sq.format == fp32;
-  const auto key = [&](uint32_t field) { return noise_key(step.t, field, step.seed, item.salt); };
+  const auto key = [&](uint32_t what) { return noise_key(step.t, what, step.seed, item.salt); };
   const auto run_row = [&](const auto& span, int64_t row) {
     const Moment m = moment_of(p.exp_avg, item, row), v = moment_of(p.exp_avg_sq, item, row);
     const Rounding rounding(Noise(key(0), item.row + row, item.column, item.columns));
     if (plain) {
       run_span<L, PHASE>(step, span, static_cast<float*>(m.codes), static_cast<float*>(v.codes), size, norm, rounding);
     } else {
-      run_stored<L, PHASE>(step, span, m, v, noise_of(item, row, key(1)), noise_of(item, row, key(2)), size, norm, rounding);
+      run_stored<L, PHASE>(step, span, m, v, noise_of(item, row, key(1)), size, norm, rounding);
     }
   };
   W* w = static_cast<W*>(p.weight) + item.element;

@@ -122,8 +122,8 @@ def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share
 
     def store(name: str) -> None:
         if kept[name].field.format != FP32:  # which is the state itself
-            number = program.names(Extent.UNIT).index(name) + 1
-            kept[name].write(state[name], noise.key(step, number, int(rule["rounding_seed"]), piece.salt))
+            what, shift = noise.of_moment(program.names(Extent.UNIT).index(name))
+            kept[name].write(state[name], noise.key(step, what, int(rule["rounding_seed"]), piece.salt), shift)
 
     return Share(gather(part, tensors), state, known, step, rule, program, piece, store)
 
@@ -157,7 +157,8 @@ def _take(part: Part, work: Work, tensors: Tensors, weight: Tensor, change: Tens
     WRITES[work.program.write](w, change, decay_factor(rule, change))
     if work.program.rounding == "stochastic" and weight.dtype == torch.bfloat16:
         its_key = noise.key(tensors.steps[part.parameter], noise.WEIGHT, int(rule["rounding_seed"]), piece.salt)
-        weight.copy_(round_bf16(w, noise.noise(*piece.elements_at(first, weight.shape, weight.device), its_key)))
+        its_noise = noise.noise(*piece.elements_at(first, weight.shape, weight.device), its_key)
+        weight.copy_(round_bf16(w, noise.chance(its_noise)))
     elif w is not weight:
         weight.copy_(w)
 

@@ -34,11 +34,12 @@ INLINE float largest(const float* x) {
   return same_bits<float>(largest_lane(most));
 }
 
-// The noise of a cell.
-struct CellNoise {
-  alignas(64) uint32_t values[CELL];
+// The 16 bits by which each of the numbers side by side is rounded: a half of their noise, see noise.py.
+struct Chance {
+  const uint32_t* noise;
+  int left;  // 0 for the upper half, 16 for the lower one
 
-  INLINE Bits at(int64_t i) const { return loaded<Bits>(values + i); }
+  INLINE Bits at(int64_t i) const { return (loaded<Bits>(noise + i) << left) >> 16; }
 };
 
 // A cell that has no codes, as it is too small or not finite: all are 0, and mean `x_of_0`.
@@ -62,9 +63,9 @@ struct Codec<bf16> {
     for (int64_t i = 0; i < CELL; i += V) stored(x + i, (Bits)widened(codes + i) << 16);
   }
 
-  static INLINE float encode(float* x, Code* codes, float, const CellNoise& noise) {
+  static INLINE float encode(float* x, Code* codes, float, const Chance& chance) {
     for (int64_t i = 0; i < CELL; i += V) {
-      const Bits upper = rounded_by(loaded<Bits>(x + i), noise.at(i)) >> 16;
+      const Bits upper = rounded_by(loaded<Bits>(x + i), chance.at(i)) >> 16;
       store_narrow(codes + i, (Whole)upper);
       stored(x + i, upper << 16);
     }
@@ -89,7 +90,7 @@ struct Codec<int8> {
     }
   }
 
-  static INLINE float encode(float* x, Code* codes, float top, const CellNoise& noise) {
+  static INLINE float encode(float* x, Code* codes, float top, const Chance& chance) {
     const float scale = top / (2 * LARGEST * LARGEST), inverse = 1 / scale;
     if (C10_UNLIKELY(!(scale >= std::numeric_limits<float>::min() && scale < std::numeric_limits<float>::infinity()))) {
       return blank(x, codes, decoded(Floats{}, scale), scale);
@@ -97,7 +98,7 @@ struct Codec<int8> {
     for (int64_t i = 0; i < CELL; i += V) {
       const Floats y = loaded<Floats>(x + i) * inverse, z = root(size_of(y) + HALF * HALF) - HALF;
       const Floats with_sign = (Floats)((Bits)z | ((Bits)y & ~SIZE));
-      Floats code = floored(with_sign + __builtin_convertvector((Whole)(noise.at(i) >> 16), Floats) * 0x1p-16f);
+      Floats code = floored(with_sign + __builtin_convertvector((Whole)chance.at(i), Floats) * 0x1p-16f);
       code = code < -LARGEST ? -LARGEST : code;
       code = code > LARGEST ? LARGEST : code;
       store_narrow(codes + i, __builtin_convertvector(code, Whole));
@@ -119,13 +120,13 @@ struct Codec<e4m4> {
     for (int64_t i = 0; i < CELL; i += V) stored(x + i, decoded(widened(codes + i), scale));
   }
 
-  static INLINE float encode(float* x, Code* codes, float top, const CellNoise& noise) {
+  static INLINE float encode(float* x, Code* codes, float top, const Chance& chance) {
     const int32_t exponent = same_bits<int32_t>(top) >> 23;
     const float scale = exponent >= 32 ? same_bits<float>(exponent << 23) : 0;
     if (C10_UNLIKELY(exponent < 32 || exponent == 255)) return blank(x, codes, decoded(Whole{}, scale), scale);
     const int32_t before = (exponent - 15) << 4;
     for (int64_t i = 0; i < CELL; i += V) {
-      Whole code = (Whole)((loaded<Bits>(x + i) + (noise.at(i) >> 13)) >> 19) - before;
+      Whole code = (Whole)((loaded<Bits>(x + i) + (chance.at(i) << 3)) >> 19) - before;
       code = code < 0 ? 0 : code;
       code = code > 255 ? 255 : code;
       store_narrow(codes + i, code);
@@ -154,7 +155,7 @@ void decode(const void* from, const float* scales, float* x, int64_t n) {
 }
 
 template <Format FORMAT>
-void encode(float* x, void* to, float* scales, int64_t n, Noise noise) {
+void encode(float* x, void* to, float* scales, int64_t n, const Chance& chance) {
   using C = Codec<FORMAT>;
   const int64_t cells = (n + CELL - 1) / CELL, whole = n / CELL;
   std::fill(x + n, x + cells * CELL, 0.f);
@@ -163,10 +164,9 @@ void encode(float* x, void* to, float* scales, int64_t n, Noise noise) {
   for (int64_t cell = 0; cell < cells; ++cell) {
     auto* codes = static_cast<typename C::Code*>(to) + cell * CELL;
     std::array<typename C::Code, CELL> copy;
-    CellNoise its_noise;
-    noise.take(its_noise.values, CELL);
     const float top = C::SCALED ? scales[cell] : 0;
-    const float scale = C::encode(x + cell * CELL, cell < whole ? codes : copy.data(), top, its_noise);
+    const float scale = C::encode(x + cell * CELL, cell < whole ? codes : copy.data(), top,
+                                  Chance{chance.noise + cell * CELL, chance.left});
     if (C::SCALED) scales[cell] = scale;
     if (cell == whole) std::copy_n(copy.begin(), n - whole * CELL, codes);
   }
@@ -194,10 +194,10 @@ struct Moment {
   }
 
   // Stores what `load` gave, and puts what was stored in its place.
-  void keep(float* x, int64_t n, const Noise& noise) const {
-    if (format == bf16) encode<bf16>(x, codes, scales, n, noise);
-    if (format == int8) encode<int8>(x, codes, scales, n, noise);
-    if (format == e4m4) encode<e4m4>(x, codes, scales, n, noise);
+  void keep(float* x, int64_t n, const Chance& chance) const {
+    if (format == bf16) encode<bf16>(x, codes, scales, n, chance);
+    if (format == int8) encode<int8>(x, codes, scales, n, chance);
+    if (format == e4m4) encode<e4m4>(x, codes, scales, n, chance);
   }
 };
 

@@ -19,9 +19,9 @@ INLINE T mix(T x) {
   return x ^ (x >> 16);
 }
 
-// The key of the noise of a field (0 the weight, 1 exp_avg, 2 exp_avg_sq) at a step.
-inline uint32_t noise_key(uint32_t step, uint32_t field, uint32_t seed, uint32_t salt) {
-  return mix(step ^ mix(field ^ mix(seed ^ salt)));
+// The key of the noise of weights (what: 0) or of moments (1) at a step.
+inline uint32_t noise_key(uint32_t step, uint32_t what, uint32_t seed, uint32_t salt) {
+  return mix(step ^ mix(what ^ mix(seed ^ salt)));
 }
 
 constexpr std::array<uint32_t, 16> NUMBERED{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -12,11 +12,11 @@ namespace {
 
 constexpr uint32_t INFINITE = 0x7f800000, SIZE = 0x7fffffff;
 
-// The upper halves are those of bf16, by noise; what is not finite stays so.
-INLINE Bits rounded_by(const Bits& x, const Bits& noise) {
+// The upper halves are those of bf16, by the 16 bits of a chance; what is not finite stays so.
+INLINE Bits rounded_by(const Bits& x, const Bits& chance) {
   const Whole size = (Whole)(x & SIZE);
   const Bits finite = (Bits)(size < static_cast<int32_t>(INFINITE)), nan = (Bits)(size > static_cast<int32_t>(INFINITE));
-  return (x + ((noise >> 16) & finite)) | (nan & 0x400000u);
+  return (x + (chance & finite)) | (nan & 0x400000u);
 }
 
 class Nearest {
@@ -49,13 +49,13 @@ class Stochastic {
   void advance(int64_t weights) { noise_.advance(weights); }
 
   INLINE void put(BFloat16* w, const Vec& x) {
-    store_narrow(reinterpret_cast<uint16_t*>(w), (Whole)(rounded_by(bits(x), noise_.next()) >> 16));
+    store_narrow(reinterpret_cast<uint16_t*>(w), (Whole)(rounded_by(bits(x), noise_.next() >> 16) >> 16));
   }
 
   // Two bf16 lie in the place of one float, the even one in its low half.
   INLINE void put_pairs(BFloat16* w, const Pairs& x) {
     const auto [even, odd] = noise_.next_pairs();
-    stored(w, (rounded_by(bits(x.even), even) >> 16) | (rounded_by(bits(x.odd), odd) & 0xffff0000u));
+    stored(w, (rounded_by(bits(x.even), even >> 16) >> 16) | (rounded_by(bits(x.odd), odd >> 16) & 0xffff0000u));
   }
 
  private:

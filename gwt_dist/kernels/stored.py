@@ -35,17 +35,18 @@ class Kept:
             return self.codes_N
         return decode(self.field.format, self.codes_N, self.scale, self._cells())
 
-    def write(self, values_N: Tensor, key: Tensor) -> None:
-        """Store `values_N`, fp32 (N,), rounded by the noise of `key`, and put back there what was stored."""
+    def write(self, values_N: Tensor, key: Tensor, shift: int) -> None:
+        """Store `values_N`, fp32 (N,), rounded by noise, see `noise.chance`, and put back there what was stored."""
         if self.field.format == FP32:
             self.codes_N.copy_(values_N)
             return
         cells_N, device = self._cells(), values_N.device
         places = self.piece.rows_of(device) + self.piece.first_row, self.piece.columns_of(device)
+        chance_N = noise.chance(noise.noise(*places, key), shift)
         codes, scale = encode(
             self.field.format,
             values_N,
-            noise.noise(*places, key),
+            chance_N,
             cells_N,
             0 if self.scale is None else len(self.scale),
         )

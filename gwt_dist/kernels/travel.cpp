@@ -29,7 +29,7 @@ struct Step {
         t(rule.t),
         seed(rule[number::rounding_seed]) {}
 
-  uint32_t key(uint32_t field, const Item& item) const { return noise_key(t, field, seed, item.salt); }
+  uint32_t key(uint32_t what, const Item& item) const { return noise_key(t, what, seed, item.salt); }
 };
 
 struct Parameter {

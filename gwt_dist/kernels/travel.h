@@ -146,6 +146,7 @@ void run_stored(const Sent& all, const Span<L, U, G>& span, const Moment& exp_av
     return;
   }
   alignas(64) float scratch[DECODED<L>];
+  alignas(64) uint32_t noises[DECODED<L>];
   for (int64_t first = 0; first < span.units; first += DECODED<L>, noise.advance(DECODED<L>)) {
     const Span<L, U, G> its = span.part(first, DECODED<L>);
     const Moment at_m = exp_avg.at(first, first / CELL);
@@ -153,7 +154,8 @@ void run_stored(const Sent& all, const Span<L, U, G>& span, const Moment& exp_av
     if constexpr (PHASE == SEND) {
       const Span<L, float, G> unsent{its.x, nullptr, its.units, its.last, 0, its.elements()};
       run_span<L, UPDATE>(all, unsent, m);
-      at_m.keep(m, its.units, noise);
+      Noise(noise).take(noises, (its.units + CELL - 1) / CELL * CELL);
+      at_m.keep(m, its.units, {noises, 0});
       run_span<L, READ>(all, its, m);
     } else {
       run_span<L, PHASE>(all, its, m);

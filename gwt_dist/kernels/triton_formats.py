@@ -34,9 +34,9 @@ def of_step(address, seed, salt):
 
 
 @triton.jit
-def key(step, known, FIELD: tl.constexpr):
+def key(step, known, WHAT: tl.constexpr):
     """`noise.key` of what `of_step` found, uint32."""
-    return mix(step ^ mix(known ^ FIELD))
+    return mix(step ^ mix(known ^ WHAT))
 
 
 @triton.jit
@@ -96,11 +96,11 @@ def noise(STORED: tl.constexpr, key, row, column):
 
 
 @triton.jit
-def bf16(x, noise):
+def bf16(x, chance):
     """`codecs.round_bf16` of fp32 x, bf16."""
     bits = x.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
-    upper = tl.where(finite, bits + (noise >> 16), bits) >> 16
+    upper = tl.where(finite, bits + chance, bits) >> 16
     upper |= tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x40, 0).to(tl.uint32)
     return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
@@ -123,7 +123,7 @@ def _decode(code, scale):
 
 
 @triton.jit
-def _encode_int8(x, noise, top):
+def _encode_int8(x, chance, top):
     """`codecs.encode_int8`; `top` is of cells."""
     scale = tl.div_rn(top.to(tl.float32, bitcast=True), 32258.0)
     usable = (scale >= 1.1754943508222875e-38) & (scale < float("inf"))  # 2**-126
@@ -132,7 +132,7 @@ def _encode_int8(x, noise, top):
     y = tl.where(spread(usable, x.shape[0]), x, 0.0) * spread(inverse, x.shape[0])
     z = tl.sqrt_rn(tl.abs(y) + 4032.25) - 63.5
     z = (z.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
-    y = z + (noise >> 16).to(tl.float32) * 1.52587890625e-05  # 2**-16
+    y = z + chance.to(tl.float32) * 1.52587890625e-05  # 2**-16
     # Not by `tl.floor`, which takes the smallest numbers for zero.
     code = y.to(tl.int32)
     code -= tl.where(code.to(tl.float32) > y, 1, 0)
@@ -140,11 +140,11 @@ def _encode_int8(x, noise, top):
 
 
 @triton.jit
-def _encode_e4m4(x, noise, top):
+def _encode_e4m4(x, chance, top):
     """`codecs.encode_e4m4`; `top` is of cells."""
     e = top >> 23
     e = tl.where(e < 32, 0, e)
-    upper = (x.to(tl.int32, bitcast=True) + (noise >> 13).to(tl.int32)) >> 19
+    upper = (x.to(tl.int32, bitcast=True) + (chance << 3).to(tl.int32)) >> 19
     code = upper - spread((e - 15) << 4, x.shape[0])
     code = tl.where(spread((e > 0) & (e < 255), x.shape[0]), tl.minimum(tl.maximum(code, 0), 255), 0)
     return code.to(tl.uint8), (e << 23).to(tl.float32, bitcast=True)
@@ -173,7 +173,7 @@ def read(
 @triton.jit
 def keep(
     x,  # fp32
-    noise,  # uint32, of formats other than fp32
+    chance,  # uint32, the 16 bits by which each is rounded, of formats other than fp32
     live,
     pointer,  # as of `read`
     at,
@@ -188,15 +188,15 @@ def keep(
         tl.store(pointer + at, x, mask=leads)
         return x
     elif STORED == tl.bfloat16:
-        code = bf16(x, noise)
+        code = bf16(x, chance)
         tl.store(pointer + at, code, mask=leads)
         return (code.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         top = _tops(x, live, cell)
         if STORED == tl.int8:
-            code, scale = _encode_int8(x, noise, top)
+            code, scale = _encode_int8(x, chance, top)
         else:
-            code, scale = _encode_e4m4(x, noise, top)
+            code, scale = _encode_e4m4(x, chance, top)
         tl.store(pointer + at, code, mask=leads)
         i = tl.arange(0, x.shape[0] // cell)
         tl.store(scales + i, scale, mask=i < cells)

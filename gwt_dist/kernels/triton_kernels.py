@@ -217,10 +217,9 @@ def phase(
         if MOMENTS:
             exp_avg = exp_avg * beta1 + a * rest1
             exp_avg_sq = exp_avg_sq * beta2 + SECOND(x, a, count, M, LEVEL) * rest2
-            of_m = noise(EXP_AVG, key(step, known, 1), its_row, its_unit)
-            exp_avg = keep(exp_avg, of_m, live, m, at_m, leads, m_scales + cell, cells, CELL_M)
-            of_v = noise(EXP_AVG_SQ, key(step, known, 2), its_row, its_unit)
-            exp_avg_sq = keep(exp_avg_sq, of_v, live, v, at_m, leads, v_scales + cell, cells, CELL_M)
+            chance = noise(EXP_AVG if EXP_AVG != tl.float32 else EXP_AVG_SQ, key(step, known, 1), its_row, its_unit)
+            exp_avg = keep(exp_avg, chance >> 16, live, m, at_m, leads, m_scales + cell, cells, CELL_M)
+            exp_avg_sq = keep(exp_avg_sq, chance & 0xFFFF, live, v, at_m, leads, v_scales + cell, cells, CELL_M)
         n = exp_avg  # `moments.read`
         if LEVEL > 0:
             n = tl.where(nesterov, exp_avg * beta1 + a * rest1, n)
@@ -235,7 +234,7 @@ def phase(
             if STOCHASTIC:
                 its_row = spread(mix(its_row ^ key(step, known, 0)), M)
                 its_column = (its_unit << LEVEL)[:, None] + tl.arange(0, UNIT)[None, :].to(tl.uint32)
-                weight = bf16(weight, mix(its_column ^ its_row[:, None]))
+                weight = bf16(weight, mix(its_column ^ its_row[:, None]) >> 16)
             tl.store(w + at, weight.to(WEIGHT), mask=real)
         else:
             change = changes(
@@ -250,7 +249,7 @@ def phase(
             change = tl.gather(change, place_of_change(at, M, V), 0)
             weight = WRITTEN(weight.to(tl.float32), change, decay_factor)
             if STOCHASTIC:
-                weight = bf16(weight, of_w)
+                weight = bf16(weight, of_w >> 16)
             tl.store(at_w, weight.to(WEIGHT), mask=owned)
     if not WRITE:
         tl.store(partials + place, tl.sum(squares), mask=place >= 0)

@@ -165,7 +165,7 @@ def units(
                 ALIKE if PLAIN else 1,
             )  # fmt: skip
             chance = noise(EXP_AVG, key(step, known, 1), its_row, its_unit)
-            exp_avg = keep_moments(exp_avg, chance, live, m, at_m, live, scales + cell, cells, CELL)
+            exp_avg = keep_moments(exp_avg, chance >> 16, live, m, at_m, live, scales + cell, cells, CELL)
             u = U(x, a, exp_avg, beta1, rest1, first_weight, gain, nesterov, GAIN)
             tl.store(landing + to + at, u.to(SENT), mask=owned)
         else:
@@ -224,5 +224,5 @@ def keep(
             its_row, its_column = places_of_units(
                 first, first_row, column, first_column, width, BLOCK, 1, ALIKE if PLAIN else 1
             )
-            weight = bf16(weight, noise(WEIGHT, key(step, known, 0), its_row, its_column))
+            weight = bf16(weight, noise(WEIGHT, key(step, known, 0), its_row, its_column) >> 16)
         tl.store(w + i, weight.to(WEIGHT), mask=live)

@@ -70,10 +70,11 @@ INLINE void write(const D& detail, const UnitFactors<D::FACTORS>& units, const V
 }
 
 // `groups` groups of V units each: x, w [groups * V * 2**L], m, v [groups * V]. `counts` holds the number of real elements
-// of each unit of a single group; without it all have 2**L.
+// of each unit of a single group; without it all have 2**L. Approximations go to `as` [groups * V] if that is given, or
+// where moments are not updated come from there.
 template <int L, int64_t PHASE, typename W, typename G>
 void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups, const float* counts, float size,
-         Lanes* norm, Rounding rounding) {
+         Lanes* norm, Rounding rounding, float* as) {
   constexpr int64_t U = 1 << L;
   constexpr bool SQUARES = Formula::SQUARES && (PHASE & MOMENTS);
   using D = Detail::Vectors<L>;
@@ -89,8 +90,16 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
       // Gradients in bf16 come early enough by themselves, and a step in bf16 has no instruction to spare.
       if constexpr (std::is_same_v<G, float>) prefetch<L, 1024>(x + g * U * V);
       if constexpr (PHASE & WRITE) prefetch<L, 512>(w + g * U * V);
-      const Sums sums = unit_sums<L, SQUARES>(x + g * U * V);
-      const Vec a = sums.x * gain_of_mean;
+      Sums sums;
+      Vec a;
+      if (PHASE == WRITE && as) {
+        a = Vec::loadu(as);
+      } else {
+        sums = unit_sums<L, SQUARES>(x + g * U * V);
+        a = sums.x * gain_of_mean;
+      }
+      if (PHASE == MOMENTS && as) a.store(as);
+      if (PHASE != STEP && as) as += V;
       Vec exp_avg = Vec::loadu(m), exp_avg_sq = Vec::loadu(v);
       if constexpr (PHASE & MOMENTS) {
         // A product with a power of two has the bits of the quotient.
@@ -124,18 +133,21 @@ void run(const Step& step, const G* x, W* w, float* m, float* v, int64_t groups,
 // Up to V units in a padded copy.
 template <int L, int64_t PHASE, typename W, typename G>
 void run_padded(const Step& step, const Span<L, W, G>& its, float* m, float* v, float size, Lanes* norm,
-                const Rounding& rounding) {
+                const Rounding& rounding, float* as) {
   constexpr int64_t U = 1 << L;
   std::array<G, U * V> xs{};
   std::array<W, U * V> ws{};
-  std::array<float, V> ms{}, vs{}, counts;
+  std::array<float, V> ms{}, vs{}, as_all{}, counts;
   counts.fill(U);
   counts[its.units - 1] = its.last;
   std::copy_n(its.x, its.elements(), xs.begin());
   std::copy_n(m, its.units, ms.begin());
   std::copy_n(v, its.units, vs.begin());
+  if (as) std::copy_n(as, its.units, as_all.begin());
   if constexpr (PHASE & WRITE) std::copy_n(its.w, its.held, ws.begin() + its.lead);
-  run<L, PHASE>(step, xs.data(), ws.data(), ms.data(), vs.data(), 1, counts.data(), size, norm, rounding);
+  run<L, PHASE>(step, xs.data(), ws.data(), ms.data(), vs.data(), 1, counts.data(), size, norm, rounding,
+                as ? as_all.data() : nullptr);
+  if (as) std::copy_n(as_all.begin(), its.units, as);
   if constexpr (PHASE & WRITE) std::copy_n(ws.begin() + its.lead, its.held, its.w);
   if constexpr (PHASE & MOMENTS) {
     std::copy_n(ms.begin(), its.units, m);
@@ -145,33 +157,39 @@ void run_padded(const Step& step, const Span<L, W, G>& its, float* m, float* v, 
 
 // All units of a span, whose moments are m, v [units]; `rounding` is at the first element of the first.
 template <int L, int64_t PHASE, typename W, typename G>
-void run_span(const Step& step, const Span<L, W, G>& its, float* m, float* v, float size, Lanes* norm, Rounding rounding) {
+void run_span(const Step& step, const Span<L, W, G>& its, float* m, float* v, float size, Lanes* norm, Rounding rounding,
+              float* as = nullptr) {
   const int64_t groups = its.groups();
-  run<L, PHASE>(step, its.x, its.w, m, v, groups, nullptr, size, norm, rounding);
+  run<L, PHASE>(step, its.x, its.w, m, v, groups, nullptr, size, norm, rounding, as);
   rounding.advance(groups * V << L);
   for (int64_t first = groups * V; first < its.units; first += V, rounding.advance(V << L)) {
-    run_padded<L, PHASE>(step, its.part(first, V), m + first, v + first, size, norm, rounding);
+    run_padded<L, PHASE>(step, its.part(first, V), m + first, v + first, size, norm, rounding,
+                         as ? as + first : nullptr);
   }
 }
 
 // As `run_span`, of moments in any format: updated, stored, and only then read.
 template <int L, int64_t PHASE, typename W, typename G>
-void run_stored(const Step& step, const Span<L, W, G>& all, const Moment& exp_avg, const Moment& exp_avg_sq, Noise noise_m,
-                Noise noise_v, float size, Lanes* norm, Rounding rounding) {
-  alignas(64) float ms[DECODED<L>], vs[DECODED<L>];
+void run_stored(const Step& step, const Span<L, W, G>& all, const Moment& exp_avg, const Moment& exp_avg_sq, Noise noise,
+                float size, Lanes* norm, Rounding rounding) {
+  alignas(64) float ms[DECODED<L>], vs[DECODED<L>], as[DECODED<L>];
+  alignas(64) uint32_t noises[DECODED<L>];
   for (int64_t first = 0; first < all.units; first += DECODED<L>) {
     const Span<L, W, G> its = all.part(first, DECODED<L>);
     const Moment at_m = exp_avg.at(first, first / CELL), at_v = exp_avg_sq.at(first, first / CELL);
     float *m = at_m.load(ms, its.units), *v = at_v.load(vs, its.units);
     const Span<L, float, G> unweighted{its.x, nullptr, its.units, its.last, 0, its.elements()};
     if constexpr (PHASE & MOMENTS) {
-      run_span<L, MOMENTS>(step, unweighted, m, v, size, nullptr, rounding);
-      at_m.keep(m, its.units, noise_m);
-      at_v.keep(v, its.units, noise_v);
+      run_span<L, MOMENTS>(step, unweighted, m, v, size, nullptr, rounding, as);
+      Noise(noise).take(noises, (its.units + CELL - 1) / CELL * CELL);
+      at_m.keep(m, its.units, {noises, 0});
+      at_v.keep(v, its.units, {noises, 16});
       if (norm) run_span<L, NORM>(step, unweighted, m, v, size, norm, rounding);
     }
-    if constexpr (PHASE & WRITE) run_span<L, WRITE>(step, its, m, v, size, nullptr, rounding);
-    noise_m.advance(DECODED<L>), noise_v.advance(DECODED<L>), rounding.advance(DECODED<L> << L);
+    if constexpr (PHASE & WRITE) {
+      run_span<L, WRITE>(step, its, m, v, size, nullptr, rounding, PHASE & MOMENTS ? as : nullptr);
+    }
+    noise.advance(DECODED<L>), rounding.advance(DECODED<L> << L);
   }
 }
 
