@@ -99,9 +99,9 @@ class Program:
     phases: tuple[Pass | Travel, ...]
     detail: str = ""  # what the details of a unit contribute: a name of `formulas.DETAILS`
     write: str = "decay"  # how a weight takes its change: a name of `formulas.WRITES`
-    rounding: str = "nearest"  # of bf16 weights; "stochastic": by noise, so that no small change is lost
-    least_level: int = 1  # of the matrices that it steps; vectors, and matrices of lower levels, have the plain program
     numbers: tuple[str, ...] = ()  # names of the numbers that functions read of a `Rule`, in the order of kernel tables
+    least_level: int = 1  # of the matrices that it steps; vectors, and matrices of lower levels, have the plain program
+    rounding: str = "nearest"  # of bf16 weights; "stochastic": by noise, so that no small change is lost
 
     def __post_init__(self) -> None:
         names, sums = [f.name for f in self.fields], [s.name for s in self.sums]

@@ -29,7 +29,7 @@ FP32 = "fp32"  # fp64 for fp64 parameters
 FORMATS: Mapping[str, Format] = {
     FP32: Format(4, "F32"),
     "bf16": Format(2, "BF16"),
-    "int8": Format(1, "I8", CELL),  # signed, linear up to the largest of the cell
+    "int8": Format(1, "I8", CELL),  # signed, denser near 0 than near the largest of the cell
     "e4m4": Format(1, "U8", CELL),  # not negative: 4 bits of exponent below that of the largest, 4 of mantissa
 }
 

@@ -152,4 +152,5 @@ def _whole(extent: Extent, shape: tuple[int, ...], form: Form) -> tuple[int, ...
     """Of the whole field of a tensor of `shape`."""
     if extent is Extent.UNIT:
         return moments_shape(shape, form.level, form.wavelet)
-    return extents.whole(extent, shape, form.units(shape))
+    whole = extents.whole(extent, shape, form.units(shape))
+    return whole[1:] if extent is Extent.CELL and len(shape) < 2 else whole  # as coefficients of a vector are

@@ -22,6 +22,10 @@ EXP_AVG, EXP_AVG_SQ = Field("exp_avg", Extent.UNIT), Field("exp_avg_sq", Extent.
 EXP_AVG_SQ_ROW = Field("exp_avg_sq_row", Extent.ROW)
 LIMITED_NORM = Field("limited_norm", Extent.TENSOR)
 _NOT_NEGATIVE = (EXP_AVG_SQ,)
+_CELLS = (
+    f"8-bit state stores {CELL} neighbouring coefficients together, and those of other wavelets need the whole row. "
+    f'Write wavelet="haar", or state_dtype="bf16"'
+)
 # What compiled kernels read of a rule besides lr, in the order of their tables.
 ADAM = (
     *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
@@ -51,8 +55,9 @@ class _Common:
 
     @classmethod
     def of(cls, options: Options) -> _Common:
-        write, rounding = ("cautious", "decay"), ("stochastic", "nearest")
-        return cls(options["state_dtype"], write[not options["cautious"]], rounding[not options["stochastic_rounding"]])
+        write = "cautious" if options["cautious"] else "decay"
+        rounding = "stochastic" if options["stochastic_rounding"] else "nearest"
+        return cls(options["state_dtype"], write, rounding)
 
     def fields(self, *moments: Field, others: tuple[Field, ...]) -> tuple[Field, ...]:
         """Moments in the formats that fit them, with scales where these need any, and `others` as they are."""
@@ -68,7 +73,6 @@ def _adamw(options: Options) -> Program:
 
 
 def _adam(options: Options) -> Program:
-    _check_cells(options)
     return _adam_program(options["second_moment"], "weighed", options["limiter"] > 0, _Common.of(options))
 
 
@@ -79,16 +83,6 @@ def _residual(options: Options) -> Program:
     return _adam_program(options["second_moment"], "residual", False, _Common.of(options))
 
 
-def _check_cells(options: Options) -> None:
-    """Raise `ValueError` where cells of several coefficients cannot be cut out of a row."""
-    if any(FORMATS[name].cell > 1 for name in STATE_DTYPES[options["state_dtype"]]):
-        check_haar(
-            options["wavelet"],
-            f"state_dtype={options['state_dtype']!r} stores {CELL} neighbouring coefficients together, and those of "
-            f'other wavelets need the whole row. Write wavelet="haar", or state_dtype="bf16"',
-        )
-
-
 @lru_cache
 def _adam_program(second_moment: str, detail: str, limited: bool, common: _Common) -> Program:
     phases: tuple[Pass, ...] = (Pass("step", writes=True),)
@@ -97,11 +91,10 @@ def _adam_program(second_moment: str, detail: str, limited: bool, common: _Commo
     # What orthogonalizes has no second moment of its own to name; its tensors of level 0 have that of the default.
     formula = "adam_approximation" if second_moment == "approximation" else "adam_energy"
     fields = common.fields(EXP_AVG, EXP_AVG_SQ, others=(LIMITED_NORM,))
-    return Program(formula, fields, phases, detail, common.write, common.rounding, numbers=ADAM)
+    return Program(formula, fields, phases, detail, common.write, ADAM, rounding=common.rounding)
 
 
 def _orthogonal(options: Options) -> Program:
-    _check_cells(options)
     return _orthogonal_program(options["nor"] > 0, options["products"], options["least_level"], _Common.of(options))
 
 
@@ -112,7 +105,7 @@ def _orthogonal_program(rows: bool, products: str, least_level: int, common: _Co
     travel = Travel("momentum", "orthogonalize", "write", along, products)
     phases = Pass("norms", (Sum("m_a", numbers=2),)), travel
     name = "normuon" if rows else "orthogonal"
-    return Program(name, state, phases, "", common.write, common.rounding, least_level, numbers=ADAM)
+    return Program(name, state, phases, "", common.write, ADAM, least_level, common.rounding)
 
 
 def _adam_numbers(options: Options) -> dict[str, float]:
@@ -133,8 +126,8 @@ def _orthogonal_numbers(options: Options) -> dict[str, float]:
     return _adam_numbers(options) | {"nor": options["nor"], "detail_gain": 0.0 if isinstance(gain, str) else gain}
 
 
-_ANY = "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"
-_ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_ANY
+_COMMON_KEYS = "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"
+_ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_COMMON_KEYS
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
@@ -148,7 +141,7 @@ RECIPES: dict[str, Recipe] = {
     # The residual of an element is a gradient of its own beside its unit's momentum (FOAM, arXiv 2512.07112), bounded
     # by its square in the denominator, so it needs no gain.
     "foam": Recipe(
-        *(_residual, _adamw, _adam_numbers, ("second_moment", *_ANY)),
+        *(_residual, _adamw, _adam_numbers, ("second_moment", *_COMMON_KEYS)),
         {"detail_gain": 0.0},
         {
             "detail_gain": "a residual is bounded by its own square in the denominator and has no gain. Remove it",
@@ -157,7 +150,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
     "orthogonal": Recipe(
-        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", "products", "least_level", *_ANY)),
+        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", "products", "least_level", *_COMMON_KEYS)),
         {"second_moment": "none"},
         {
             "limiter": "no second moment is kept: it limits the growth of a normalized momentum, and an "
@@ -273,9 +266,14 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{key}={value!r} in {where}, where the recipe is {name!r}: {why}")
     try:
         rule = rule_of(group)
-        extents = {f.name: f.extent for f in rule.program.fields}
-        other = [f.name for f in rule.plain.fields if extents.get(f.name, f.extent) is not f.extent]
+        kept = {f.name: f for f in rule.program.fields}
+        other = [f.name for f in rule.plain.fields if kept.get(f.name, f) != f]
         if other:  # they would lie in one buffer
-            raise ValueError(f"tensors of level 0 keep {', '.join(other)} over another extent; give it another name")
+            raise ValueError(
+                f"tensors of level 0 keep {', '.join(other)} over another extent or in another format; give it "
+                f"another name"
+            )
+        if max(rule.program.cell, rule.plain.cell) > 1:
+            check_haar(group["wavelet"], _CELLS)
     except ValueError as error:
         raise ValueError(f"recipe={name!r} in {where}: {error}") from None

@@ -64,7 +64,7 @@ class Schedule:
         self._row_groups = [plan.shard.row_groups for plan in exchanging]
         wide = any(member.dtype == torch.float64 for member in members)
         self._exchange_dtype = torch.float64 if wide else torch.float32
-        # (member, where its elements of cut units lie, where they go)
+        # (member, where its elements of cut cells lie, where they go)
         self._sends = [
             (i, *_indices(member.plan, self._first_slot[i], device))
             for i, member in enumerate(members)
@@ -177,7 +177,7 @@ class Schedule:
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
     def _complete(self, exchange: Tensor, gradients: Sequence[Tensor]) -> None:
-        """The elements of all cut units, completed by one sum for each process group; none if nothing is cut."""
+        """The elements of all cut cells, completed by one sum for each process group; none if nothing is cut."""
         for i, sources, slots in self._sends:
             exchange[slots] = gradients[i].view(-1)[sources].to(exchange.dtype)
         sum_over_ranks(exchange, self._lengths, self._row_groups)
@@ -189,7 +189,7 @@ def _of(run: Run, values: Sequence[T]) -> list[T]:
 
 
 def _indices(plan: Plan, first_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Elements of the local buffer that complete cut units, and their places in the exchange."""
+    """Elements of the local buffer that complete cut cells, and their places in the exchange."""
     sends = plan.exchange.sends
     sources = torch.cat([torch.arange(send.source, send.source + send.length) for send in sends])
     slots = torch.cat([torch.arange(send.slot, send.slot + send.length) for send in sends]) + first_slot

@@ -35,7 +35,7 @@ class Maker:
         dtypes: Of the members.
         groups: Numbers of their parameter groups.
         moves: Whether each has a gradient; without one it has no run.
-        first_slots: Where the cut units of each begin in the exchange.
+        first_slots: Where the cut cells of each begin in the exchange.
         device: Where all of them are.
     """
 

@@ -24,6 +24,7 @@ from gwt_dist.steps import Group, Steps
 from gwt_dist.units import takes
 
 STEP = "step"
+STATE_DTYPE = "state_dtype"
 _MATH = torch.float32, torch.float64
 MISSED = "missed"  # the key of a state_dict that says which steps tensors of flat parameters did not take
 LAYOUTS = "layouts"  # the key of a state_dict that says which elements the states of flat parameters are of
@@ -99,7 +100,7 @@ def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> 
     by_id: dict[Any, Tensor] = {}
     tags = state_dict.get(LAYOUTS, {})
     for i, (mine, theirs) in enumerate(zip(groups, state_dict["param_groups"], strict=False)):
-        saved = {**mine, **theirs}
+        saved = {**mine, STATE_DTYPE: None, **theirs}  # which was fp32 before there was a choice
         for key in ("level", "wavelet"):
             if saved[key] != mine[key]:
                 raise ValueError(
@@ -109,10 +110,11 @@ def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> 
                 )
         check_group(saved, f"parameter group {i} of the state to load")
         then, now = (rule_of(group).of(mine["level"]) for group in (saved, mine))
-        if then.fields != now.fields and saved["state_dtype"] != mine["state_dtype"]:
+        if then.fields != now.fields and saved[STATE_DTYPE] != mine[STATE_DTYPE]:
+            before, here = (group[STATE_DTYPE] or KEYS[STATE_DTYPE].default for group in (saved, mine))
             raise ValueError(
-                f"parameter group {i} has state_dtype={saved['state_dtype']!r} in the state to load and "
-                f"{mine['state_dtype']!r} in this optimizer: its moments are stored in another format. Build the "
+                f"parameter group {i} has {STATE_DTYPE}={before!r} in the state to load and "
+                f"{here!r} in this optimizer: its moments are stored in another format. Build the "
                 f"optimizer with the state_dtype of then. What gwt_dist.save wrote can be converted: "
                 f"gwt_dist.load(..., convert_state=True)"
             )
@@ -169,7 +171,9 @@ def put_back(state: Group, values: Mapping[str, Any], parameter: Tensor, group: 
         if name == STEP:
             state[STEP] = torch.as_tensor(value).to(parameter.device, torch.float32, copy=True)
         elif isinstance(value, Tensor):
-            state[name] = value.to(parameter.device, stored_dtype(fields[name], parameter.dtype), copy=True)
+            # What was saved under another name is nobody's, and stays as it was.
+            dtype = stored_dtype(fields[name], parameter.dtype) if name in fields else value.dtype
+            state[name] = value.to(parameter.device, dtype, copy=True)
 
 
 def fill_keys(groups: Sequence[Group]) -> None:

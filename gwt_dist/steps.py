@@ -171,7 +171,7 @@ class Steps:
                 return None
             plan = self.plans[parameter] = Plan.of(shard, form)
             self._shapes.setdefault(parameter, tuple(dtensor.local(parameter.detach()).shape))
-        _check_dtype(parameter, rule, self._where(parameter, number, groups))
+        self._check_dtype(parameter, rule, number, groups)
         if plan.form != form:
             raise ValueError(
                 f"{form} of {self._where(parameter, number, groups)} differ from {plan.form} at its first step; its "
@@ -181,31 +181,34 @@ class Steps:
 
     def refuse_dtypes(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> None:
         """Raise `ValueError` for the first of `parameters` whose dtype cannot have what its group says."""
+        rules = [rule_of(group) for group in groups]
         for number, parameter in self.numbered(parameters, groups):
-            _check_dtype(parameter, rule_of(groups[number]), self._where(parameter, number, groups))
+            self._check_dtype(parameter, rules[number], number, groups)
+
+    def _check_dtype(self, parameter: Tensor, rule: Rule, number: int, groups: Sequence[Group]) -> None:
+        """Raise `ValueError` for a parameter that is trained and of a dtype that cannot have what its rule says."""
+        if parameter.is_meta or not (parameter.requires_grad or parameter.grad is not None):
+            return  # a plan without weights, whose dtype nobody has said yet; or a weight that stays as it is
+        stored = sorted({field.format for field in (*rule.program.fields, *rule.plain.fields)} - {FP32})
+        if not stored and rule.program.rounding == "nearest":
+            return
+        where = self._where(parameter, number, groups)
+        if stored and parameter.dtype == torch.float64:
+            raise ValueError(
+                f"{where} is float64, and its group keeps moments in {', '.join(stored)}, which is a rounding of "
+                f"fp32: double precision would be lost in silence. Leave state_dtype out of the group, or train in fp32"
+            )
+        if rule.program.rounding == "stochastic" and parameter.dtype != torch.bfloat16:
+            raise ValueError(
+                f"{where} is {parameter.dtype} and its group says stochastic_rounding=True, which is for bfloat16 "
+                f"parameters: with fp32 weights, or masters that an engine keeps, no change of a weight is lost. Leave "
+                f"stochastic_rounding out of the group, or put these parameters into a group without it"
+            )
 
     def _where(self, parameter: Tensor, number: int, groups: Sequence[Group]) -> str:
         """For messages; what an engine took out of its group, as ZeRO-3 does, has no number."""
         place = self._place(parameter, groups)
         return f"parameter{f' {place[1]}' if place else ''} of group {number}"
-
-
-def _check_dtype(parameter: Tensor, rule: Rule, where: str) -> None:
-    """Raise `ValueError` for a parameter that is trained and of a dtype that cannot have what its rule says."""
-    if parameter.is_meta or not (parameter.requires_grad or parameter.grad is not None):
-        return  # a plan without weights, whose dtype nobody has said yet; or a weight that stays as it is
-    stored = sorted({field.format for field in (*rule.program.fields, *rule.plain.fields)} - {FP32})
-    if stored and parameter.dtype == torch.float64:
-        raise ValueError(
-            f"{where} is float64, and its group keeps moments in {', '.join(stored)}, which is a rounding of fp32: "
-            f"double precision would be lost in silence. Leave state_dtype out of the group, or train in fp32"
-        )
-    if rule.program.rounding == "stochastic" and parameter.dtype != torch.bfloat16:
-        raise ValueError(
-            f"{where} is {parameter.dtype} and its group says stochastic_rounding=True, which is for bfloat16 "
-            f"parameters: with fp32 weights, or masters that an engine keeps, no change of a weight is lost. Leave "
-            f"stochastic_rounding out of the group, or put these parameters into a group without it"
-        )
 
 
 def _run(

@@ -20,7 +20,7 @@ from gwt_dist.checkpoint.format import CheckpointError, Entry
 from gwt_dist.checkpoint.holdings import Holding, Stepped
 from gwt_dist.declare import Extent, Field
 from gwt_dist.formats import FORMATS, scale_of
-from gwt_dist.kernels.stored import Kept
+from gwt_dist.kernels.stored import StoredField
 from gwt_dist.layout import Fragment
 from gwt_dist.piece import Piece, stored_dtype
 
@@ -59,11 +59,11 @@ class Conversion:
         for name in _parts(self.wanted):
             place = self.target.places[name]
             views[name] = flat(dtensor.local(self.state[name])).narrow(0, place.offset, place.numel)
-        values = Kept.of(self.saved, self.source, self.stored).read()
+        values = StoredField.of(self.saved, self.source, self.stored).read()
         wanted = torch.empty(here.numel, dtype=values.dtype, device=values.device)
         for overlap in self.source.moments.intersect(replace(here, offset=0)):
             copy(wanted, values, overlap)
-        Kept.of(self.wanted, self.target, views).write(wanted, self.key, self.shift)
+        StoredField.of(self.wanted, self.target, views).write(wanted, self.key, self.shift)
 
 
 def conversions(

@@ -13,7 +13,7 @@ from gwt_dist.piece import Piece
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The units that a piece touches, cut ones completed, with what is kept and known of them.
+    """The units that a piece touches, cut cells completed, with what is kept and known of them.
 
     Dtype of all tensors is that of the mathematics (fp32, or fp64), of sums fp64.
     """
@@ -26,9 +26,9 @@ class Share:
     rule: Rule
     program: Program
     piece: Piece
-    store: Callable[
-        [str], None
-    ]  # of a UNIT field: put what is in `state` where it is stored, and back as it was stored
+    # Of a UNIT field: puts what is in `state` where it is stored, and back as it was stored.
+    store: Callable[[str], None]
+    changes: Mapping[str, int]  # of each UNIT field that is stored in another format, torch's count when it was stored
 
     def keep(self, *names: str) -> None:
         """Store these UNIT fields after an update.

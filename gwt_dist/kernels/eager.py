@@ -15,7 +15,7 @@ from gwt_dist.formulas.codecs import round_bf16
 from gwt_dist.formulas.weights import decay_factor
 from gwt_dist.kernels import guard
 from gwt_dist.kernels.items import Part, Place
-from gwt_dist.kernels.stored import Kept
+from gwt_dist.kernels.stored import StoredField
 from gwt_dist.kernels.work import Tensors, Work
 from gwt_dist.piece import math_dtype
 
@@ -46,7 +46,9 @@ def phase(number: int, work: Work, tensors: Tensors, sums: list[Tensor]) -> None
     assert isinstance(its, Pass), "whole matrices go by `rounds`"
     function = getattr(formula, its.function)
     for part in work.parts:
-        found = function(share(part, work, tensors, sums[:number]))
+        its_share = share(part, work, tensors, sums[:number])
+        found = function(its_share)
+        _check_stored(its_share, its.function)
         if its.writes:
             write(part, work, tensors, found)
         else:
@@ -72,13 +74,15 @@ def send(number: int, work: Work, tensors: Tensors, sums: list[Tensor], landing:
     """State updated, and what is sent of each part put at its place in `landing`, ``[elements]``, fp32, bf16 or fp64.
 
     Phase `number` is a `Travel`; `sums` are the vectors of the phases before it, fp64. What is sent is rounded to the
-    dtype of `landing`; padding of units is left out, and so are elements of cut units that other ranks hold.
+    dtype of `landing`; padding of units is left out, and so are elements of cut cells that other ranks hold.
     """
     its = work.program.phases[number]
     assert isinstance(its, Travel), "only what travels is sent"
     function = getattr(FORMULAS[work.program.formula], its.send)
     for part in work.parts:
-        u_NU = function(share(part, work, tensors, sums[:number]))
+        its_share = share(part, work, tensors, sums[:number])
+        u_NU = function(its_share)
+        _check_stored(its_share, its.send)
         for target, padded in part.piece.views(landing, u_NU.view(-1), part.landing):
             target.copy_(padded)
 
@@ -114,22 +118,35 @@ def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share
         place = piece.places[field.name]
         stored[field.name] = tensors.state[field.name][part.parameter].view(-1).narrow(0, place.offset, place.numel)
     scales = {scale_of(f.name) for f in program.fields if FORMATS[f.format].scaled}
-    kept = {f.name: Kept.of(f, piece, stored) for f in program.fields if f.name not in scales}
+    kept = {f.name: StoredField.of(f, piece, stored) for f in program.fields if f.name not in scales}
     state = {name: its.read() for name, its in kept.items()}
     state |= {name: state[name][0] for name in program.names(Extent.TENSOR)}
     known = {place.name: place.read(vector) for its, vector in zip(part.sums, sums, strict=False) for place in its}
     rule, step = tensors.rules[part.parameter], tensors.steps[part.parameter]
 
+    changes = {name: state[name]._version for name in kept if kept[name].field.format != FP32}
+
     def store(name: str) -> None:
-        if kept[name].field.format != FP32:  # which is the state itself
+        if name in changes:  # else it is the state itself
             what, shift = noise.of_moment(program.names(Extent.UNIT).index(name))
             kept[name].write(state[name], noise.key(step, what, int(rule["rounding_seed"]), piece.salt), shift)
+            changes[name] = state[name]._version
 
-    return Share(gather(part, tensors), state, known, step, rule, program, piece, store)
+    return Share(gather(part, tensors), state, known, step, rule, program, piece, store, changes)
+
+
+def _check_stored(its: Share, function: str) -> None:
+    """Raise `ValueError` if a function has changed what it did not `Share.keep`."""
+    lost = [name for name, version in its.changes.items() if its.state[name]._version != version]
+    if lost:
+        raise ValueError(
+            f"{function!r} of formula {its.program.formula!r} changed {', '.join(lost)} and did not keep it, so the "
+            f"change would be lost: what is stored is codes. Call share.keep({lost[0]!r}) after the update"
+        )
 
 
 def gather(part: Part, tensors: Tensors) -> Tensor:
-    """The gradient of the touched units, (units, U), cut units completed, zeros at the padding of rows."""
+    """The gradient of the touched units, (units, U), cut cells completed, zeros at the padding of rows."""
     piece, gradient = part.piece, tensors.gradients[part.parameter].view(-1)
     dtype = math_dtype(tensors.weights[part.parameter].dtype)
     x_NU = torch.zeros((piece.touched, piece.units.length), dtype=dtype, device=gradient.device)

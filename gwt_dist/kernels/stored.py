@@ -15,7 +15,7 @@ from gwt_dist.piece import Piece
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredField:
     """A field over coefficients of one piece, whole cells: views of the state, which `write` changes."""
 
     field: Field
@@ -24,7 +24,7 @@ class Kept:
     scale: Tensor | None  # (G,), one a cell, where the format has scales
 
     @classmethod
-    def of(cls, field: Field, piece: Piece, stored: Mapping[str, Tensor]) -> Kept:
+    def of(cls, field: Field, piece: Piece, stored: Mapping[str, Tensor]) -> StoredField:
         """That of a field; `stored` has views of the piece by name, of its scales too."""
         scaled = FORMATS[field.format].scaled
         return cls(field, piece, stored[field.name], stored[scale_of(field.name)] if scaled else None)

@@ -24,7 +24,7 @@ class Tensors:
     state: Mapping[str, list[Tensor]]  # by field of the program: dense, each in its format
     steps: list[Tensor]  # 0-d fp32, this step counted
     rules: list[Rule]  # one a parameter
-    exchange: Tensor  # elements of cut units, fp32 or fp64
+    exchange: Tensor  # elements of cut cells, fp32 or fp64
     made: dict[str, Any] = field(default_factory=dict)  # what a kernel made of them, for as long as the step lasts
 
     def once(self, name: str, make: Callable[[], T]) -> T:
