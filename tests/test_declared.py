@@ -140,3 +140,41 @@ def test_updating_a_parameter_twice_or_outside_of_its_group() -> None:
     optimizer.param_groups[0]["params"] = parameters[1:]
     optimizer.update(parameters)
     assert [optimizer.state[p]["step"].item() for p in parameters] == [1, 2, 1]
+
+
+def test_a_field_has_one_format_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices in 8 bits and vectors in fp32 would lie in one tensor of state."""
+    energy = RECIPES["energy"]
+    stand_in(monkeypatch, program=lambda options: energy.program({**options, "state_dtype": "int8"}))
+    with pytest.raises(ValueError, match="keep exp_avg, exp_avg_sq over another extent or in another format"):
+        GWTAdamW([torch.nn.Parameter(random(4, 6))], recipe="new")
+
+
+def test_cells_are_of_haar_whoever_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    energy = RECIPES["energy"]
+    stand_in(
+        monkeypatch,
+        program=lambda options: energy.program({**options, "wavelet": "haar", "state_dtype": "int8"}),
+        plain=lambda options: energy.plain({**options, "state_dtype": "int8"}),
+    )
+    with pytest.raises(ValueError, match="wavelet='db2' must be 'haar': 8-bit state stores 64"):
+        GWTAdamW([torch.nn.Parameter(random(4, 6))], recipe="new", wavelet="db2")
+
+
+def test_a_change_of_codes_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgets(type(FORMULAS["adam_energy"])):  # type: ignore[misc]
+        def step(self, share: Share) -> Tensor:
+            share.state["exp_avg"].mul_(0.5)
+            return self.write(share)
+
+    monkeypatch.setitem(FORMULAS, "forgets", Forgets(energy=True))
+    stand_in(monkeypatch, program=lambda options: replace(RECIPES["energy"].program(options), formula="forgets"))
+    for state_dtype in ("fp32", "int8"):
+        parameter = torch.nn.Parameter(random(4, 6).float())
+        parameter.grad = random(4, 6).float()
+        optimizer = GWTAdamW([parameter], recipe="new", state_dtype=state_dtype)
+        if state_dtype == "fp32":
+            optimizer.step()  # the state itself was changed
+            continue
+        with pytest.raises(ValueError, match=r"'step' of formula 'forgets' changed exp_avg and did not keep it"):
+            optimizer.step()

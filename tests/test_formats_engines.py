@@ -6,11 +6,16 @@ That ranks change no bit of either is in `test_matrix.py` for every engine, and 
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import FileStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gwt_dist import GWTAdamW
 from gwt_dist.layout import Fragment
@@ -142,3 +147,30 @@ def test_a_dtype_that_changes_after_set_up_is_refused_by_the_step() -> None:
         ValueError, match="parameter 0 of group 0 is float64, and its group keeps moments in e4m4, int8"
     ):
         optimizer.step()
+
+
+def test_what_no_rank_cuts_is_a_dtensor_of_the_state_of_one_process(tmp_path: Path) -> None:
+    """Vectors, and tensors of three dimensions at level 0: every field, scales too, as one process has them."""
+    dist.init_process_group("gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for shape, placement in (
+            ((131,), Replicate()),
+            ((131,), Shard(0)),
+            ((3, 2, 70), Shard(0)),
+            ((2, 70), Shard(1)),
+        ):
+            whole = torch.nn.Parameter(torch.randn(shape))
+            placed = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [placement]))
+            kept = []
+            for parameter in (whole, placed):
+                parameter.grad = torch.ones_like(parameter)
+                optimizer = GWTAdamW([parameter], level=0, state_dtype="int8")
+                optimizer.step()
+                kept.append(optimizer.state_dict()["state"][0])
+            for name, value in kept[0].items():
+                if name not in ("step", "limited_norm"):
+                    assert isinstance(kept[1][name], DTensor) and kept[1][name].shape == value.shape
+                    assert torch.equal(kept[1][name].full_tensor(), value), (shape, placement, name)
+    finally:
+        dist.destroy_process_group()
