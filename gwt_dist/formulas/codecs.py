@@ -2,7 +2,8 @@
 
     bf16   the upper 16 bits of fp32, after noise was added to the lower ones
     int8   scale * code * (127 + |code|), code -127 to 127, scale the largest of the cell / 32258
-    e4m4   scale * (1 + m/16) * 2**(e-15), e and m four bits each, scale the power of two at or below the largest
+    e4m4   scale * (1 + m/16) * 2**(e-15), e and m four bits each, scale the power of two at or below the largest,
+           or above it where that may be rounded up to it
 
 Codes are rounded up with the probability of the rest. To nearest a second moment could not decay, as a step changes it
 by less than half of what a code can say, and small momentum would stick. In e4m4 nothing is 0 but a cell that is all 0
@@ -23,11 +24,14 @@ import torch
 from torch import Tensor
 
 LARGEST = 127  # code of int8
-RANGE = 2 * LARGEST * LARGEST  # what the largest code stands for, in scales
+SCALE = 3.100006142631173e-05  # of the largest of a cell: 1 / (2 * 127**2), what its code stands for, in fp32
 TINY = 2.0**-126  # scales below have no inverse
 _HALF = LARGEST / 2
 _SIGNLESS = 0x7FFFFFFF
 _INF = 0x7F800000
+_FRACTION = 0x7FFFFF
+_LAST = 15 << 19  # fractions above 15/16 may be rounded up to the next power of two
+_LARGEST = 254 << 23  # of the exponent 254 there is no next one
 
 
 def round_bf16(x: Tensor, chance: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ def tops(x_N: Tensor, cells_N: Tensor, cells: int) -> Tensor:
 
 def encode_int8(x_N: Tensor, chance_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Codes, int8 (N,), and scales, (G,), of fp32 `x_N`."""
-    scale = tops(x_N, cells_N, cells).view(torch.float32) / RANGE
+    scale = tops(x_N, cells_N, cells).view(torch.float32) * SCALE
     usable = (scale >= TINY) & scale.isfinite()
     inverse_N = torch.where(usable, 1 / scale, 0.0)[cells_N]
     x_N = torch.where(usable[cells_N], x_N, 0.0)
@@ -66,7 +70,9 @@ def decode_int8(code_N: Tensor, scale: Tensor, cells_N: Tensor) -> Tensor:
 
 def encode_e4m4(x_N: Tensor, chance_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Codes, uint8 (N,), and scales, (G,), of fp32 `x_N`, which is not negative."""
-    e = tops(x_N, cells_N, cells) >> 23
+    top = tops(x_N, cells_N, cells)
+    # The largest may be rounded up to the next power of two, which must have a code: without it a cell could not grow.
+    e = (top >> 23) + ((top & _FRACTION > _LAST) & (top < _LARGEST)).to(torch.int32)
     e = torch.where(e < 32, 0, e)
     bits_N = x_N.view(torch.int32).long()
     code_N = ((bits_N + (chance_N << 3)) >> 19) - ((e.long() - 15) << 4)[cells_N]

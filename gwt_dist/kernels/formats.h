@@ -91,7 +91,7 @@ struct Codec<int8> {
   }
 
   static INLINE float encode(float* x, Code* codes, float top, const Chance& chance) {
-    const float scale = top / (2 * LARGEST * LARGEST), inverse = 1 / scale;
+    const float scale = top * 3.100006142631173e-05f, inverse = 1 / scale;
     if (C10_UNLIKELY(!(scale >= std::numeric_limits<float>::min() && scale < std::numeric_limits<float>::infinity()))) {
       return blank(x, codes, decoded(Floats{}, scale), scale);
     }
@@ -121,7 +121,9 @@ struct Codec<e4m4> {
   }
 
   static INLINE float encode(float* x, Code* codes, float top, const Chance& chance) {
-    const int32_t exponent = same_bits<int32_t>(top) >> 23;
+    const int32_t bits = same_bits<int32_t>(top);
+    // The largest may be rounded up to the next power of two, which must have a code: without it a cell could not grow.
+    const int32_t exponent = (bits >> 23) + ((bits & 0x7FFFFF) > (15 << 19) && bits < (254 << 23));
     const float scale = exponent >= 32 ? same_bits<float>(exponent << 23) : 0;
     if (C10_UNLIKELY(exponent < 32 || exponent == 255)) return blank(x, codes, decoded(Whole{}, scale), scale);
     const int32_t before = (exponent - 15) << 4;

@@ -125,7 +125,7 @@ def _decode(code, scale):
 @triton.jit
 def _encode_int8(x, chance, top):
     """`codecs.encode_int8`; `top` is of cells."""
-    scale = tl.div_rn(top.to(tl.float32, bitcast=True), 32258.0)
+    scale = top.to(tl.float32, bitcast=True) * 3.100006142631173e-05
     usable = (scale >= 1.1754943508222875e-38) & (scale < float("inf"))  # 2**-126
     inverse = tl.div_rn(1.0, tl.where(usable, scale, 1.0))
     # Of a cell without a use for its scale x may be NaN, which no integer is.
@@ -142,7 +142,7 @@ def _encode_int8(x, chance, top):
 @triton.jit
 def _encode_e4m4(x, chance, top):
     """`codecs.encode_e4m4`; `top` is of cells."""
-    e = top >> 23
+    e = (top >> 23) + tl.where(((top & 0x7FFFFF) > (15 << 19)) & (top < (254 << 23)), 1, 0)
     e = tl.where(e < 32, 0, e)
     upper = (x.to(tl.int32, bitcast=True) + (chance << 3).to(tl.int32)) >> 19
     code = upper - spread((e - 15) << 4, x.shape[0])
