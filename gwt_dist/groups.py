@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from gwt_dist.keys import KEYS, refuse_unknown
+from gwt_dist.keys import COMMON, KEYS, of_recipes, refuse_unknown
 from gwt_dist.recipes import DEFAULT, RECIPES, check_group, program_of, spelled
 
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ def param_groups(
 
     Raises:
         ValueError: If a pattern matches no Linear weight to be trained, a parameter does not belong to `model`, or
-            `rest` has a key that is unknown or would orthogonalize in silence.
+            a key is mistyped, or `rest` has one that is unknown or would orthogonalize in silence.
     """
     from torch import nn
 
+    _check_options(group_options, rest or {})
     patterns = levels_by_pattern(targets, level)
     names = {id(p): name for name, p in model.named_parameters()}
     linear = {
@@ -87,6 +89,21 @@ def param_groups(
             raise no_match(pattern, linear.values())
     _log_table(patterns, matched, others, (rest or {}).get("level", 0))
     return groups
+
+
+def _check_options(options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a mistyped key, and for a level of `rest` whose recipe nobody here knows."""
+    if not isinstance(rest, Mapping):
+        raise ValueError(f'rest={rest!r} must be a mapping of keys, such as {{"level": 1, "recipe": "energy"}}')
+    for name in options:  # others may be a schedule's
+        near = difflib.get_close_matches(name, [*COMMON, *of_recipes()], n=1, cutoff=0.85)
+        if near and near[0] != name:
+            raise ValueError(f"param_groups has the unknown key {name!r}, which no optimizer would read: {near[0]!r}?")
+    if rest.get("level") and "recipe" not in {**options, **rest}:
+        raise ValueError(
+            f"rest has level={rest['level']} and no recipe, and param_groups was told none: that of the optimizer "
+            f'would step embeddings and head. Write the recipe in rest, such as "recipe": "energy"'
+        )
 
 
 class Grouped(Generic[T]):

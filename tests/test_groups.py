@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +159,18 @@ def test_matrices_of_level_0_that_are_orthogonalized_do_not_take_embeddings_alon
 def test_keys_of_the_rest_that_are_refused(rest: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         param_groups(model(), level=1, recipe="orthogonal", rest=rest)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_dtpye": "int8"}, "unknown key 'state_dtpye', which no optimizer would read: 'state_dtype'"),
+        ({"rest": {"level": 1}}, "rest has level=1 and no recipe, and param_groups was told none"),
+        ({"rest": "int8"}, "rest='int8' must be a mapping of keys"),
+    ],
+    ids=str,
+)
+def test_what_an_optimizer_would_take_in_silence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(model(), level=1, **options)
+    assert param_groups(model(), level=1, lr_scale=2.0)[0]["lr_scale"] == 2.0, "a schedule may have keys of its own"

@@ -15,6 +15,7 @@ from torch import nn
 from gwt_dist import ds_json
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
+from gwt_dist.recipes import DEFAULT
 
 _OFFERED: WeakSet[nn.Module] = WeakSet()
 
@@ -35,7 +36,7 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
         ValueError: For a key or value that is refused, or parameters of no model that is known, on which the section's
             level would act alike.
     """
-    options = ds_json.checked(section)
+    options = {"recipe": DEFAULT, **ds_json.checked(section)}
     support()
     given = list(params)
     model = next((model for model in _OFFERED if _owns(model, given)), None)

@@ -14,6 +14,8 @@ import torch
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
 from gwt_dist import GWTAdamW
+from gwt_dist.groups import keys_of_rest
+from gwt_dist.recipes import DEFAULT
 
 NAME = "GWTAdamW"
 
@@ -39,6 +41,7 @@ class GWTOptimizersContainer(OptimizersContainer[Any]):
 def optimizer_config(
     level: int = 2,
     targets: Sequence[str] | Mapping[str, int] = (r"attention.*\.weight$", r"feed_forward.*\.weight$"),
+    rest: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GWTOptimizersContainer.Config:
     """Configuration of the container: parameters that match a target get the level, all others level 0 (AdamW).
@@ -51,10 +54,11 @@ def optimizer_config(
     Args:
         level: Level of the weights that match.
         targets: Patterns, or a mapping from pattern to level.
+        rest: Keys of what matches no target, ``level`` among them (0), as in `gwt_dist.param_groups`.
         options: Further keywords of `GWTAdamW`, for all groups.
 
     Raises:
-        ValueError: If a pattern is not a regular expression, or there is none.
+        ValueError: If a pattern is not a regular expression, or there is none, or `rest` makes no sense.
     """
     patterns = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(targets, level)
     if not patterns or isinstance(targets, str):
@@ -64,9 +68,10 @@ def optimizer_config(
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from error
+    keys = {pattern: {**options, "level": chosen} for pattern, chosen in patterns.items()}
+    keys[".*"] = keys_of_rest({"recipe": DEFAULT, **options}, rest or {})
     groups = [
-        ParamGroupConfig(pattern=pattern, optimizer_name=NAME, optimizer_kwargs={**options, "level": chosen})
-        for pattern, chosen in {**patterns, ".*": 0}.items()
+        ParamGroupConfig(pattern=pattern, optimizer_name=NAME, optimizer_kwargs=its) for pattern, its in keys.items()
     ]
     # torch's choices of implementation mean nothing here; this one asks for neither.
     return GWTOptimizersContainer.Config(param_groups=groups, implementation="for-loop")
