@@ -35,7 +35,9 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(tmp_path: Path) -> None:
     rows: dict[str, list[dict[str, Any]]] = {name: part["rows"] for name, part in found["parts"].items()}
     assert not [row for its in rows.values() for row in its if "error" in row]
     assert {"torch", "triton", "deepspeed", "GPU", "copy"} <= {row["case"] for row in rows["machine"]}
-    assert rows["tests"][0]["case"].endswith(" tests of test_symmetric.py, test_triton.py, test_triton_travel.py")
+    assert rows["tests"][0]["case"].endswith(
+        " tests of test_formats_triton.py, test_symmetric.py, test_triton.py, test_triton_travel.py"
+    )
     engines = [row for row in rows["engines"] if "ok" in row]
     assert len(engines) == 11 and all(row["ok"] and 0 < row["error to fp64"] < 1e-3 for row in engines)
     assert {(row["ranks"], row["case"]) for row in engines} >= {(1, "plain"), (2, "FSDP1 + fuse_backward")}

@@ -257,6 +257,8 @@ def as_version_2(folder: Path) -> dict[str, Any]:
     index |= {"version": 2, "scheduler": state}
     for key in ("engine_schedule", "excluded", "tied"):
         del index[key]
+    for entry in index["tensors"].values():
+        entry["fields"] = {name: {"extent": field["extent"]} for name, field in entry["fields"].items()}
     rewrite(folder, json.dumps(index))
     return index
 

@@ -49,7 +49,10 @@ def test_the_trainer_steps_with_the_section(forks: Forks, stage: int, tmp_path: 
 TOLD: dict[str, list[str]] = {
     "callback too late": ["level 2 would act on every one of them, embeddings and lm_head too", "callbacks=[Attach"],
     "callback too late, allowed": ["level 2 would act on every one of them"],
-    "callback too late, targets": ["targets=['attn', 'mlp'] could not be looked up", "callbacks=[AttachCallback()]"],
+    "callback too late, targets": [
+        "targets=['attn', 'mlp'] and rest=None could not be looked up",
+        "callbacks=[AttachCallback()]",
+    ],
     "another type": ["an optimizer section of type 'AdamW'", "Write 'GWTAdamW', or remove the section"],
     "given twice": ["optim_args='level=3' is given, and an optimizer section", "remove one of them"],
     "given twice, callback alone": ["optim_target_modules=['mlp'] is given, and an optimizer section"],
