@@ -102,8 +102,8 @@ def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{where} has the unknown key {name!r}; {hint}Known keys: {', '.join(known)}")
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{where} has the unknown key {name!r}{hint} Known keys: {', '.join(known)}")
 
 
 # Group keys of galore-torch, apollo-torch and the published GWT: what to write here in their place.

@@ -189,14 +189,15 @@ class Steps:
         """Raise `ValueError` for a parameter that is trained and of a dtype that cannot have what its rule says."""
         if parameter.is_meta or not (parameter.requires_grad or parameter.grad is not None):
             return  # a plan without weights, whose dtype nobody has said yet; or a weight that stays as it is
-        stored = sorted({field.format for field in (*rule.program.fields, *rule.plain.fields)} - {FP32})
+        stored = {field.format for field in (*rule.program.fields, *rule.plain.fields)} - {FP32}
         if not stored and rule.program.rounding == "nearest":
             return
         where = self._where(parameter, number, groups)
         if stored and parameter.dtype == torch.float64:
             raise ValueError(
-                f"{where} is float64, and its group keeps moments in {', '.join(stored)}, which is a rounding of "
-                f"fp32: double precision would be lost in silence. Leave state_dtype out of the group, or train in fp32"
+                f"{where} is float64, and its group has state_dtype={groups[number].get('state_dtype')!r}, a rounding "
+                f"of fp32: double precision would be lost in silence. Leave state_dtype out of the group, or train in "
+                f"fp32"
             )
         if rule.program.rounding == "stochastic" and parameter.dtype != torch.bfloat16:
             raise ValueError(

@@ -184,6 +184,10 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda i: i["groups"][0].update(recipe="newer"),
         "'attn_q.weight' was trained with the recipe 'newer' in .*, which is none of paper, energy",
     ),
+    "format of a group": (
+        lambda i: i["groups"][0].update(state_dtype="fp8"),
+        "state_dtype='fp8' in a parameter group of .* must be one of",
+    ),
     "group": (lambda i: i["tensors"]["attn_q.weight"].update(group=9), "group is 9, of 2"),
     "option": (lambda i: i["groups"][0].update(lr="1"), "lr='1' in a parameter group"),
     "params": (lambda i: i["groups"][0].update(params=[]), "hold params"),

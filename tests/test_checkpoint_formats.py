@@ -101,7 +101,10 @@ def test_every_format_into_every_other(tmp_path, then, now) -> None:
     run = train(built(now), 0, 1)
     before = content(run)
     if then != now:
-        message = f"another format, .* Build the optimizer with state_dtype='{then}', or .*convert_state=True"
+        message = (
+            f"exp_avg in {FORMATS[then][0]}, .*another format, whose numbers would be read wrongly. "
+            f"Build the optimizer with state_dtype='{then}', or .*convert_state=True"
+        )
         with pytest.raises(CheckpointError, match=message):
             gwt_dist.load(tmp_path, *run)
         assert same(before, content(run))

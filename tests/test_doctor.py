@@ -97,6 +97,24 @@ def test_a_run_says_the_same(
     assert told == [str(refused.value)]
 
 
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ({"level": 99}, "level=99"),
+        ({"state_dtype": "fp8"}, "state_dtype='fp8' in rest"),
+        ({"recipe": "enrgy"}, "recipe='enrgy' in rest"),
+        ({"stochastic_rounding": True}, "parameter group 1 says stochastic_rounding=True"),
+        ({"level": 1}, ""),
+    ],
+)
+def test_the_rest_is_examined_without_a_model(
+    rest: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = good() | {"optimizer": {"type": "GWTAdamW", "params": {"rest": rest}}}
+    content = examined(capsys, ["--deepspeed-config", write(tmp_path, settings)], int(bool(message)))
+    assert [message in finding["text"] for finding in content["findings"]] == [True] * bool(message)
+
+
 def test_all_reasons_at_once_where_a_run_stops_at_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zero = {"stage": 2, "elastic_checkpoint": True, "zero_hpz_partition_size": 4, "offload_optimizer": {"ratio": 0.5}}
     settings = good() | {"zero_optimization": zero, "optimizer": {"type": "GWTAdamW", "params": {"level": 99}}}

@@ -111,6 +111,8 @@ def test_optim_args() -> None:
         "limiter": None,
         "wavelet": "db2",
     }
+    text = "level=2, rest={'level': 1, 'recipe': 'energy'}, scale=1"
+    assert parse_optim_args(text) == {"level": 2, "rest": {"level": 1, "recipe": "energy"}, "scale": 1}
     assert parse_optim_args(None) == parse_optim_args(" ") == {}
 
 

@@ -389,8 +389,8 @@ def test_formats_that_a_run_refuses_are_not_planned() -> None:
 
     with pytest.raises(ValueError, match="weights are fp64 and state_dtype keeps moments in e4m4, int8"):
         planned_with("fp64", state_dtype="int8")
-    for weights, engine in (("fp32", "fsdp2"), ("bf16", "zero2")):
-        with pytest.raises(ValueError, match=f"{engine} steps fp32 here"):
+    for weights, engine, told in (("fp32", "fsdp2", "add --weights bf16"), ("bf16", "zero2", "without masters")):
+        with pytest.raises(ValueError, match=f"{engine} steps fp32 here.* {told}"):
             planned_with(weights, engine, stochastic_rounding=True)
     planned_with("bf16", stochastic_rounding=True, state_dtype="int8")
 

@@ -119,6 +119,7 @@ def test_bytes_a_weight_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
         assert row == [f"{its[what]:.2f}" for its in found for what in ("matrices", "model")]
     assert main(["plan", "60m", "--engine", "zero2", "--world", "8", *settings[2], "--rest", "scale=1.0"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert 'recipe "orthogonal", rest "energy", wavelet haar' in shown
     assert "0.8313 of the whole model, 0.5314 of the matrices" in shown and "exp_avg_sq, e4m4" in shown
     assert float(table[3][1]) < 1 and float(table[3][3]) < 0.6
 
@@ -203,6 +204,8 @@ def test_every_key_of_a_deepspeed_json_counts(tmp_path: Path, capsys: pytest.Cap
         (["tiny", "--state-dtype", "int4"], "state_dtype='int4' in parameter group 0 must be one of"),
         (["tiny", "--state-dtype", "int8", "--weights", "fp64", "--engine", "ddp"], "weights are fp64"),
         (["tiny", "--rest", "level"], "must be KEY=VALUE"),
+        (["tiny", "--rest", "targets=1"], "unknown key 'targets'. Known keys: lr"),
+        (["tiny", "--engine", "fsdp2", "--rest", "stochastic_rounding=True"], "add --weights bf16"),
         (["tiny", "--rest", "levle=1"], "did you mean 'level'"),
         (["tiny", "--fit", "1GB", "--reserve", "2GB"], "leaves nothing"),
     ],

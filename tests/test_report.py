@@ -123,8 +123,8 @@ def test_memory_is_beside_adamws(tmp_path: Path) -> None:
     labels = ["run, rank 0", "run, rank 0 with AdamW", "run, rank 1", "run, rank 1 with AdamW"]
     assert all(bar["y"] == labels for bar in memory)
     # In the order of RANK_BYTES: 1000 of the rank itself, 2000 of weights, ... and the number of the rank on top.
-    ours = {"moments, level > 0": 5000, "moments, level 0": 7000, "steps, limiter norms": 9000}
-    adamw = {"moments, level > 0": 6000, "moments, level 0": 8000, "steps, limiter norms": 0}
+    ours = {"moments, groups with a level": 5000, "moments, groups at level 0": 7000, "steps, limiter norms": 9000}
+    adamw = {"moments, groups with a level": 6000, "moments, groups at level 0": 8000, "steps, limiter norms": 0}
     alike = {"weights": 2000, "gradients": 3000, "masters": 4000}
     for bar in memory:
         name = html.unescape(bar["name"])

@@ -286,6 +286,29 @@ def test_rows_of_ours_say_keys_of_the_rest() -> None:
         assert (others["lr"], others["state_dtype"]) == (0.02, "int8")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_dtype": "fp8"}, "state_dtype='fp8'"),
+        ({"rest": {"levle": 1}}, "rest has the unknown key 'levle'; did you mean 'level'"),
+        ({"rest": {"state_dtype": "fp8"}}, "state_dtype='fp8' in rest"),
+    ],
+)
+def test_wrong_options_of_a_row_end_a_study_before_it_begins(
+    options: dict[str, Any],
+    message: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, out = tmp_path / "small.json", tmp_path / "out"
+    wrong = {"name": "ours", "optimizer": "gwt", "lr": [0.01], "options": options, "priority": 3}
+    file.write_text(json.dumps(settings | {"rows": [ROWS[1], wrong]}))
+    assert main(["compare", str(file), "--jobs", "0", "--output", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "row 'ours'" in told and message in told and not out.exists()
+
+
 @pytest.mark.parametrize("path", sorted(Path("configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_studies_of_the_tree(path: Path) -> None:
     study = read_study(path.stem)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gwt_dist import GWTAdamW
+from gwt_dist import GWTAdamW, param_groups
+from gwt_dist.memory import plan_zero, specs
 from gwt_dist.train.metrics import PHASES
+from gwt_dist.train.summary import Summary, measure
 from gwt_dist.train.watch import Clock, OptimizerWatch
 
 
@@ -59,6 +61,28 @@ def test_tensors_without_a_limiter_do_not_count() -> None:
     found = stepped(optimizer, watch, [3.0])
     assert found["limited_norm_mean"] == found["limited_norm_max"] == float(optimizer.state[matrix]["limited_norm"])
     assert found["limited_share"] == 1
+
+
+def test_the_plan_and_the_run_count_by_the_level_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias in a group of level 1 is of a group with a level in both."""
+    model = torch.nn.ModuleDict({"attn": torch.nn.Linear(8, 4), "norm": torch.nn.LayerNorm(8)})
+    model["emb"] = torch.nn.Embedding(6, 8)
+    for rest in ({}, {"level": 1}):
+        groups = param_groups(model, 2, "attn", rest=rest)
+        planned = plan_zero(specs(model.named_parameters(), groups), stage=1, world_size=1, rank=0)
+        optimizer = GWTAdamW(groups)
+        watch = watched(optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+        found = measure(list(model.parameters()), watch)
+        assert (found.wavelet_moments, found.wavelet_adamw) == (planned.wavelet, planned.wavelet_adamw)
+        assert (found.plain_moments, found.plain_adamw) == (planned.rest, planned.rest_adamw)
+        assert (planned.rest == 0) == bool(rest)
+        end = Summary(1, 0.0, 0.0, 0.0, 0.0, {}, "GWTAdamW", 1, (found,), (planned,))
+        assert set(end.as_dict()["state_a_weight"]) == {"model", "leveled"}
+        assert "moments, groups with a level" in end.table()
 
 
 @pytest.mark.parametrize("kind", ["energy", "AdamW"])

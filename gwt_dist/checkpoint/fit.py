@@ -14,7 +14,7 @@ from gwt_dist.checkpoint.format import WEIGHT, CheckpointError, Index
 from gwt_dist.checkpoint.holdings import Run, Stepped
 from gwt_dist.declare import Extent, Field
 from gwt_dist.formats import FP32
-from gwt_dist.keys import KEYS
+from gwt_dist.keys import KEYS, check_keys
 from gwt_dist.plan import Form
 from gwt_dist.recipes import check_group, check_meaning, rule_of
 
@@ -68,6 +68,7 @@ def check(index: Index, run: Run, where: str, convert: bool = False) -> Fit:
                     f"{_AS_IT_WAS}"
                 )
             if entry.level:
+                check_keys(index.groups[entry.group], f"a parameter group of {where}")
                 check_meaning(index.groups[entry.group], run.optimizer.param_groups[about.group], repr(name), where)
             if entry.step is not None and _meant(entry.fields) != _meant(about.fields):
                 raise CheckpointError(
@@ -76,9 +77,9 @@ def check(index: Index, run: Run, where: str, convert: bool = False) -> Fit:
                 )
             if entry.step is not None and set(entry.fields) != set(about.fields) and not convert:
                 raise CheckpointError(
-                    f"{name!r} has the state {_shown(entry.fields)} in {where}, and this optimizer keeps it as "
-                    f"{_shown(about.fields)}: the same moments in another format, of which every number would be "
-                    f"another one. {_CONVERT.format(_state_dtype(index.groups[entry.group]))}"
+                    f"{name!r} has the state {_stored(entry.fields)} in {where}, and this optimizer keeps it as "
+                    f"{_stored(about.fields)}: the same moments in another format, whose numbers would be read "
+                    f"wrongly. {_CONVERT.format(_state_dtype(index.groups[entry.group]))}"
                 )
     states = [(one, _state(index, run, one, where)) for one in run.stepped]
     options = list(_options(index, run, where, convert))
@@ -100,12 +101,13 @@ def _state_dtype(group: Mapping[str, Any]) -> Any:
 
 
 def _shown(fields: Iterable[Field]) -> str:
-    said = [
-        f"{field.name} ({field.extent.value}{'' if field.format == FP32 else f' in {field.format}'})"
-        for field in fields
-        if field.extent is not Extent.CELL  # scales go with formats
-    ]
+    said = [f"{field.name} ({field.extent.value})" for field in fields if field.extent is not Extent.CELL]
     return ", ".join(said) or "of no field"
+
+
+def _stored(fields: Iterable[Field]) -> str:
+    # Scales go with formats.
+    return ", ".join(f"{field.name} in {field.format}" for field in fields if field.extent is not Extent.CELL)
 
 
 def _state(index: Index, run: Run, one: Stepped, where: str) -> State | None:

@@ -17,7 +17,7 @@ from torch import nn
 from gwt_dist import ds_json
 from gwt_dist.declare import Program
 from gwt_dist.engines import refusals
-from gwt_dist.groups import param_groups
+from gwt_dist.groups import keys_of_rest, param_groups
 from gwt_dist.kernels import build, choice, cpu, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.layout import Fragment
@@ -205,8 +205,9 @@ def params_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, Any]]:
     if model is not None:
         return param_groups(model, **options)
-    stand_in = nn.Parameter(torch.empty(64, 4096, device="meta"))
-    return [{"params": [stand_in], **{key: value for key, value in options.items() if key not in ("targets", "rest")}}]
+    matrix, other = (nn.Parameter(torch.empty(64, 4096, device="meta")) for _ in range(2))
+    keys = {key: value for key, value in options.items() if key not in ("targets", "rest")}
+    return [{"params": [matrix], **keys}, {"params": [other], **keys_of_rest(keys, options.get("rest") or {})}]
 
 
 def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:

@@ -199,7 +199,8 @@ def _mesh(text: str) -> tuple[int, int]:
 
 
 def _rest(parts: list[str]) -> dict[str, Any]:
-    """Keys of ``--rest``: numbers, true, false and null as in JSON, all else text."""
+    """Keys of ``--rest``: numbers, true, false and null as in JSON, True, False and None, all else text."""
+    of_python = {"True": True, "False": False, "None": None}
     found: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
@@ -208,7 +209,7 @@ def _rest(parts: list[str]) -> dict[str, Any]:
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:
-            found[key] = value
+            found[key] = of_python.get(value, value)
     return found
 
 

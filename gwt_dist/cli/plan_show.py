@@ -34,12 +34,14 @@ def title(content: dict[str, Any]) -> str:
 
 
 def levels(content: dict[str, Any]) -> str:
-    """Which level has how many elements, and the recipe."""
+    """Which level has how many elements, and the recipes."""
     parts = [f"level {x['level']}: {x['tensors']:,} tensors, {x['elements']:,} elements" for x in content["levels"]]
     frozen = content["model"]["frozen"]
     setup = content["setup"]
+    rest = (setup["rest"] or {}).get("recipe") or setup["recipe"]
+    other = f', rest "{rest}"' if rest != setup["recipe"] else ""
     return "; ".join([*parts, *([f"frozen: {frozen:,} elements"] if frozen else [])]) + (
-        f'; recipe "{setup["recipe"]}", wavelet {setup["wavelet"]}'
+        f'; recipe "{setup["recipe"]}"{other}, wavelet {setup["wavelet"]}'
     )
 
 

@@ -71,8 +71,8 @@ def optimizer_cls_and_kwargs(
 def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """Keywords of `GWTAdamW` from ``"level=2, scale=0.25, recipe=energy"``.
 
-    Values are Python's numbers, tuples, True, False and None; anything else is text. Raises `ValueError` for a part
-    that is not ``key=value``, a key that is given twice, and one that `GWTAdamW` does not have.
+    Values are Python's numbers, tuples, dicts, True, False and None; anything else is text. Raises `ValueError` for a
+    part that is not ``key=value``, a key that is given twice, and one that `GWTAdamW` does not have.
     """
     if isinstance(text, Mapping):
         for key in text:
@@ -180,7 +180,7 @@ def _split(text: str) -> list[str]:
     """At the commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
-        depth += (letter in "([") - (letter in ")]")
+        depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth:
             parts.append("")
         else:

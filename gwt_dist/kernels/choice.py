@@ -97,7 +97,8 @@ def missing_of(name: str, device: torch.device, dtype: torch.dtype, program: Pro
     if lacks:
         return lacks
     its = {f"state in {field.format}": field.format for field in program.fields}
-    its |= {f"weights rounded to {program.rounding}": program.rounding}
+    by_chance = program.rounding == "stochastic"
+    its |= {f"weights rounded {'by chance (stochastic_rounding)' if by_chance else 'to nearest'}": program.rounding}
     lacks = next((what for what, one in its.items() if one not in _COMPILED[name].STORES), "")
     if lacks:
         return lacks

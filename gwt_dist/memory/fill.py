@@ -43,9 +43,11 @@ def _check(group: GroupSpec, setup: Setup) -> None:
         )
     stepped = "fp32" if setup.masters else setup.weights
     if stepped != "bf16" and any(program.rounding == "stochastic" for program in programs):
+        zero = setup.engine.startswith("zero")
         raise ValueError(
             f"stochastic_rounding=True is for bf16 weights without masters, and {setup.engine} steps {stepped} here: a "
-            f"run would refuse it. Leave it out, or plan bf16 weights under an engine without masters"
+            f"run would refuse it. Leave it out, or "
+            f"{'plan bf16 weights under an engine without masters' if zero else 'add --weights bf16'}"
         )
 
 

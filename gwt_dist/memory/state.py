@@ -13,7 +13,7 @@ from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory import splits
 from gwt_dist.memory.count import Kind, bytes_of, numbers, per_tensor
 from gwt_dist.recipes import DEFAULT, check_group, program_of, rule_of
-from gwt_dist.units import level_of, takes, units_of
+from gwt_dist.units import takes, units_of
 
 STEP = 4  # bytes of a step counter: fp32
 FP32 = 4  # bytes of a number where no format is said; fp64 weights have fp64
@@ -73,14 +73,14 @@ class GroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Bytes of optimizer state on one rank, by the level of the tensors, beside AdamW's in fp32 on the same
+    """Bytes of optimizer state on one rank, by the level of the groups, beside AdamW's in fp32 on the same
     elements.
     """
 
-    wavelet: int  # state of tensors with level > 0 but for scalars, cut units counted wherever they are kept
+    wavelet: int  # state of groups with a level but for scalars, cut units counted wherever they are kept
     cut: int  # the part of `wavelet` and `rest` that another rank owns
     wavelet_adamw: int  # what AdamW would hold for the elements of these tensors
-    rest: int  # state of level-0 tensors
+    rest: int  # state of groups at level 0
     rest_adamw: int  # what AdamW would hold for their elements
     scalars: int  # steps, and fields of one number a tensor: limiter norms
 
@@ -140,7 +140,7 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateByt
             its = numbers(group.kind(fragment.shape, False)[-1], fragment, group.units_for(fragment.shape))
             kept = sum(bytes_of(f) * n.kept for f, n in its)
             cut += kept - sum(bytes_of(f) * n.owned for f, n in its)
-            if level_of(fragment.shape, group.level):
+            if group.level:
                 wavelet += kept
                 wavelet_adamw += 2 * FP32 * fragment.numel
             else:

@@ -22,8 +22,8 @@ PARTS = (
     ("weights", "weights", "weights"),
     ("gradients", "gradients", "gradients"),
     ("masters", "masters", "masters"),
-    ("moments, level > 0", "wavelet_moments", "wavelet_adamw"),
-    ("moments, level 0", "plain_moments", "plain_adamw"),
+    ("moments, groups with a level", "wavelet_moments", "wavelet_adamw"),
+    ("moments, groups at level 0", "plain_moments", "plain_adamw"),
     ("steps, limiter norms", "scalars", ""),
 )
 

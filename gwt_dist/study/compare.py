@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gwt_dist.study.config import Study, shapes_of
-from gwt_dist.study.optimizers import version_of
+from gwt_dist.study.optimizers import options_of, version_of
 from gwt_dist.study.plan import STAGES, Run, line_of, shared_by_all, tokens_to_go, wanted
 from gwt_dist.study.results import FILE, Writer, finished, read_results
 from gwt_dist.study.run import device_of
@@ -62,7 +62,8 @@ def compare(
         show: Called with tokens done, tokens in all and a text whenever something starts or ends.
 
     Raises:
-        ValueError: no such row, no GPU for a study that asks for one, or another process writes to `output`.
+        ValueError: no such row, wrong options of one, no GPU for a study that asks for one, or another process writes
+            to `output`.
     """
     if device_of(study) == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -72,6 +73,9 @@ def compare(
     names = [row.name for row in study.rows]
     if only and only not in names:
         raise ValueError(f"no row {only!r} in the study; rows: {', '.join(names)}")
+    for row in study.rows:  # what is wrong with one, before another trains
+        if only in ("", row.name):
+            options_of(row.optimizer, row.options, f"row {row.name!r}")
     shared = identity(study)
     started = time.monotonic()
     made, done = 0, 0

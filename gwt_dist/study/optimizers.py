@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gwt_dist.groups import first_match, keys_of_rest
 from gwt_dist.keys import of_recipes
-from gwt_dist.recipes import DEFAULT, RECIPES, meaning
+from gwt_dist.recipes import DEFAULT, RECIPES, check_group, meaning
 from gwt_dist.train.config import refuse_unknown_keys
 
 Parameters = Mapping[str, nn.Parameter]
@@ -40,6 +40,7 @@ class Entry:
     package: str = "torch"
     more: tuple[str, ...] = field(default=())
     implied: Callable[[Options], Options] = field(default=lambda options: {})
+    check: Callable[[Options], None] = field(default=lambda options: None)  # raises `ValueError` for a wrong value
 
 
 def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -88,9 +89,15 @@ def _low_rank(package: str, name: str, of_the_group: tuple[str, ...]) -> Build:
 def _gwt(matrices: Parameters, rest: Parameters, lr: float, rest_lr: float, options: Options) -> Built:
     from gwt_dist import GWTAdamW
 
-    others = options.pop("rest", {})
+    others = options.pop("rest", None) or {}
     groups = _groups(matrices, rest, lr, rest_lr)
     return GWTAdamW([groups[0] | options, groups[1] | keys_of_rest(options, others)], lr=lr)
+
+
+def _check_gwt(options: Options) -> None:
+    keys = {key: value for key, value in options.items() if key != "rest"}
+    check_group({"wavelet": "haar", **keys}, "a group")
+    keys_of_rest(keys, options.get("rest") or {})
 
 
 def _of_the_recipe(options: Options) -> Options:
@@ -138,6 +145,7 @@ ENTRIES: dict[str, Entry] = {
         "gwt_dist",
         ("betas", "eps", "wavelet", "rest", *of_recipes()),
         _of_the_recipe,
+        _check_gwt,
     ),
     "adamw": Entry(_plain("torch.optim", "AdamW"), _ADAM, more=("amsgrad",)),
     "sgd": Entry(_plain("torch.optim", "SGD"), {"momentum": 0.9, "weight_decay": 0.0}, more=("nesterov", "dampening")),
@@ -195,7 +203,7 @@ def options_of(optimizer: str, given: Options, where: str) -> Options:
     A function by its path has what is given alone.
 
     Raises:
-        ValueError: an optimizer or an option that is not known; the nearest is named.
+        ValueError: an optimizer or an option that is not known (the nearest is named), or a wrong value of one of ours.
     """
     if ":" in optimizer:
         return dict(given)
@@ -203,7 +211,12 @@ def options_of(optimizer: str, given: Options, where: str) -> Options:
     entry = ENTRIES[optimizer]
     refuse_unknown_keys(given, (*entry.options, *entry.more), f"options of {where}")
     options = entry.options | given
-    return options | entry.implied(options)
+    options |= entry.implied(options)
+    try:
+        entry.check(options)
+    except ValueError as error:
+        raise ValueError(f"options of {where}: {error}") from None
+    return options
 
 
 def package_of(optimizer: str) -> str:

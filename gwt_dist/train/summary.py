@@ -21,7 +21,7 @@ _ADAMW_BYTES = ADAMW_MOMENTS * torch.float32.itemsize
 
 @dataclass(frozen=True, slots=True)
 class RankBytes:
-    """Bytes that one rank holds. `wavelet_*` are the tensors of level 1 and more, `plain_*` the
+    """Bytes that one rank holds. `wavelet_*` are the groups of level 1 and more, `plain_*` the
     rest, their state but for `scalars`; `*_adamw` is what AdamW would hold for the same elements, two
     fp32 moments. `scalars` are step counters and what else there is one of a tensor, such as limiter
     norms; `masters` the fp32 copies of weights that ZeRO keeps; `gradients` those handed to the
@@ -92,12 +92,12 @@ class Summary:
         return {**asdict(self), "state_a_weight": self.a_weight()}
 
     def a_weight(self) -> dict[str, float | None]:
-        """Bytes of state for each weight, over all ranks: of the whole model, and of its tensors with a level."""
+        """Bytes of state for each weight, over all ranks: of the whole model, and of its groups with a level."""
         both = ("wavelet", "plain")
         adamw = {kind: sum(getattr(rank, f"{kind}_adamw") for rank in self.ranks) for kind in both}
         have = {kind: sum(getattr(rank, f"{kind}_moments") for rank in self.ranks) for kind in both}
         whole = sum(have.values()) + sum(rank.scalars for rank in self.ranks), sum(adamw.values())
-        shares = {"model": whole, "matrices": (have["wavelet"], adamw["wavelet"])}
+        shares = {"model": whole, "leveled": (have["wavelet"], adamw["wavelet"])}
         return {name: _ADAMW_BYTES * its / would if would else None for name, (its, would) in shares.items()}
 
     def table(self) -> str:
@@ -105,8 +105,8 @@ class Summary:
         rows = [("bytes per rank", *(f"rank {r.rank}" for r in self.ranks), "of AdamW's")]
         planned = [plan for plan in self.planned if plan is not None]
         for label, kind, plan_field in (
-            ("moments, level > 0", "wavelet", "wavelet"),
-            ("moments, level 0", "plain", "rest"),
+            ("moments, groups with a level", "wavelet", "wavelet"),
+            ("moments, groups at level 0", "plain", "rest"),
         ):
             have = [getattr(r, f"{kind}_moments") for r in self.ranks]
             would = [getattr(r, f"{kind}_adamw") for r in self.ranks]
@@ -132,7 +132,7 @@ class Summary:
             ).rstrip()
             for row in rows
         ]
-        shares = [("the whole model", "model"), ("the tensors with a level", "matrices")]
+        shares = [("the whole model", "model"), ("the groups with a level", "leveled")]
         told = [f"{self.a_weight()[key]:.4f} of {what}" for what, key in shares if self.a_weight()[key] is not None]
         lines += [
             "",
