@@ -93,13 +93,11 @@ def param_groups(
 
 def _check_options(options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a mistyped key, and for a level of `rest` whose recipe nobody here knows."""
-    if not isinstance(rest, Mapping):
-        raise ValueError(f'rest={rest!r} must be a mapping of keys, such as {{"level": 1, "recipe": "energy"}}')
     for name in options:  # others may be a schedule's
         near = difflib.get_close_matches(name, [*COMMON, *of_recipes()], n=1, cutoff=0.85)
         if near and near[0] != name:
             raise ValueError(f"param_groups has the unknown key {name!r}, which no optimizer would read: {near[0]!r}?")
-    if rest.get("level") and "recipe" not in {**options, **rest}:
+    if isinstance(rest, Mapping) and rest.get("level") and "recipe" not in {**options, **rest}:
         raise ValueError(
             f"rest has level={rest['level']} and no recipe, and param_groups was told none: that of the optimizer "
             f'would step embeddings and head. Write the recipe in rest, such as "recipe": "energy"'
@@ -137,6 +135,8 @@ def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
         ValueError: For a key that is unknown or wrong, or a level of `rest` with which a recipe that orthogonalizes
             would be taken over.
     """
+    if not isinstance(rest, Mapping):
+        raise ValueError(f'rest={rest!r} must be a mapping of keys, such as {{"level": 1, "recipe": "energy"}}')
     refuse_unknown(rest, "rest")
     dropped = {"least_level"}
     if "recipe" in rest:
