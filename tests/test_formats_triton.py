@@ -27,7 +27,7 @@ def test_equal_to_eager_for_gradients_of_any_size(interpreted: Callable[..., Any
 
 
 def test_equal_to_eager_where_cells_are_cut(interpreted: Callable[..., Any]) -> None:
-    interpreted(cases.equal_to_eager_where_cells_are_cut, 5)
+    interpreted(cases.equal_to_eager_where_cells_are_cut, 3)
 
 
 @pytest.mark.parametrize("state_dtype", ["bf16", "int8"])

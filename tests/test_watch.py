@@ -67,7 +67,7 @@ def test_the_plan_and_the_run_count_by_the_level_of_groups(monkeypatch: pytest.M
     """A bias in a group of level 1 is of a group with a level in both."""
     model = torch.nn.ModuleDict({"attn": torch.nn.Linear(8, 4), "norm": torch.nn.LayerNorm(8)})
     model["emb"] = torch.nn.Embedding(6, 8)
-    for rest in ({}, {"level": 1}):
+    for rest in ({}, {"level": 1, "recipe": "energy"}):
         groups = param_groups(model, 2, "attn", rest=rest)
         planned = plan_zero(specs(model.named_parameters(), groups), stage=1, world_size=1, rank=0)
         optimizer = GWTAdamW(groups)

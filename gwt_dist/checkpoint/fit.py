@@ -68,7 +68,7 @@ def check(index: Index, run: Run, where: str, convert: bool = False) -> Fit:
                     f"{_AS_IT_WAS}"
                 )
             if entry.level:
-                check_keys(index.groups[entry.group], f"a parameter group of {where}")
+                _check_keys(index.groups[entry.group], where)
                 check_meaning(index.groups[entry.group], run.optimizer.param_groups[about.group], repr(name), where)
             if entry.step is not None and _meant(entry.fields) != _meant(about.fields):
                 raise CheckpointError(
@@ -98,6 +98,14 @@ def _meant(fields: Iterable[Field]) -> set[tuple[str, Extent]]:
 
 def _state_dtype(group: Mapping[str, Any]) -> Any:
     return group.get("state_dtype") or FP32
+
+
+def _check_keys(group: Mapping[str, Any], where: str) -> None:
+    """Raise `CheckpointError` for a value of a saved group that no optimizer can have."""
+    try:
+        check_keys(group, f"a parameter group of {where}")
+    except (TypeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"the options of a parameter group in {where} make no sense: {error}") from None
 
 
 def _shown(fields: Iterable[Field]) -> str:
