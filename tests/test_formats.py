@@ -131,7 +131,7 @@ def worlds(draw: st.DrawFn) -> list[list[Fragment]]:
     return ranks
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(worlds(), st.integers(0, 3), st.sampled_from(sorted(RECIPES)), st.sampled_from(["bf16", "int8"]), st.booleans())
 def test_ranks_change_no_bit(ranks, level, recipe, state_dtype, in_bf16) -> None:
     options = {"lr": 0.01, "level": level, **RECIPES[recipe], "state_dtype": state_dtype, "rounding_seed": 7}
