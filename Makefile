@@ -40,6 +40,7 @@ faults: $(STAMP)
 	$(BIN)/python -m pytest -m "faults or not faults" tests/test_faults.py tests/test_resume.py \
 	    tests/test_fuzz_checkpoints.py $(ARGS)
 
+support: export GWT_TEST_ALL := 1
 support: $(STAMP)
 	$(BIN)/python -m pytest -m "not faults" --write-support $(ARGS)
 

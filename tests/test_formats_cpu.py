@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,6 +173,9 @@ def test_momentum_that_travels(level: int, state_dtype: str) -> None:
 
 
 @pytest.mark.matrix
+@pytest.mark.skipif(
+    "GWT_TEST_ALL" not in os.environ, reason="builds a library for itself: make support has time for it"
+)
 def test_weights_that_take_what_came_back_are_rounded_by_noise() -> None:
     pairs = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
     its = rule(state_dtype="int8", **NOISE)
