@@ -20,6 +20,8 @@ bits by which each is rounded, int64, see `noise.chance`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -85,15 +87,27 @@ def decode_e4m4(code_N: Tensor, scale: Tensor, cells_N: Tensor) -> Tensor:
     return scale[cells_N] * ((code_N.to(torch.int32) + (112 << 4)) << 19).view(torch.float32)
 
 
+def _encode_bf16(x_N: Tensor, chance_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, None]:
+    return round_bf16(x_N, chance_N), None
+
+
+def _decode_bf16(code_N: Tensor, scale: None, cells_N: Tensor) -> Tensor:
+    return code_N.float()
+
+
+# By format, but for fp32, whose numbers are stored as they are.
+_CODECS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., Tensor]]] = {
+    "bf16": (_encode_bf16, _decode_bf16),
+    "int8": (encode_int8, decode_int8),
+    "e4m4": (encode_e4m4, decode_e4m4),
+}
+
+
 def encode(form: str, x_N: Tensor, chance_N: Tensor, cells_N: Tensor, cells: int) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of fp32 `x_N` in the format called `form`; None where that has no scales."""
-    if form == "bf16":
-        return round_bf16(x_N, chance_N), None
-    return {"int8": encode_int8, "e4m4": encode_e4m4}[form](x_N, chance_N, cells_N, cells)
+    return _CODECS[form][0](x_N, chance_N, cells_N, cells)
 
 
 def decode(form: str, code_N: Tensor, scale: Tensor | None, cells_N: Tensor) -> Tensor:
     """What `encode` stored, fp32 (N,)."""
-    if scale is None:
-        return code_N.float()
-    return {"int8": decode_int8, "e4m4": decode_e4m4}[form](code_N, scale, cells_N)
+    return _CODECS[form][1](code_N, scale, cells_N)

@@ -20,10 +20,10 @@ from gwt_dist.formats import scale_of
 from gwt_dist.kernels import guard
 from gwt_dist.kernels.kept import Kept
 from gwt_dist.kernels.work import Tensors, Work
+from gwt_dist.piece import stored_dtype
 
 _MOMENTS = "exp_avg", "exp_avg_sq"
 _FLOATS, _WIDE = (torch.float32, torch.bfloat16), (torch.float32,)
-_STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "e4m4": torch.uint8}  # by format
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
@@ -82,12 +82,13 @@ def parameters_of(work: Work, tensors: Tensors, kept: Kept) -> tuple[Tensor, Kin
 def _parameters(work: Work, tensors: Tensors, kept: Kept) -> tuple[Tensor, Kinds]:
     which, state = rules_of(tensors, kept).which, tensors.state
     weights, gradients = list(map(_DTYPE, tensors.weights)), list(map(_DTYPE, tensors.gradients))
-    formats = {field.name: field.format for field in work.program.fields}
+    stored = {field.name: stored_dtype(field, torch.float32) for field in work.program.fields}
 
     def of_state(name: str) -> list[int]:
-        if name not in formats:
-            return [0] * len(which)
-        return _addresses(work, tensors, name, state[name], (_STORED[formats[name]],), (), kept)
+        if name not in stored:
+            none: list[int] = kept.get("none", len(which), lambda: [0] * len(which))  # one list, compared at once
+            return none
+        return _addresses(work, tensors, name, state[name], (stored[name],), (), kept)
 
     addresses = [
         _addresses(work, tensors, "weight", tensors.weights, _FLOATS, weights, kept),

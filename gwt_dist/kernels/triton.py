@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gwt_dist.declare import Pass, Program
-from gwt_dist.formats import FP32
+from gwt_dist.formats import FORMATS, FP32
 from gwt_dist.kernels import eager, guard
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.kernels.items import Item
@@ -25,9 +25,10 @@ from gwt_dist.kernels.kept import Kept
 from gwt_dist.kernels.tables import Kinds, limited_of, parameters_of, rules_of
 from gwt_dist.kernels.variant import PASSES, parts
 from gwt_dist.kernels.work import Tensors, Work
+from gwt_dist.piece import stored_dtype
 
 SUFFIX = ".py"  # of the files of `variant`
-STORES: Sequence[str] = ("fp32", "bf16", "int8", "e4m4", "nearest", "stochastic")
+STORES: Sequence[str] = (*FORMATS, "nearest", "stochastic")
 CHUNK = 1 << 12  # elements of a program: small, so that many programs hide each other's waiting for memory
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TURNS = 4  # of a program whose places are not plain: all at once would take most registers for places
@@ -177,6 +178,7 @@ class _Programs:
 
     groups: list[_Group]
     cell: int  # units that are in one turn of a program
+    noisy: bool  # `takes_noise` of what they run
     norms: Tensor  # [norms, 3]: place in the vector of squared norms; first partial norm and the one after the last
     partials: Tensor  # scratch
 
@@ -203,10 +205,8 @@ def formats(program: Program, *names: str) -> list[Any]:
     """The dtypes in which Triton has these fields stored; of those that a program has not, that of fp32."""
     import triton.language as tl
 
-    from gwt_dist.kernels.triton_formats import STORED
-
-    known = {field.name: field.format for field in program.fields}
-    return [getattr(tl, STORED[known.get(name, FP32)]) for name in names]
+    stored = {field.name: stored_dtype(field, torch.float32) for field in program.fields}
+    return [getattr(tl, str(stored.get(name, torch.float32)).removeprefix("torch.")) for name in names]
 
 
 _kept: WeakKeyDictionary[Work, Kept] = WeakKeyDictionary()
@@ -239,7 +239,8 @@ def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Ten
     parameters, kinds = parameters_of(work, tensors, kept)
     programs: _Programs = kept.get("programs", (kinds,), lambda: _programs(work, kinds, kept))
     sizes = _sizes(len(tensors.weights), kept)
-    exp_avg, exp_avg_sq = formats(work.program, "exp_avg", "exp_avg_sq")
+    moments_of = "exp_avg", "exp_avg_sq"
+    exp_avg, exp_avg_sq = kept.get("formats", moments_of, lambda: formats(work.program, *moments_of))
     for group in programs.groups:
         kernels.phase[(len(group.items),)](
             group.items,
@@ -261,7 +262,7 @@ def _phase(number: int, work: Work, tensors: Tensors, kept: Kept, sums: list[Ten
             EXP_AVG=exp_avg,
             EXP_AVG_SQ=exp_avg_sq,
             STOCHASTIC=work.program.rounding == "stochastic",
-            **options(group.plain, group.level, programs.cell, takes_noise(work.program)),
+            **options(group.plain, group.level, programs.cell, programs.noisy),
         )
     if not write and len(programs.norms):
         limit = whole and bool(its.then)
@@ -288,7 +289,8 @@ def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
     for name in ("element", "moment", "units"):
         plain &= column[name] % 16 == 0
     plain &= (column["landing"] % 16 == 0) | (column["landing"] < 0)
-    if takes_noise(work.program):
+    noisy = takes_noise(work.program)
+    if noisy:
         # Noise is of rows and columns: 16 neighbours are of one row, see `triton_formats.ALIKE`.
         unit, row_units = column["column"] >> level, -(-column["columns"] >> level)
         plain &= (unit % 16 + row_units % 16 == 0) | (unit + column["units"] <= row_units)
@@ -314,4 +316,5 @@ def _programs(work: Work, kinds: Kinds, kept: Kept) -> _Programs:
         )
     norms = kept.upload(torch.stack([places, ends - lengths, ends], 1), torch.int64)
     cell = max((part.piece.units.cell for part in work.parts), default=1)
-    return _Programs(groups, cell, norms, torch.empty(len(counted), dtype=torch.float64, device=kept.device))
+    partials = torch.empty(len(counted), dtype=torch.float64, device=kept.device)
+    return _Programs(groups, cell, noisy, norms, partials)

@@ -1,6 +1,6 @@
 """Moments as they are stored, and noise for rounding, in Triton: gwt_dist/formulas/codecs.py and gwt_dist/noise.py.
 
-Imports triton. A kernel knows a format by the dtype of what is stored (`STORED`): fp32, bf16, int8, or uint8 for e4m4.
+Imports triton. A kernel knows a format by the dtype of what is stored: fp32, bf16, int8, or uint8 for e4m4.
 The numbers of a cell lie side by side among those that a program takes at once: `cell` of them, copies included.
 """
 
@@ -13,7 +13,6 @@ import triton.language as tl
 from gwt_dist.formats import CELL as _CELL
 
 CELL = tl.constexpr(_CELL)
-STORED = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "e4m4": "uint8"}
 ALIKE = tl.constexpr(16)  # units whose places are plain: as many neighbours of them are of one row
 _FAR = tl.constexpr(1 << 30)  # more than a program takes at once
 

@@ -114,9 +114,9 @@ def _units(
         LEVEL=group.level,
         GAIN=2.0 ** (-group.level / 2),
         GRADIENT=getattr(tl, group.gradient),
-        EXP_AVG=triton.formats(work.program, "exp_avg")[0],
+        EXP_AVG=tables.kept.get("formats", (), lambda: triton.formats(work.program, "exp_avg"))[0],
         SENT=getattr(tl, sent),
-        **options(group.plain, group.level, tables.programs.cell, triton.takes_noise(work.program)),
+        **options(group.plain, group.level, tables.programs.cell, tables.programs.noisy),
     )
 
 
