@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from gwt_dist.study.config import Study, shapes_of
+from gwt_dist.study.inputs import device_of
 from gwt_dist.study.optimizers import options_of, version_of
 from gwt_dist.study.plan import STAGES, Run, line_of, shared_by_all, tokens_to_go, wanted
 from gwt_dist.study.results import FILE, Writer, finished, read_results
-from gwt_dist.study.run import device_of
 from gwt_dist.study.workers import Workers
 from gwt_dist.train.config import REPOSITORY, read_mapping
 from gwt_dist.train.corpus import load_corpus
@@ -110,7 +110,7 @@ class _Here:
     free = True
 
     def __init__(self, study: Study) -> None:
-        from gwt_dist.study.run import Inputs
+        from gwt_dist.study.inputs import Inputs
 
         self._inputs = Inputs(study)
         self.running: list[Run] = []

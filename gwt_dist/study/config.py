@@ -13,6 +13,7 @@ from gwt_dist.train.config import find_file, read_mapping, refuse_unknown_keys
 
 PRIORITIES = (1, 2, 3)
 DEVICES = ("cpu", "cuda", "auto")
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,8 @@ class Study:
     All rates of a row are tried at `short`, a share of the steps. The best of them and its two neighbours are tried at
     full length, and further ones, at most `extend`, until both neighbours of the best are worse; beyond the row's own
     rates they go on by `factor`. Models and batches are on `device`; "auto" is a GPU where torch sees one.
+    `precision` "bf16" is autocast over fp32 weights, `compile` torch.compile of forward and backward, and `attention`
+    what transformers calls `attn_implementation`.
     """
 
     rows: tuple[Row, ...]
@@ -62,6 +65,9 @@ class Study:
     name: str = "study"
     model: str = "study"
     device: str = "cpu"
+    precision: str = "fp32"
+    compile: bool = False
+    attention: str = "sdpa"
     corpus: str = "stdlib"
     tokenizer: str = "bytes"
     sequence_length: int = 256
@@ -108,6 +114,8 @@ def study_from(values: Mapping[str, Any], where: str, name: str = "study") -> St
             given[key] = tuple(_batch(entry, where) for entry in _entries(value, key, where))
         elif key == "seeds":
             given[key] = tuple(_whole(seed, key, where, 0) for seed in _list(value, key, where))
+        elif isinstance(known[key].default, bool):
+            given[key] = _flag(value, key, where)
         elif isinstance(known[key].default, str):
             given[key] = _text(value, key, where)
         elif isinstance(known[key].default, int):
@@ -138,6 +146,8 @@ def _check(study: Study, where: str) -> None:
         raise ValueError(f"seeds={list(study.seeds)} in {where} must be different numbers, at least one")
     if study.device not in DEVICES:
         raise ValueError(f"device={study.device!r} in {where} must be one of {', '.join(DEVICES)}")
+    if study.precision not in PRECISIONS:
+        raise ValueError(f"precision={study.precision!r} in {where} must be one of {', '.join(PRECISIONS)}")
     for key, low, high in (("warmup", 0, 1), ("min_lr_ratio", 0, 1)):
         if not low <= getattr(study, key) <= high:
             raise ValueError(f"{key}={getattr(study, key)} in {where} is outside {low} to {high}")
@@ -235,6 +245,12 @@ def _number(value: Any, key: str, where: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{key}={value!r} in {where} is not finite")
     return number
+
+
+def _flag(value: Any, key: str, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r} in {where}: expected true or false")
+    return value
 
 
 def _whole(value: Any, key: str, where: str, at_least: int) -> int:

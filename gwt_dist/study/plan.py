@@ -77,7 +77,10 @@ def make_run(study: Study, shared: str, row: Row, batch: Batch, lr: float, seed:
 
 def shared_by_all(study: Study, corpus_sha256: str, shapes: Mapping[str, Any], device: str = "cpu") -> str:
     """What all runs of a study have in common, as text that changes when any of it does."""
-    keys = ("tokenizer", "sequence_length", "micro_batch", "eval_tokens", "warmup", "min_lr_ratio", "clipping")
+    keys = (
+        *("precision", "compile", "attention", "tokenizer", "sequence_length", "micro_batch", "eval_tokens"),
+        *("warmup", "min_lr_ratio", "clipping"),
+    )
     values = {key: getattr(study, key) for key in keys}
     if device != "cpu":  # losses of one kind of device are not those of another
         values["device"] = device

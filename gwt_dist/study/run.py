@@ -7,67 +7,20 @@ import math
 import statistics
 import time
 import traceback
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from gwt_dist.study.config import Study, shapes_of
+from gwt_dist.study.clock import Clock
 from gwt_dist.study.held import bytes_held
+from gwt_dist.study.inputs import Inputs
 from gwt_dist.study.optimizers import build, set_rates, split
 from gwt_dist.study.plan import Run
-from gwt_dist.train.batches import ShuffledBatches, Validation, checksum
-from gwt_dist.train.corpus import load_corpus
-from gwt_dist.train.ds_config import BatchSizes
-from gwt_dist.train.model import build_model, model_config, token_losses
-from gwt_dist.train.tokens import bpe_size, encode_stream, load_tokenizer, train_bpe
+from gwt_dist.train.batches import checksum
 
-WARM_UP_STEPS = 3  # of an optimizer's own time: the first ones allocate, and compile
-
-
-def device_of(study: Study) -> str:
-    """The device of a study's runs, "cpu" or "cuda"; "auto" is looked up here."""
-    if study.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return study.device
-
-
-class Inputs:
-    """What the runs of a study share: text as tokens, and the shapes of the model. Read once in a process."""
-
-    def __init__(self, study: Study) -> None:
-        self.study = study
-        corpus = load_corpus(study.corpus)
-        self.corpus_sha256 = corpus.sha256
-        trained = bpe_size(study.tokenizer)
-        self._tokenizer = load_tokenizer(study.tokenizer, None if trained is None else train_bpe(corpus.train, trained))
-        self.train, _ = encode_stream(self._tokenizer, corpus.train)
-        tokens, covered = encode_stream(self._tokenizer, corpus.validation)
-        self.validation = Validation(tokens, covered, study.sequence_length, study.eval_tokens)
-
-    @cached_property
-    def shapes(self) -> Any:
-        """The `LlamaConfig` of the model."""
-        return model_config(shapes_of(self.study), self._tokenizer.vocab_size, self.study.sequence_length)
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where models and batches are."""
-        return torch.device(device_of(self.study))
-
-    def batches(self, run: Run) -> ShuffledBatches:
-        """The training batches of `run`, which depend on its seed and batch size alone."""
-        sequences = run.tokens // self.study.sequence_length
-        micro = min(self.study.micro_batch, sequences)
-        sizes = BatchSizes(train=sequences, micro=micro, accumulation=sequences // micro)
-        return ShuffledBatches(self.train, self.study.sequence_length, sizes, rank=0, seed=run.seed)
-
-
-@dataclass(slots=True)
-class _Times:
-    optimizer: float
-    steps: list[float]
+LOOKS = 20  # times in a run that losses are read: on a GPU each waits for it
+MOVES = 8  # times in its second half that the change of matrices is measured
 
 
 def rate_factor(step: int, steps: int, warmup: float, least: float) -> float:
@@ -86,9 +39,9 @@ def execute(run: Run, inputs: Inputs) -> dict[str, Any]:
         `status` ("ok", "diverged", "failed" or "unavailable"), `reason` where it is not "ok", and what was measured:
         `losses` of all steps in nats a token, `validation_loss`, `bits_per_byte`, `state_bytes` (all that the optimizer
         holds), `matrix_state_bytes` (of them, those of attention and MLP), their `parameters` and `matrix_elements`,
-        `seconds` of the whole run and `optimizer_seconds` of its steps, `optimizer_ms` (mean of a step after the
-        first, CPU time: on a GPU what it takes to start the work), `optimizer_ms_median`, the `device`, and the
-        checksums of initial weights and of the text.
+        `update_rms` (root mean square of what a step takes from an element of them, over the rate, weight decay aside;
+        median of several steps in the second half), `seconds` of the whole run, `optimizer_ms` and `iteration_ms`
+        (medians of a step, see `clock`), the `device`, and the checksums of initial weights and of the text.
     """
     started = time.perf_counter()
     result: dict[str, Any] = {}
@@ -108,7 +61,7 @@ def execute(run: Run, inputs: Inputs) -> dict[str, Any]:
 
 def _train(run: Run, inputs: Inputs, result: dict[str, Any]) -> None:
     study = inputs.study
-    model = build_model(inputs.shapes, run.seed, {}).to(inputs.device)  # type: ignore[arg-type]
+    model = inputs.model(run.seed)
     model.train()
     parameters = list(model.parameters())
     matrices, _ = split(model)
@@ -119,36 +72,45 @@ def _train(run: Run, inputs: Inputs, result: dict[str, Any]) -> None:
     batches = inputs.batches(run)
     accumulation = run.tokens // study.sequence_length // min(study.micro_batch, run.tokens // study.sequence_length)
     optimizers = build(run.optimizer, model, run.lr, run.rest_lr, run.options)
+    clock = Clock(inputs.device)
+    moved = _Moves(list(matrices.values()), run)
     losses: list[float] = []
     result["losses"] = losses
-    times = _Times(0.0, [])
+    fresh: list[Tensor] = []  # losses that have not been read yet
     text = 0
     for step in range(run.steps):
-        total = 0.0
+        total = torch.zeros((), device=inputs.device)
         for micro_step in range(accumulation):
             batch = batches.batch(step, micro_step)
             text += checksum(batch)
-            loss = token_losses(model, torch.from_numpy(batch).to(inputs.device)).mean() / accumulation
+            loss = inputs.losses(torch.from_numpy(batch).to(inputs.device)).mean() / accumulation
             loss.backward()
-            total += loss.item()
-        losses.append(round(total, 5))
-        if not math.isfinite(total):
-            losses.pop()
-            result |= {"status": "diverged", "reason": f"loss {total} at step {step + 1} of {run.steps}"}
-            return
+            total += loss.detach()
+        fresh.append(total)
+        if (step + 1) % max(1, run.steps // LOOKS) == 0 or step + 1 == run.steps:
+            losses += [round(value, 5) for value in torch.stack(fresh).tolist()]
+            fresh = []
+            strange = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
+            if strange is not None:
+                value, losses[strange:] = losses[strange], []
+                result |= {"status": "diverged", "reason": f"loss {value} at step {strange + 1} of {run.steps}"}
+                return
         if study.clipping:
             torch.nn.utils.clip_grad_norm_(parameters, study.clipping)
-        set_rates(optimizers, rate_factor(step, run.steps, study.warmup, study.min_lr_ratio))
-        _step(optimizers, times)
+        factor = rate_factor(step, run.steps, study.warmup, study.min_lr_ratio)
+        set_rates(optimizers, factor)
+        moved.before(step)
+        with clock.optimizer():
+            for optimizer in optimizers:
+                optimizer.step()
+        moved.after(run.lr * factor)
         model.zero_grad(set_to_none=True)
+        clock.iteration()
     result["data_checksum"] = text
     result["state_bytes"] = bytes_held((vars(one) for one in optimizers), parameters)
     of_matrices = [one.state[p] for one in optimizers for p in matrices.values() if p in one.state]
     result["matrix_state_bytes"] = bytes_held(of_matrices, parameters)
-    kept = times.steps[WARM_UP_STEPS:] or times.steps
-    result["optimizer_seconds"] = round(times.optimizer, 4)
-    result["optimizer_ms"] = round(1e3 * statistics.fmean(kept), 4)
-    result["optimizer_ms_median"] = round(1e3 * statistics.median(kept), 4)
+    result |= clock.read() | {"update_rms": moved.read()}
     loss_, bits = validate(model, inputs)
     if math.isfinite(loss_):
         result |= {"status": "ok", "validation_loss": loss_, "bits_per_byte": bits}
@@ -156,29 +118,47 @@ def _train(run: Run, inputs: Inputs, result: dict[str, Any]) -> None:
         result |= {"status": "diverged", "reason": f"validation loss {loss_} after the last step"}
 
 
-def _step(optimizers: list[torch.optim.Optimizer], times: _Times) -> None:
-    """One step, timed twice: on the clock, and in CPU time, which other work on the machine does not lengthen."""
-    wall, own = time.perf_counter(), time.process_time()
-    for optimizer in optimizers:
-        optimizer.step()
-    times.optimizer += time.perf_counter() - wall
-    times.steps.append(time.process_time() - own)
+class _Moves:
+    """How far matrices go in a step."""
+
+    def __init__(self, matrices: list[Tensor], run: Run) -> None:
+        self._matrices, self._steps = matrices, run.steps
+        self._decay = float(run.options.get("weight_decay") or 0.0)
+        self._old: list[Tensor] = []
+        self._found: list[Tensor] = []
+
+    def before(self, step: int) -> None:
+        if step >= self._steps // 2 and step % max(1, self._steps // (2 * MOVES)) == 0:
+            self._old = [matrix.detach().clone() for matrix in self._matrices]
+
+    def after(self, lr: float) -> None:
+        if self._old and lr:
+            squares = [
+                (new - old * (1 - lr * self._decay)).double().square().sum()
+                for new, old in zip(self._matrices, self._old, strict=True)
+            ]
+            count = sum(matrix.numel() for matrix in self._matrices)
+            self._found.append((torch.stack(squares).sum() / count).sqrt().detach() / lr)
+        self._old = []
+
+    def read(self) -> float | None:
+        return round(statistics.median(torch.stack(self._found).tolist()), 5) if self._found else None
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, inputs: Inputs) -> tuple[float, float]:
+def validate(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
     """Mean loss in nats a token over the fixed validation windows, and bits a byte of their text."""
     model.eval()
     summed, tokens, text_bytes = 0.0, 0, 0
     for batch in inputs.validation.batches(0, 1, min(inputs.study.micro_batch, inputs.validation.windows)):
-        losses = token_losses(model, torch.from_numpy(batch.tokens).to(inputs.device)).double().sum(dim=1).cpu()
+        losses = inputs.losses(torch.from_numpy(batch.tokens).to(inputs.device)).double().sum(dim=1).cpu()
         summed += float((losses * torch.from_numpy(batch.counted)).sum())
         tokens += int(batch.counted.sum()) * inputs.study.sequence_length
         text_bytes += int((batch.counted * batch.text_bytes).sum())
     return summed / tokens, summed / text_bytes / math.log(2)
 
 
-def _weights_checksum(model: torch.nn.Module) -> str:
+def _weights_checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())

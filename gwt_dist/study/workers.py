@@ -21,7 +21,8 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def _serve(study: Study, pipe: Connection) -> None:
     """The worker: read the inputs once, then run what comes through the pipe until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle
-    from gwt_dist.study.run import Inputs, execute
+    from gwt_dist.study.inputs import Inputs
+    from gwt_dist.study.run import execute
 
     inputs = Inputs(study)
     with contextlib.suppress(EOFError, BrokenPipeError):

@@ -61,12 +61,12 @@ def build_model(config: LlamaConfig, seed: int, engine_config: dict[str, Any]) -
         context = deepspeed.zero.Init(config_dict_or_path=engine_config)
     with context:
         model = LlamaForCausalLM(config)
-    _initialise(model, config.initializer_range, seed, partitioned)
+    initialise(model, config.initializer_range, seed, partitioned)
     return model
 
 
-def _initialise(model: nn.Module, std: float, seed: int, partitioned: bool) -> None:
-    """LLaMA's initialisation: normal for matrices, ones for norms, zeros for biases.
+def initialise(model: nn.Module, std: float, seed: int, partitioned: bool = False) -> None:
+    """LLaMA's initialisation, in place: normal for matrices, ones for norms, zeros for biases.
 
     Done here because under zero.Init transformers' own finds empty tensors. Each tensor has a
     generator of its own, seeded by (seed, name), so order and partitioning do not matter.
