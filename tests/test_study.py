@@ -17,14 +17,14 @@ from gwt_dist import recipes
 from gwt_dist.cli.app import main
 from gwt_dist.study import compare as whole
 from gwt_dist.study.compare import compare, identity
-from gwt_dist.study.config import Study, read_study, study_from
+from gwt_dist.study.config import Point, Study, read_study, study_from
 from gwt_dist.study.held import bytes_held
 from gwt_dist.study.optimizers import ENTRIES, build, options_of, split
 from gwt_dist.study.plan import FULL, SEEDS, SHORT, beside, outcome, ranked, wanted
 from gwt_dist.study.plots import front
 from gwt_dist.study.results import read_results
 from gwt_dist.study.run import rate_factor
-from gwt_dist.study.table import lines_of, unequal
+from gwt_dist.study.table import lines_of, paired, unequal
 
 SHAPES = {
     "hidden_size": 16,
@@ -77,7 +77,7 @@ def numbers(path: Path) -> dict[str, Any]:
     return {key: [line.get(k) for k in keys] for key, line in read_results(path / "results.jsonl")[0].items()}
 
 
-@pytest.mark.parametrize(("last", "best"), [(1.9, 0.02), (1.7, 0.04)])
+@pytest.mark.parametrize(("last", "best"), [(1.9, 0.04), (1.7, 0.08)])
 def test_rates_until_both_neighbours_are_worse_then_the_other_seeds(
     settings: dict[str, Any], last: float, best: float
 ) -> None:
@@ -85,20 +85,65 @@ def test_rates_until_both_neighbours_are_worse_then_the_other_seeds(
     study = study_from(settings | {"rows": rows, "extend": 1}, "here")
     results: dict[str, dict[str, Any]] = {}
 
-    def end(losses: dict[float, float], **more: Any) -> list[tuple[float, int, int, int]]:
+    def end(losses: dict[float, float]) -> list[tuple[float, int, int, int]]:
         runs = wanted(study, "shared", results)
         for run in runs:
-            results[run.key] = {"status": "ok", "validation_loss": losses[run.lr], **more}
+            results[run.key] = {"status": "ok", "validation_loss": losses[run.lr]}
         return [(run.lr, run.seed, run.steps, run.stage) for run in runs]
 
-    assert end({0.01: 2.0, 0.02: 3.0, 0.04: 4.0, 0.08: 5.0}) == [(lr, 0, 2, SHORT) for lr in (0.01, 0.02, 0.04, 0.08)]
-    assert end({0.005: 2.1, 0.01: 1.9, 0.02: 1.8}) == [(lr, 0, 8, FULL) for lr in (0.005, 0.01, 0.02)]
-    assert end({0.04: last}) == [(0.04, 0, 8, FULL)]  # the best was the highest: one further
+    assert end({0.01: 3.0, 0.02: 2.0, 0.04: 4.0, 0.08: 5.0}) == [(lr, 0, 2, SHORT) for lr in (0.01, 0.02, 0.04, 0.08)]
+    assert end({0.01: 2.1, 0.02: 1.9, 0.04: 1.8}) == [(lr, 0, 8, FULL) for lr in (0.01, 0.02, 0.04)]
+    assert end({0.08: last}) == [(0.08, 0, 8, FULL)]  # the best was the highest: one further
     assert end({best: 1.6}) == [(best, 1, 8, SEEDS)]
     assert end({}) == []
     found = outcome(study, "shared", study.rows[0], study.batches[0], results)
-    assert (found.best, found.edge, found.rates) == (best, best == 0.04, (0.005, 0.01, 0.02, 0.04, 0.08))
+    assert (found.best, found.edge) == (Point(best, best, 0.0), best == 0.08)
+    assert [point.lr for point in found.points] == [0.01, 0.02, 0.04, 0.08]
+    assert found.trials == 4 + 3 + 1
     assert [run["validation_loss"] for run in found.runs] == [min(last, 1.8), 1.6]
+
+
+def end(study: Study, results: dict[str, dict[str, Any]], loss: Any, row: str = "") -> list[tuple[float, ...]]:
+    """End all runs that are wanted, with `loss(run)`; returns their settings and steps."""
+    runs = wanted(study, "shared", results, row)
+    for run in runs:
+        results[run.key] = {"status": "ok", "validation_loss": loss(run), "seed": run.seed}
+    return [(run.lr, run.rest_lr, run.options["weight_decay"], run.steps) for run in runs]
+
+
+def test_each_setting_is_searched_with_the_best_of_those_before(settings: dict[str, Any]) -> None:
+    row = {"name": "a", "optimizer": "adamw", "lr": [0.01, 0.02], "rest_lr": [0.1, 0.2, 0.4], "weight_decay": [0, 0.1]}
+    more = {"name": "b", "optimizer": "sgd", "like": "a"}
+    study = study_from(settings | {"rows": [row, more], "extend": 1}, "here")
+    results: dict[str, dict[str, Any]] = {}
+
+    def loss(run: Any) -> float:
+        return abs(run.lr - 0.02) + abs(run.rest_lr - 0.8) + run.options["weight_decay"] + 0.01 * run.seed
+
+    assert end(study, results, loss) == [(0.01, 0.2, 0, 2), (0.02, 0.2, 0, 2)]
+    assert end(study, results, loss) == [(0.04, 0.2, 0, 2)]  # the best was the highest: one further
+    assert end(study, results, loss) == [(0.02, 0.1, 0, 2), (0.02, 0.4, 0, 2)]
+    assert end(study, results, loss) == [(0.02, 0.8, 0, 2)]
+    assert end(study, results, loss) == [(0.02, 0.8, 0.1, 2)]  # of decays there is no further one
+    assert end(study, results, loss) == [(0.01, 0.8, 0, 8), (0.02, 0.8, 0, 8), (0.04, 0.8, 0, 8)]
+    # The seeds, and the row that takes these settings as they are.
+    assert end(study, results, loss) == [(0.02, 0.8, 0, 8), (0.02, 0.8, 0, 8)]
+    assert end(study, results, loss) == [(0.02, 0.8, 0, 8)]
+    assert end(study, results, loss) == []
+    found = [outcome(study, "shared", one, study.batches[0], results) for one in study.rows]
+    assert [(one.best, one.trials, len(one.runs)) for one in found] == [
+        (Point(0.02, 0.8, 0.0), 3 + 3 + 1 + 3, 2),
+        (Point(0.02, 0.8, 0.0), 1, 2),
+    ]
+
+
+def test_differences_are_of_the_same_seeds() -> None:
+    runs = [{"seed": seed, "validation_loss": loss} for seed, loss in ((0, 1.0), (1, 2.0), (2, 4.0))]
+    others = [{"seed": seed, "validation_loss": loss} for seed, loss in ((2, 4.5), (0, 1.1))]
+    mean, error = paired(runs, others)
+    assert (mean, error) == (pytest.approx(-0.3), pytest.approx(0.2))  # -0.1 and -0.5
+    assert paired(runs[:1], others) == (pytest.approx(-0.1), None)
+    assert paired(runs[1:2], others) is None
 
 
 def test_the_order_of_rates() -> None:
@@ -125,7 +170,7 @@ def test_a_study_that_was_interrupted_equals_one_that_was_not(settings: dict[str
     lines = (tmp_path / "whole" / "results.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "results.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:50])
-    assert compare(study, tmp_path / "cut", jobs=2, budget_seconds=0).left > 0
+    assert compare(study, tmp_path / "cut", jobs=2, seconds=0).left > 0
     assert compare(study, tmp_path / "cut", jobs=2).made == 5  # in processes of their own
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     assert read_results(tmp_path / "cut" / "results.jsonl")[1] == 1  # the line that was cut
@@ -254,6 +299,12 @@ def test_the_rate_rises_and_falls() -> None:
         ({"batches": [{"tokens": 65, "steps": 8}]}, "no multiple of sequence_length=16"),
         ({"seeds": [0, 0]}, "different numbers"),
         ({"warmup": 1.5}, "outside 0 to 1"),
+        ({"rows": [{"name": "a", "optimizer": "gwt"}]}, "must have lr, or like .*it has neither"),
+        ({"rows": [*ROWS, {"name": "a", "optimizer": "gwt", "like": "adamv"}]}, "is like 'adamv', which is no row"),
+        ({"rows": [{**ROWS[0], "options": {"weight_decay": 0.1}}]}, "write it beside lr"),
+        ({"reference": "none"}, "reference='none' in here is none of its rows"),
+        ({"compile": 1}, "compile=1 in here: expected true or false"),
+        ({"precision": "fp16"}, "precision='fp16' in here must be one of fp32, bf16"),
         ({"device": "gpu"}, "device='gpu' in here must be one of cpu, cuda, auto"),
     ],
 )

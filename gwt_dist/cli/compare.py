@@ -13,12 +13,15 @@ def compare(
     study: Annotated[str, typer.Argument(help="A study's YAML file, or a name in configs/studies.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the results. [runs/compare/STUDY]")] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=0, help="Worker processes of one thread each; 0: in this process. [one a core]")
+        int | None,
+        typer.Option(
+            min=0, help="Worker processes of one thread each; 0: in this process. [one a core, or one on a GPU]"
+        ),
     ] = None,
     row: Annotated[str, typer.Option(help="The name of a row: run it alone.")] = "",
     again: Annotated[bool, typer.Option("--again", help="Run anew what has ended before.")] = False,
-    budget_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Start no run after so many minutes; those under way end.")
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="End within so many minutes; what has not ended is run the next time.")
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing; write table and plots of what is there.")
@@ -30,6 +33,7 @@ def compare(
 
     from gwt_dist.study import compare as whole
     from gwt_dist.study.config import read_study
+    from gwt_dist.study.inputs import device_of
     from gwt_dist.study.report import write_report
 
     plan = read_study(study)
@@ -46,8 +50,8 @@ def compare(
             ended = whole.compare(
                 plan,
                 folder,
-                jobs=jobs if jobs is not None else os.cpu_count() or 1,
-                budget_seconds=None if budget_minutes is None else 60 * budget_minutes,
+                jobs=jobs if jobs is not None else 1 if device_of(plan) == "cuda" else os.cpu_count() or 1,
+                seconds=None if minutes is None else 60 * minutes,
                 only=row,
                 again=again,
                 show=show,

@@ -45,7 +45,7 @@ def compare(
     output: Path,
     *,
     jobs: int = 1,
-    budget_seconds: float | None = None,
+    seconds: float | None = None,
     only: str = "",
     again: bool = False,
     show: Show = lambda done, total, text: None,
@@ -56,7 +56,8 @@ def compare(
         study: The study.
         output: Folder of its results; made if it is not there.
         jobs: Worker processes; 0 makes the runs in this process, one after the other.
-        budget_seconds: No run is started after so many seconds; those under way end.
+        seconds: The call returns within so many, if a run of this process (`jobs=0`) does not take longer than those
+            before it: only runs that are expected to end in time are started, and those that do not are stopped.
         only: The name of a row; "" for all.
         again: Make runs anew that have ended before.
         show: Called with tokens done, tokens in all and a text whenever something starts or ends.
@@ -65,6 +66,7 @@ def compare(
         ValueError: no such row, wrong options of one, no GPU for a study that asks for one, or another process writes
             to `output`.
     """
+    deadline = _Deadline(seconds)
     if device_of(study) == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"the study {study.name} has device: cuda and torch sees no GPU here, so each of its runs would fail; "
@@ -77,27 +79,50 @@ def compare(
         if only in ("", row.name):
             options_of(row.optimizer, row.options, f"row {row.name!r}")
     shared = identity(study)
-    started = time.monotonic()
     made, done = 0, 0
     with Writer(output / FILE) as writer, _engine(study, jobs) as engine:
         # Runs whose packages were missing are tried once in each call.
         results = {} if again else finished(read_results(output / FILE)[0])
         constants = _constants()
         while True:
-            in_time = budget_seconds is None or time.monotonic() - started < budget_seconds
             under_way = {run.key for run in engine.running}
             waiting = [run for run in wanted(study, shared, results, only) if run.key not in under_way]
-            while in_time and waiting and engine.free:
-                engine.start(waiting.pop(0))
+            while engine.free and (fits := next((run for run in waiting if deadline.allows(run)), None)):
+                engine.start(fits)
+                waiting.remove(fits)
             total = done + tokens_to_go(study, shared, results, only)
             show(done, total, "; ".join(_title(run) for run in engine.running))
-            if not engine.running:
-                return Ended(made, len(waiting))
+            if not engine.running or deadline.over:
+                return Ended(made, len(waiting) + len(engine.running))
             for run, result in engine.ended(timeout=1.0):
+                deadline.ended(run, result)
                 line = {**line_of(run), **result, **constants, "package": version_of(run.optimizer)}
                 writer.write(line)
                 results[run.key] = line
                 made, done = made + 1, done + run.cost
+
+
+class _Deadline:
+    """Whether a run can be expected to end in time, by the runs of this call that ended."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._last = None if seconds is None else time.monotonic() + seconds
+        self._rates: dict[str, float] = {}  # of each row, seconds for a token of its slowest run
+
+    @property
+    def over(self) -> bool:
+        return self._last is not None and time.monotonic() >= self._last
+
+    def allows(self, run: Run) -> bool:
+        """Before any run has ended every one is allowed, as long as there is time."""
+        if self._last is None:
+            return True
+        rate = self._rates.get(run.row, max(self._rates.values(), default=0.0))
+        return time.monotonic() + rate * run.cost < self._last
+
+    def ended(self, run: Run, result: dict[str, Any]) -> None:
+        if result["status"] == "ok":
+            self._rates[run.row] = max(self._rates.get(run.row, 0.0), result["seconds"] / run.cost)
 
 
 def _title(run: Run) -> str:

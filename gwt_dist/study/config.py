@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gwt_dist.study.values import ascending, entries, flag, number, text, whole
 from gwt_dist.train.config import find_file, read_mapping, refuse_unknown_keys
 
 PRIORITIES = (1, 2, 3)
@@ -24,40 +24,60 @@ class Batch:
     steps: int
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The settings of a row that are searched: rates, and the coefficient of the weight decay."""
+
+    lr: float
+    rest_lr: float
+    weight_decay: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One optimizer of a study, with all that does not change between its runs.
 
-    `lr` are the rates to choose from, of the matrices in attention and MLP. The rest (embeddings, norms, head) has the
-    same rate, or `rest_lr`, or `rest_factor` times the rate of the matrices.
+    `lr` are the rates to choose from, of the matrices in attention and MLP. The rest (embeddings, norms, head) has a
+    rate of its own, one of `rest_lr`, or `rest_factor` times that of the matrices. All tensors have the weight decay,
+    one of `weight_decay`. `like` names another row whose best settings this one takes as they are, all of them.
     """
 
     name: str
     optimizer: str
-    lr: tuple[float, ...]
-    rest_lr: float | None = None
-    rest_factor: float | None = None
+    lr: tuple[float, ...] = ()
+    rest_lr: tuple[float, ...] = ()
+    rest_factor: float = 1.0
+    weight_decay: tuple[float, ...] = (0.0,)
+    like: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     priority: int = 2
     batches: tuple[int, ...] = ()
     source: str = ""
 
-    def rest_rate(self, lr: float) -> float:
-        """The rate of the rest where the matrices have `lr`."""
-        if self.rest_lr is not None:
-            return self.rest_lr
-        return lr * (1.0 if self.rest_factor is None else self.rest_factor)
+    @property
+    def start(self) -> Point:
+        """Where the search begins: the lowest rate of the matrices, the middle one of the rest, the least decay."""
+        lr = self.lr[0]
+        rest = self.rest_lr[len(self.rest_lr) // 2] if self.rest_lr else lr * self.rest_factor
+        return Point(lr, rest, self.weight_decay[0])
+
+    def moved(self, point: Point, axis: str, value: float) -> Point:
+        """`point` with another value on an axis; where the rest has no rates it follows the matrices."""
+        point = replace(point, **{axis: value})
+        return replace(point, rest_lr=value * self.rest_factor) if axis == "lr" and not self.rest_lr else point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """What a study file says; the defaults of its keys stand here.
 
-    All rates of a row are tried at `short`, a share of the steps. The best of them and its two neighbours are tried at
-    full length, and further ones, at most `extend`, until both neighbours of the best are worse; beyond the row's own
-    rates they go on by `factor`. Models and batches are on `device`; "auto" is a GPU where torch sees one.
-    `precision` "bf16" is autocast over fp32 weights, `compile` torch.compile of forward and backward, and `attention`
-    what transformers calls `attn_implementation`.
+    A row's rates are tried at `short`, a share of the steps, then the rates of its rest, then its weight decays, each
+    with the best of those before. The best rate and its two neighbours are tried at full length. Rates go on, `extend`
+    times at most, until both neighbours of the best are worse; beyond the row's own by `factor`.
+
+    Models and batches are on `device`; "auto" is a GPU where torch sees one. `precision` "bf16" is autocast over fp32
+    weights, `compile` torch.compile of forward and backward, `attention` what transformers calls `attn_implementation`.
+    The table has the difference of each row to the row `reference` on the same seeds.
     """
 
     rows: tuple[Row, ...]
@@ -80,6 +100,7 @@ class Study:
     short: float = 0.25
     extend: int = 3
     factor: float = 2.0
+    reference: str = ""
 
     def batches_of(self, row: Row) -> tuple[Batch, ...]:
         """The batch sizes of `row`, in the order of the study."""
@@ -109,19 +130,19 @@ def study_from(values: Mapping[str, Any], where: str, name: str = "study") -> St
     given: dict[str, Any] = {"name": name}
     for key, value in values.items():
         if key == "rows":
-            given[key] = tuple(row for entry in _entries(value, key, where) for row in _rows(entry, where))
+            given[key] = tuple(row for entry in entries(value, key, where) for row in _rows(entry, where))
         elif key == "batches":
-            given[key] = tuple(_batch(entry, where) for entry in _entries(value, key, where))
+            given[key] = tuple(_batch(entry, where) for entry in entries(value, key, where))
         elif key == "seeds":
-            given[key] = tuple(_whole(seed, key, where, 0) for seed in _list(value, key, where))
+            given[key] = tuple(whole(seed, key, where, 0) for seed in entries(value, key, where))
         elif isinstance(known[key].default, bool):
-            given[key] = _flag(value, key, where)
+            given[key] = flag(value, key, where)
         elif isinstance(known[key].default, str):
-            given[key] = _text(value, key, where)
+            given[key] = text(value, key, where)
         elif isinstance(known[key].default, int):
-            given[key] = _whole(value, key, where, 0 if key == "extend" else 1)
+            given[key] = whole(value, key, where, 0 if key == "extend" else 1)
         else:
-            given[key] = _number(value, key, where)
+            given[key] = number(value, key, where)
     for key in ("rows", "batches"):
         if not given.get(key):
             raise ValueError(f"{where} has no {key}; a study needs at least one")
@@ -132,6 +153,9 @@ def study_from(values: Mapping[str, Any], where: str, name: str = "study") -> St
 
 def _check(study: Study, where: str) -> None:
     names = [row.name for row in study.rows]
+    by_name = {row.name: row for row in study.rows}
+    if study.reference not in ("", *names):
+        raise ValueError(f"reference={study.reference!r} in {where} is none of its rows: {', '.join(names)}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two rows of {where} are called {twice[0]!r}; give each a name of its own")
@@ -140,6 +164,11 @@ def _check(study: Study, where: str) -> None:
         raise ValueError(f"batches of {where} name the same tokens twice: {tokens}")
     for row in study.rows:
         strange = sorted(set(row.batches) - set(tokens))
+        if row.like and (row.like not in names or by_name[row.like].like):
+            raise ValueError(
+                f"row {row.name!r} of {where} is like {row.like!r}, which is no row with rates of its own; there are "
+                f"{', '.join(name for name, other in by_name.items() if not other.like)}"
+            )
         if strange:
             raise ValueError(f"row {row.name!r} of {where} is for batches of {strange[0]} tokens; there are {tokens}")
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
@@ -175,42 +204,47 @@ def _rows(entry: Any, where: str) -> list[Row]:
     entry = dict(entry)
     here = f"row {entry.get('name', '?')!r} of {where}"
     refuse_unknown_keys(entry, {item.name for item in dataclasses.fields(Row)} | {"levels"}, here)
-    for key in ("name", "optimizer", "lr"):
+    for key in ("name", "optimizer"):
         if key not in entry:
             raise ValueError(f"{here} has no {key}")
+    searched = sorted({"lr", "rest_lr", "rest_factor", "weight_decay"} & set(entry))
+    if ("lr" in entry) == ("like" in entry) or ("like" in entry and searched):
+        found = ", ".join(searched) or "neither"
+        raise ValueError(f"{here} must have lr, or like and no settings of its own; it has {found}")
+    if "weight_decay" in (entry.get("options") or {}):
+        raise ValueError(f"weight_decay of {here} stands in its options; write it beside lr, where it may be a list")
     levels = entry.pop("levels", None)
     row = _row(entry, here)
     if levels is None:
         return [row]
     return [
         dataclasses.replace(
-            row, name=f"{row.name}-{level}", options=row.options | {"level": _whole(level, "levels", here, 0)}
+            row, name=f"{row.name}-{level}", options=row.options | {"level": whole(level, "levels", here, 0)}
         )
-        for level in _list(levels, "levels", here)
+        for level in entries(levels, "levels", here)
     ]
 
 
 def _row(entry: dict[str, Any], here: str) -> Row:
-    rates = entry["lr"] if isinstance(entry["lr"], list) else [entry["lr"]]
-    lr = tuple(_number(rate, "lr", here) for rate in rates)
-    if not lr or min(lr) <= 0 or list(lr) != sorted(set(lr)):
-        raise ValueError(f"lr={rates} in {here} must be numbers above 0, each larger than the one before")
-    given: dict[str, Any] = {"lr": lr}
-    given |= {key: _text(entry[key], key, here) for key in ("name", "optimizer", "source") if key in entry}
-    for key in ("rest_lr", "rest_factor"):
-        if entry.get(key) is not None:
-            given[key] = _number(entry[key], key, here)
-            if given[key] < 0:
-                raise ValueError(f"{key}={given[key]} in {here} must be at least 0")
+    given: dict[str, Any] = {
+        key: text(entry[key], key, here) for key in ("name", "optimizer", "source", "like") if key in entry
+    }
+    for key, least in (("lr", "above 0"), ("rest_lr", "at least 0"), ("weight_decay", "at least 0")):
+        if key in entry:
+            given[key] = ascending(entry[key], key, least, here)
+    if "rest_factor" in entry:
+        given["rest_factor"] = number(entry["rest_factor"], "rest_factor", here)
+        if given["rest_factor"] < 0:
+            raise ValueError(f"rest_factor={given['rest_factor']} in {here} must be at least 0")
     if {"rest_lr", "rest_factor"} <= set(given):
         raise ValueError(f"{here} has rest_lr and rest_factor; keep one")
     options = entry.get("options") or {}
     if not isinstance(options, dict):
         raise ValueError(f"options={options!r} in {here}: expected 'key: value' pairs")
-    priority = _whole(entry.get("priority", 2), "priority", here, 1)
+    priority = whole(entry.get("priority", 2), "priority", here, 1)
     if priority not in PRIORITIES:
         raise ValueError(f"priority={priority} in {here} must be one of {PRIORITIES}")
-    batches = tuple(_whole(tokens, "batches", here, 1) for tokens in _list(entry.get("batches", []), "batches", here))
+    batches = tuple(whole(tokens, "batches", here, 1) for tokens in entries(entry.get("batches", []), "batches", here))
     return Row(**given, options=options, priority=priority, batches=batches)
 
 
@@ -221,49 +255,7 @@ def _batch(entry: Any, where: str) -> Batch:
     missing = sorted({"tokens", "steps"} - set(entry))
     if missing:
         raise ValueError(f"a batch of {where} has no {missing[0]}")
-    return Batch(**{key: _whole(value, key, f"batches of {where}", 1) for key, value in entry.items()})
-
-
-def _entries(value: Any, key: str, where: str) -> list[Any]:
-    return _list(value, key, where)
-
-
-def _list(value: Any, key: str, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{key}={value!r} in {where}: expected a list")
-    return value
-
-
-def _number(value: Any, key: str, where: str) -> float:
-    """A finite number; YAML reads '1e-3' as text."""
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{key}={value!r} in {where}: expected a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{key}={value!r} in {where} is not finite")
-    return number
-
-
-def _flag(value: Any, key: str, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r} in {where}: expected true or false")
-    return value
-
-
-def _whole(value: Any, key: str, where: str, at_least: int) -> int:
-    number = _number(value, key, where)
-    if number != int(number) or number < at_least:
-        raise ValueError(f"{key}={value!r} in {where}: expected a whole number, at least {at_least}")
-    return int(number)
-
-
-def _text(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, str) or (not value and key != "source"):
-        raise ValueError(f"{key}={value!r} in {where}: expected text")
-    return value
+    return Batch(**{key: whole(value, key, f"batches of {where}", 1) for key, value in entry.items()})
 
 
 def shapes_of(study: Study) -> Path:

@@ -1,19 +1,19 @@
-"""Which runs come next: rates at part of the length, the best and its neighbours, the other seeds. Pure functions."""
+"""Which runs come next: settings at part of the length, the best and its neighbours, other seeds. Pure functions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from gwt_dist.study.config import Batch, Row, Study
+from gwt_dist.study.config import Batch, Point, Row, Study
 from gwt_dist.study.optimizers import options_of
 
 SHORT, FULL, SEEDS = 0, 1, 2  # stages
-STAGES = ("rates at part of the length", "rates at full length", "other seeds")
+STAGES = ("settings at part of the length", "rates at full length", "other seeds")
 Results = Mapping[str, Mapping[str, Any]]  # by `Run.key`
 FINISHED = ("ok", "diverged", "failed")
 
@@ -44,28 +44,30 @@ class Run:
 class Outcome:
     """What is known of one row at one batch size.
 
-    `rates` are those tried at any length, `best` the one that the seeds are for (None: no run at full length has ended
-    well yet), `runs` those at full length and the best rate that ended well, `edge` whether the best rate is the first
-    or the last of those tried at full length, `wanted` what is still to be run.
+    `points` are those tried at any length, `best` the one that the seeds are for (None: no run at full length has ended
+    well yet), `runs` those at full length and the best point that ended well, `edge` whether the best rate is the first
+    or the last of those tried at full length, `wanted` what is still to be run, `trials` the runs that chose.
     """
 
-    rates: tuple[float, ...]
-    best: float | None
-    runs: tuple[Mapping[str, Any], ...]
-    edge: bool
-    wanted: tuple[Run, ...]
-    reasons: tuple[str, ...]
+    points: tuple[Point, ...] = ()
+    best: Point | None = None
+    runs: tuple[Mapping[str, Any], ...] = ()
+    edge: bool = False
+    wanted: tuple[Run, ...] = ()
+    reasons: tuple[str, ...] = ()
+    trials: int = 0
 
 
-def make_run(study: Study, shared: str, row: Row, batch: Batch, lr: float, seed: int, stage: int) -> Run:
-    """The run of `row` at a rate and a seed; `shared` identifies what all runs share (text, model)."""
+def make_run(study: Study, shared: str, row: Row, batch: Batch, point: Point, seed: int, stage: int) -> Run:
+    """The run of `row` at a point and a seed; `shared` identifies what all runs share (text, model)."""
     steps = short_steps(study, batch) if stage == SHORT else batch.steps
-    options = options_of(row.optimizer, row.options, f"row {row.name!r}")
+    given = row.options | {"weight_decay": point.weight_decay}
+    options = options_of(row.optimizer, given, f"row {row.name!r}")
     values: dict[str, Any] = {
         "optimizer": row.optimizer,
         "options": options,
-        "lr": lr,
-        "rest_lr": row.rest_rate(lr),
+        "lr": point.lr,
+        "rest_lr": point.rest_lr,
         "seed": seed,
         "tokens": batch.tokens,
         "steps": steps,
@@ -88,58 +90,104 @@ def shared_by_all(study: Study, corpus_sha256: str, shapes: Mapping[str, Any], d
 
 
 def short_steps(study: Study, batch: Batch) -> int:
-    """Steps of the runs that compare rates."""
+    """Steps of the runs that choose."""
     return max(1, round(study.short * batch.steps))
 
 
 def outcome(study: Study, shared: str, row: Row, batch: Batch, results: Results) -> Outcome:
     """Where a row stands at a batch size, and which of its runs can be started now."""
-    first, others = study.seeds[0], study.seeds[1:]
-
-    def run(lr: float, seed: int, stage: int) -> Run:
-        return make_run(study, shared, row, batch, lr, seed, stage)
-
-    def reasons(runs: list[Run]) -> tuple[str, ...]:
-        return tuple(f"{r.lr:g}: {results[r.key]['reason']}" for r in runs if "reason" in results.get(r.key, {}))
-
-    short = [run(lr, first, SHORT) for lr in row.lr] if len(row.lr) > 1 else []
-    missing = tuple(r for r in short if r.key not in results)
-    if missing or (short and _cannot(short, results)):
-        return Outcome(row.lr, None, (), False, missing, reasons(short))
-    begin = next(iter(ranked(row.lr, [results[r.key] for r in short])), row.lr[0]) if short else row.lr[0]
-    chosen: tuple[float, ...] = (begin,)
-    if short:
-        chosen = (beside(begin, row.lr, study.factor, -1), begin, beside(begin, row.lr, study.factor, 1))
-    further = study.extend
-    while True:
-        rates = tuple(sorted({*row.lr, *chosen}))
-        full = [run(lr, first, FULL) for lr in chosen]
-        missing = tuple(r for r in full if r.key not in results)
-        if missing:
-            return Outcome(rates, None, (), False, missing, reasons(short + full))
-        best = next(iter(ranked(chosen, [results[r.key] for r in full])), None)
-        edge = bool(short) and best in (None, chosen[0], chosen[-1])
-        if not edge or not further or _cannot(full, results):
-            break
-        towards = 1 if best == chosen[-1] else -1
-        chosen = tuple(sorted((*chosen, beside(chosen[-1 if towards > 0 else 0], row.lr, study.factor, towards))))
-        further -= 1
-    if best is None:
-        return Outcome(rates, None, (), edge, (), reasons(short + full))
-    seeds = [run(best, seed, SEEDS) for seed in others]
-    ended = tuple(
-        results[r.key] for r in (run(best, first, FULL), *seeds) if results.get(r.key, {}).get("status") == "ok"
-    )
-    missing = tuple(r for r in seeds if r.key not in results)
-    return Outcome(rates, best, ended, edge, missing, reasons(short + full + seeds))
+    if row.like:
+        other = next(one for one in study.rows if one.name == row.like)
+        found = outcome(study, shared, other, batch, results)
+        if found.best is None or (found.wanted and found.wanted[0].stage < SEEDS):
+            return Outcome(reasons=(f"waits for {row.like}",))
+        point = found.best
+        row = replace(row, lr=(point.lr,), rest_lr=(point.rest_lr,), weight_decay=(point.weight_decay,))
+    search = _Search(study, shared, row, batch, results)
+    return search.outcome()
 
 
-def _cannot(tried: list[Run], results: Results) -> bool:
-    """Whether no rate can help: nothing diverged and nothing ended well."""
-    return all(results[r.key]["status"] in ("failed", "unavailable") for r in tried)
+class _Search:
+    """The search of one row at one batch size, as far as `results` reach."""
+
+    def __init__(self, study: Study, shared: str, row: Row, batch: Batch, results: Results) -> None:
+        self._study, self._shared, self._row, self._batch, self._results = study, shared, row, batch, results
+        self._tried: dict[str, tuple[Run, Point]] = {}
+
+    def outcome(self) -> Outcome:
+        row, point = self._row, self._row.start
+        axes: dict[str, tuple[float, ...]] = {"lr": row.lr, "rest_lr": row.rest_lr, "weight_decay": row.weight_decay}
+        for axis, values in axes.items():
+            if len(values) > 1:
+                best, _, missing = self._bracket(point, axis, values, values, SHORT)
+                if best is None:
+                    return self._now(missing)
+                point = best
+        first: tuple[float, ...] = (point.lr,)
+        if len(row.lr) > 1:
+            first = (self._beside(point.lr, row.lr, -1), point.lr, self._beside(point.lr, row.lr, 1))
+        best, edge, missing = self._bracket(point, "lr", first, row.lr, FULL)
+        if best is None:
+            return self._now(missing, edge=edge)
+        trials = len(self._tried)
+        runs = [self._run(best, seed, SEEDS if i else FULL) for i, seed in enumerate(self._study.seeds)]
+        ended = tuple(line for line in map(self._ended, runs) if line and line["status"] == "ok")
+        return self._now(tuple(run for run in runs if self._ended(run) is None), best, ended, edge, trials)
+
+    def _now(
+        self,
+        missing: tuple[Run, ...],
+        best: Point | None = None,
+        runs: tuple[Mapping[str, Any], ...] = (),
+        edge: bool = False,
+        trials: int = 0,
+    ) -> Outcome:
+        points = {point: None for _, point in self._tried.values()}
+        lines = [(run, self._results.get(run.key, {})) for run, _ in self._tried.values()]
+        reasons = tuple(f"{run.lr:g}: {line['reason']}" for run, line in lines if "reason" in line)
+        return Outcome(tuple(sorted(points, key=lambda p: p.lr)), best, runs, edge, missing, reasons, trials)
+
+    def _run(self, point: Point, seed: int, stage: int) -> Run:
+        run = make_run(self._study, self._shared, self._row, self._batch, point, seed, stage)
+        self._tried.setdefault(run.key, (run, point))
+        return run
+
+    def _ended(self, run: Run) -> Mapping[str, Any] | None:
+        return self._results.get(run.key)
+
+    def _beside(self, value: float, values: tuple[float, ...], towards: int) -> float:
+        return beside(value, values, self._study.factor, towards)
+
+    def _bracket(
+        self, point: Point, axis: str, first: tuple[float, ...], known: tuple[float, ...], stage: int
+    ) -> tuple[Point | None, bool, tuple[Run, ...]]:
+        """The best of `point` with the values `first` on `axis`, and with those beyond them as long as they are better.
+
+        Returns:
+            The best point (None: none ended well), whether its rate is the first or the last that was tried, and runs
+            that are missing to tell.
+        """
+        chosen = first
+        goes_on = axis != "weight_decay" and len(first) > 1
+        further = self._study.extend if goes_on else 0
+        while True:
+            points = [self._row.moved(point, axis, value) for value in chosen]
+            runs = [self._run(one, self._study.seeds[0], stage) for one in points]
+            missing = tuple(run for run in runs if self._ended(run) is None)
+            if missing:
+                return None, False, missing
+            lines = [self._results[run.key] for run in runs]
+            best = next(iter(ranked(chosen, lines)), None)
+            edge = goes_on and best in (None, chosen[0], chosen[-1])
+            hopeless = all(line["status"] in ("failed", "unavailable") for line in lines)
+            if not edge or not further or hopeless:
+                return (None if best is None else self._row.moved(point, axis, best)), edge, ()
+            towards = 1 if best == chosen[-1] else -1
+            chosen = tuple(sorted((*chosen, self._beside(chosen[-1 if towards > 0 else 0], known, towards))))
+            further -= 1
 
 
-def ranked(rates: tuple[float, ...] | list[float], results: list[Mapping[str, Any]]) -> list[float]:
+def ranked(rates: Sequence[float], results: Sequence[Mapping[str, Any]]) -> list[float]:
     """The rates whose runs ended well, best validation loss first; of equals the lower rate."""
     losses = [(r["validation_loss"], lr) for lr, r in zip(rates, results, strict=True) if r["status"] == "ok"]
     return [lr for _, lr in sorted(losses)]
@@ -175,12 +223,12 @@ def tokens_to_go(study: Study, shared: str, results: Results, only: str = "") ->
     for row, batch in _pairs(study, only):
         now = outcome(study, shared, row, batch, results)
         total += sum(run.cost for run in now.wanted)
-        if not now.wanted:
-            continue
-        stage = now.wanted[0].stage
-        later = (len(study.seeds) - 1) * (stage < SEEDS)
-        later += (3 if len(row.lr) > 1 else 1) * (stage < FULL)
-        total += later * batch.tokens * batch.steps
+        if now.wanted:
+            stage = now.wanted[0].stage
+            later = (len(study.seeds) - 1) * (stage < SEEDS) + (3 if len(row.lr) > 1 else 1) * (stage < FULL)
+            total += later * batch.tokens * batch.steps
+        elif now.best is None and not now.points:  # waits for another row
+            total += len(study.seeds) * batch.tokens * batch.steps
     return total
 
 

@@ -1,8 +1,9 @@
-"""The plots of a study: loss against tokens, against rate, and best loss against the size of the state."""
+"""The plots of a study: loss against tokens and time, against rate, and best loss against the size of the state."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,15 @@ def write_plots(folder: Path, study: Study, shared: str, results: Results) -> li
     paths = []
     for batch in study.batches:
         lines = [line for line in lines_of(study, shared, results, batch) if line.loss is not None]
-        figure, axes = pyplot.subplots(1, 3, figsize=(21, 7), layout="constrained")
+        figure, axes = pyplot.subplots(2, 2, figsize=(16, 13), layout="constrained")
         colors = [pyplot.get_cmap("turbo")((i + 0.5) / len(lines)) for i in range(len(lines))]
-        curves(axes[0], lines, colors)
-        against_state(axes[1], lines, colors)
-        against_rate(axes[2], study, shared, lines, colors, batch, results)
+        (tokens, time), (state, rate) = axes
+        curves(tokens, lines, colors)
+        curves(time, lines, colors, timed=True)
+        against_state(state, lines, colors)
+        against_rate(rate, study, shared, lines, colors, batch, results)
         figure.suptitle(f"{study.name}: {batch.tokens:,} tokens a step, {batch.steps} steps")
-        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize="small")
+        figure.legend(*state.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize="small")
         path = folder / f"plots-{batch.tokens}.png"
         figure.savefig(path, dpi=80)
         pyplot.close(figure)
@@ -40,19 +43,22 @@ def write_plots(folder: Path, study: Study, shared: str, results: Results) -> li
     return paths
 
 
-def curves(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
-    """Training loss of the first seed at the best rate against tokens, smoothed into `SHOWN_POINTS` means."""
+def curves(axes: Axes, lines: list[Line], colors: list[Any], timed: bool = False) -> None:
+    """Training loss of the first seed at the best settings, smoothed into `SHOWN_POINTS` means, against tokens.
+
+    `timed`: against seconds, which are steps times the median of an iteration: no start, no validation.
+    """
     low = []
     for line, color in zip(lines, colors, strict=True):
         losses = line.found.runs[0]["losses"]
         width = max(1, len(losses) // SHOWN_POINTS)
         means = [sum(part) / len(part) for part in (losses[i : i + width] for i in range(0, len(losses), width))]
-        tokens = [min(len(losses), (i + 1) * width) * line.tokens for i in range(len(means))]
-        axes.plot(tokens, means, color=color)
+        each = (line.iteration_ms or 0.0) / 1e3 if timed else line.tokens
+        axes.plot([min(len(losses), (i + 1) * width) * each for i in range(len(means))], means, color=color)
         low.append(means[-1])
     if low:
         axes.set_ylim(min(low) - 0.1, min(low) + 2.0)
-    axes.set(xlabel="tokens", ylabel="training loss, nats a token")
+    axes.set(xlabel="seconds of training" if timed else "tokens", ylabel="training loss, nats a token")
 
 
 def against_state(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
@@ -90,7 +96,9 @@ def against_rate(
     for line, color in zip(lines, colors, strict=True):
         for stage, style in ((SHORT, "--"), (FULL, "o-")):
             runs = [
-                make_run(study, shared, rows[line.row], batch, lr, study.seeds[0], stage) for lr in line.found.rates
+                make_run(study, shared, rows[line.row], batch, point, study.seeds[0], stage)
+                for point in line.found.points
+                if line.best and replace(point, lr=line.best.lr) == line.best
             ]
             ended = [results[run.key] for run in runs if results.get(run.key, {}).get("status") == "ok"]
             axes.plot([run["lr"] for run in ended], [run["validation_loss"] for run in ended], style, color=color)

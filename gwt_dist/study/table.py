@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gwt_dist.study.config import Batch, Study
-from gwt_dist.study.plan import Outcome, Results, make_run, outcome
+from gwt_dist.study.config import Batch, Point, Study
+from gwt_dist.study.optimizers import options_of
+from gwt_dist.study.plan import Outcome, Results, outcome
 
 COLUMNS = (
     "row",
@@ -17,10 +19,16 @@ COLUMNS = (
     "spread",
     "bits/byte",
     "seeds",
+    "to reference",
     "lr",
+    "of the rest",
+    "decay",
+    "trials",
     "state B/param",
     "in matrices",
-    "step ms",
+    "update RMS",
+    "optimizer ms",
+    "iteration ms",
     "notes",
 )
 
@@ -30,62 +38,85 @@ class Line:
     """One row at one batch size; numbers are None as long as no run at full length ended well.
 
     `loss` and `bits` are means over the seeds, `spread` the standard deviation of the loss (None for one seed),
-    `state` bytes of optimizer state for a parameter, `matrix_state` those for an element of attention and MLP,
-    `step_ms` CPU milliseconds of the optimizer alone.
+    `difference` the mean difference of the loss to that of the study's reference on the same seeds and its standard
+    error (None for one seed), `state` bytes of optimizer state for a parameter, `matrix_state` those for an element of
+    attention and MLP, `update_rms` root mean square of an update over the rate, `optimizer_ms` and `iteration_ms` of a
+    step.
     """
 
     row: str
     tokens: int
-    loss: float | None
-    spread: float | None
-    bits: float | None
-    seeds: int
-    lr: float | None
-    state: float | None
-    matrix_state: float | None
-    step_ms: float | None
-    notes: str
     found: Outcome
+    notes: str
+    loss: float | None = None
+    spread: float | None = None
+    bits: float | None = None
+    seeds: int = 0
+    difference: tuple[float, float | None] | None = None
+    state: float | None = None
+    matrix_state: float | None = None
+    update_rms: float | None = None
+    optimizer_ms: float | None = None
+    iteration_ms: float | None = None
+
+    @property
+    def best(self) -> Point | None:
+        """The settings that it was run with."""
+        return self.found.best
 
 
 def lines_of(study: Study, shared: str, results: Results, batch: Batch) -> list[Line]:
     """The lines of one batch size, best loss first; rows without one come last."""
-    lines = []
-    for row in study.rows:
-        if batch in study.batches_of(row):
-            found = outcome(study, shared, row, batch, results)
-            lines.append(_line(study, shared, row.name, batch, found, results))
+    found = {
+        row.name: outcome(study, shared, row, batch, results) for row in study.rows if batch in study.batches_of(row)
+    }
+    reference = found[study.reference].runs if study.reference in found else ()
+    lines = [_line(name, batch, one, reference) for name, one in found.items()]
     return sorted(lines, key=lambda line: (line.loss is None, line.loss or 0.0))
 
 
-def _line(study: Study, shared: str, name: str, batch: Batch, found: Outcome, results: Results) -> Line:
+def paired(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> tuple[float, float | None] | None:
+    """Mean difference of the losses of `runs` to those of `others` on the seeds that both have, and its standard error.
+
+    None for the error of one seed; None where there is no seed that both have.
+    """
+    theirs = {run["seed"]: run["validation_loss"] for run in others}
+    differences = [run["validation_loss"] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    if not differences:
+        return None
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return statistics.fmean(differences), error
+
+
+def _line(name: str, batch: Batch, found: Outcome, reference: Sequence[Mapping[str, Any]]) -> Line:
     notes = []
     if found.edge:
         notes.append("best rate is the last one tried")
     if found.wanted:
         notes.append(f"{len(found.wanted)} runs to come")
     notes += sorted(set(found.reasons))[:2]
-    if not found.runs:
-        return Line(name, batch.tokens, None, None, None, 0, found.best, None, None, None, "; ".join(notes), found)
     runs = found.runs
+    if not runs:
+        return Line(name, batch.tokens, found, "; ".join(notes))
 
-    def mean(key: str) -> float:
-        return statistics.fmean(run[key] for run in runs)
+    def mean(key: str) -> float | None:
+        values = [run[key] for run in runs if run.get(key) is not None]
+        return statistics.fmean(values) if values else None
 
     one = runs[0]
     return Line(
         row=name,
         tokens=batch.tokens,
+        found=found,
+        notes="; ".join(notes),
         loss=mean("validation_loss"),
         spread=statistics.stdev(run["validation_loss"] for run in runs) if len(runs) > 1 else None,
         bits=mean("bits_per_byte"),
         seeds=len(runs),
-        lr=found.best,
+        difference=paired(runs, reference),
         state=one["state_bytes"] / one["parameters"],
         matrix_state=one["matrix_state_bytes"] / one["matrix_elements"],
-        step_ms=mean("optimizer_ms"),
-        notes="; ".join(notes),
-        found=found,
+        **{key: mean(key) for key in ("update_rms", "optimizer_ms", "iteration_ms")},
     )
 
 
@@ -95,16 +126,24 @@ def cells(line: Line) -> list[str]:
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
+    difference, best = "-", line.best
+    if line.difference is not None:
+        mean, error = line.difference
+        difference = f"{mean:+.4f}" + ("" if error is None else f" +- {error:.4f}")
     return [
         line.row,
         shown(line.loss, ".4f"),
         shown(line.spread, ".4f"),
         shown(line.bits, ".4f"),
         str(line.seeds),
-        shown(line.lr, "g"),
+        difference,
+        *(shown(getattr(best, axis, None), "g") for axis in ("lr", "rest_lr", "weight_decay")),
+        str(line.found.trials),
         shown(line.state, ".2f"),
         shown(line.matrix_state, ".2f"),
-        shown(line.step_ms, ".2f"),
+        shown(line.update_rms, ".3f"),
+        shown(line.optimizer_ms, ".2f"),
+        shown(line.iteration_ms, ".1f"),
         line.notes,
     ]
 
@@ -122,27 +161,31 @@ def markdown(study: Study, shared: str, results: Results) -> str:
                 out.append("| " + " | ".join(text.replace("|", "\\|") for text in cells(line)) + " |")
         out += ["", f"No result yet: {', '.join(waiting)}.", ""] if waiting else [""]
     out += [
-        "Validation loss in nats a token, mean over the seeds at the row's own best rate; spread is their standard",
-        "deviation. State: bytes that the optimizer holds for each parameter, and for each element of the matrices in",
-        "attention and MLP. Step: CPU time of the optimizer alone on one thread; on a GPU what it takes to start the",
-        "work, which is not to be compared with rows on CPUs.",
+        "Validation loss in nats a token, mean over the seeds at the row's own best settings; spread is their standard",
+        f"deviation. To reference: mean difference to {study.reference or 'no row'} on the same seeds, with its",
+        "standard error. Trials: runs that chose the settings. State: bytes that the optimizer holds for each",
+        "parameter, and for each element of the matrices in attention and MLP. Update RMS: of an update of these over",
+        "the rate, in the second half of a run. Optimizer: CPU time of its step on one thread, on a GPU the GPU's time.",
         "",
         "## Settings",
         "",
-        "| row | optimizer | settings | rate of the rest | rates tried | source |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| row | optimizer | settings | rates | of the rest | weight decay | source |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in study.rows:
-        batch = study.batches_of(row)[0]
-        run = make_run(study, shared, row, batch, row.lr[0], study.seeds[0], 1)
-        settings = ", ".join(f"{key} {value}" for key, value in run.options.items())
-        rest = "the same" if row.rest_factor is None else f"{row.rest_factor:g} x"
-        rest = rest if row.rest_lr is None else f"{row.rest_lr:g}"
-        rates = ", ".join(f"{lr:g}" for lr in row.lr)
-        out.append(f"| {row.name} | {row.optimizer} | {settings} | {rest} | {rates} | {row.source} |")
+        settings = options_of(row.optimizer, row.options, f"row {row.name!r}")
+        shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "weight_decay")
+        rates = f"as {row.like}" if row.like else _listed(row.lr)
+        rest = _listed(row.rest_lr) if row.rest_lr else "the same" if row.rest_factor == 1 else f"{row.rest_factor:g} x"
+        found = [row.name, row.optimizer, shown, rates, "" if row.like else rest]
+        out.append("| " + " | ".join([*found, "" if row.like else _listed(row.weight_decay), row.source]) + " |")
     problems = unequal(results.values())
     out += ["", *(problems or ["All runs of a seed began with the same weights and saw the same text (checksums)."])]
     return "\n".join(out) + "\n"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def unequal(lines: Any) -> list[str]:
