@@ -41,13 +41,14 @@ class GWTAdamW(torch.optim.Optimizer):
         eps: Added to the uncorrected ``sqrt(exp_avg_sq)``, as in the published code.
         weight_decay: Decoupled, multiplied by ``lr``.
         level: 0 (AdamW) to 16; moments shrink by ``2**level``.
-        scale: Factor on the update of tensors with level > 0.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
         recipe: ``"energy"`` (second moment of the unit's energy, details weighted by their coherence, no limiter, no
             collective), ``"foam"`` (the same moments, details bounded by their own squares, see `formulas.residual`),
             ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or ``"orthogonal"``
             (momentum alone, half of the state; the update of the whole matrix is orthogonalized as Muon's, on one rank
             each, see `formulas.orthogonal`). Tensors of level 0 are AdamW under all of them.
+        scale: Factor on the update of tensors with level > 0, as matrices are under ``"orthogonal"``; None as the
+            recipe says, so that AdamW's `lr` is theirs too (``"paper"`` has the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
         detail_gain: Factor on the details, 0 to 1, or ``"coherence"``: at least ``1 - beta1``, and more for units
             whose gradients are steady, see `formulas.weighed`; None as the recipe says.
@@ -82,9 +83,9 @@ class GWTAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         level: int = 2,
-        scale: float = 0.25,
         wavelet: str = "haar",
         recipe: str = DEFAULT,
+        scale: float | None = None,
         second_moment: str | None = None,
         detail_gain: float | str | None = None,
         limiter: float | None = None,
@@ -105,9 +106,9 @@ class GWTAdamW(torch.optim.Optimizer):
             eps=eps,
             weight_decay=weight_decay,
             level=level,
-            scale=scale,
             wavelet=wavelet,
             recipe=recipe,
+            scale=scale,
             second_moment=second_moment,
             detail_gain=detail_gain,
             limiter=limiter,

@@ -126,14 +126,16 @@ def _orthogonal_numbers(options: Options) -> dict[str, float]:
     return _adam_numbers(options) | {"nor": options["nor"], "detail_gain": 0.0 if isinstance(gain, str) else gain}
 
 
-_COMMON_KEYS = "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"
+_COMMON_KEYS = (
+    *("scale", "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"),
+)
 _ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_COMMON_KEYS
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
     "paper": Recipe(
         *(_adam, _adamw, _adam_numbers, _ADAM_KEYS),
-        {"second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01},
+        {"scale": 0.25, "second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01},
     ),
     # A detail contributes what one fresh gradient contributes to Adam's momentum, or more where gradients are steady,
     # over the energy of its own unit. Bounded, so it needs no norm and no collective.

@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def trained(start: Tensor, gradients: list[Tensor], **options: Any) -> Tensor:
     parameter = torch.nn.Parameter(start.clone())
-    optimizer = GWTAdamW([parameter], **{"lr": 0.02, "betas": (0.8, 0.95)} | options)
+    optimizer = GWTAdamW([parameter], **{"lr": 0.02, "scale": 0.25, "betas": (0.8, 0.95)} | options)
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -120,7 +120,7 @@ def orthogonal_by_hand(nor: float, nesterov: bool, detail_gain: float) -> tuple[
 def test_rows_of_an_orthogonalized_matrix_by_hand(nor: float, nesterov: bool) -> None:
     parameter = torch.nn.Parameter(START.clone())
     options: dict[str, Any] = {"recipe": "orthogonal", "nor": nor, "nesterov": nesterov, "detail_gain": 0.3}
-    optimizer = GWTAdamW([parameter], lr=0.02, betas=(0.8, 0.95), level=2, **options)
+    optimizer = GWTAdamW([parameter], lr=0.02, scale=0.25, betas=(0.8, 0.95), level=2, **options)
     for gradient in GRADIENTS:
         parameter.grad = gradient.clone()
         optimizer.step()

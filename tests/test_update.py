@@ -70,7 +70,7 @@ def test_haar_equals_pywavelets_at_every_level(shape: tuple[int, int], level: in
     start = np.random.default_rng(1).standard_normal(shape)
     oracle = Oracle(start, level, weight_decay=0.1, **RECIPES[recipe])
     weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    optimizer = GWTAdamW([weight], lr=0.01, weight_decay=0.1, level=level, recipe=recipe)
+    optimizer = GWTAdamW([weight], lr=0.01, scale=0.25, weight_decay=0.1, level=level, recipe=recipe)
     grads = gradients(shape, 7)
     for gradient in grads:
         oracle.step(gradient)
@@ -96,7 +96,9 @@ def test_variants_of_the_update(level: int, recipe: str, cautious: bool, nestero
         oracle.step(gradient)
         plain.step(gradient)
     weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    optimizer = GWTAdamW([weight], lr=0.01, weight_decay=0.1, betas=(0.8, 0.99), level=level, recipe=recipe, **options)
+    optimizer = GWTAdamW(
+        [weight], lr=0.01, scale=0.25, weight_decay=0.1, betas=(0.8, 0.99), level=level, recipe=recipe, **options
+    )
     change = np.abs(oracle.weight - start).max()
     assert np.abs(run(optimizer, weight, grads) - oracle.weight).max() < 1e-12 * change
     if cautious or not correct_bias or (nesterov and level):
@@ -111,7 +113,7 @@ def test_any_wavelet_equals_pywavelets(wavelet: str, level: int, recipe: str) ->
     start = np.random.default_rng(2).standard_normal(shape)
     oracle = Oracle(start, level, wavelet, **RECIPES[recipe])
     weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    optimizer = GWTAdamW([weight], lr=0.01, level=level, wavelet=wavelet, recipe=recipe)
+    optimizer = GWTAdamW([weight], lr=0.01, scale=0.25, level=level, wavelet=wavelet, recipe=recipe)
     grads = gradients(shape, 7)
     for gradient in grads:
         oracle.step(gradient)
@@ -143,7 +145,7 @@ def test_the_first_energy_step_is_adam_with_a_second_moment_per_unit() -> None:
     """W -= lr * scale * x / rms(unit), exactly but for eps."""
     gradient = np.random.default_rng(4).standard_normal((2, 8))
     weight = torch.nn.Parameter(torch.zeros(2, 8, dtype=torch.float64))
-    found = run(GWTAdamW([weight], lr=1.0, level=2, eps=1e-30, recipe="energy"), weight, [gradient])
+    found = run(GWTAdamW([weight], lr=1.0, scale=0.25, level=2, eps=1e-30, recipe="energy"), weight, [gradient])
     rms = np.sqrt((gradient.reshape(2, 2, 4) ** 2).mean(-1, keepdims=True))
     assert np.abs(found + 0.25 * (gradient.reshape(2, 2, 4) / rms).reshape(2, 8)).max() < 1e-12
 

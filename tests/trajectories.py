@@ -62,7 +62,7 @@ def trajectory(recipe: str, level: int, dtype: torch.dtype, iteration: str) -> d
     """Weights and state after `STEPS` steps; `iteration` is where the matrix iteration is looked up."""
     random = torch.Generator().manual_seed(level)
     weights = [torch.nn.Parameter(drawn(shape, random).to(dtype)) for shape in SHAPES]
-    optimizer = GWTAdamW(weights, lr=0.013, weight_decay=0.1, betas=(0.9, 0.99), level=level, recipe=recipe)
+    optimizer = GWTAdamW(weights, lr=0.013, scale=0.25, weight_decay=0.1, betas=(0.9, 0.99), level=level, recipe=recipe)
     with patch(iteration, in_one_order):
         for step in range(STEPS):
             for weight in weights:
@@ -102,7 +102,7 @@ def trained(recipe: str, steps: int = STEPS) -> tuple[Model, GWTAdamW]:
     parameters = dict(model.named_parameters())
     matrices = [parameters.pop("attn.weight"), parameters.pop("mlp.weight")]
     groups = [{"params": matrices, "level": 2}, {"params": list(parameters.values()), "level": 0}]
-    optimizer = GWTAdamW(groups, lr=0.01, weight_decay=0.1, recipe=recipe)
+    optimizer = GWTAdamW(groups, lr=0.01, scale=0.25, weight_decay=0.1, recipe=recipe)
     random = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for parameter in model.parameters():

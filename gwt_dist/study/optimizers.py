@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gwt_dist.groups import first_match, keys_of_rest
 from gwt_dist.keys import of_recipes
-from gwt_dist.recipes import DEFAULT, RECIPES, check_group, meaning
+from gwt_dist.recipes import DEFAULT, RECIPES, check_group, meaning, resolved
 from gwt_dist.train.config import refuse_unknown_keys
 
 Parameters = Mapping[str, nn.Parameter]
@@ -103,7 +103,8 @@ def _check_gwt(options: Options) -> None:
 def _of_the_recipe(options: Options) -> Options:
     """What the recipe says of keys that are not given: a run that was made with another recipe is another run."""
     refuse_unknown_keys([options["recipe"]], RECIPES, "recipes")
-    implied = meaning({"recipe": options["recipe"]})
+    group = {"recipe": options["recipe"]}
+    implied = {"scale": resolved(group)[1]["scale"], **meaning(group)}
     return {key: value for key, value in implied.items() if options.get(key) is None}
 
 
@@ -141,7 +142,7 @@ _APOLLO_GROUP = ("rank", "update_proj_gap", "scale", "proj", "proj_type", "scale
 ENTRIES: dict[str, Entry] = {
     "gwt": Entry(
         _gwt,
-        {"level": 2, "recipe": DEFAULT, "scale": 0.25, "weight_decay": 0.0},
+        {"level": 2, "recipe": DEFAULT, "weight_decay": 0.0},
         "gwt_dist",
         ("betas", "eps", "wavelet", "rest", *of_recipes()),
         _of_the_recipe,

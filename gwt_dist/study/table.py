@@ -165,7 +165,7 @@ def markdown(study: Study, shared: str, results: Results) -> str:
         f"deviation. To reference: mean difference to {study.reference or 'no row'} on the same seeds, with its",
         "standard error. Trials: runs that chose the settings. State: bytes that the optimizer holds for each",
         "parameter, and for each element of the matrices in attention and MLP. Update RMS: of an update of these over",
-        "the rate, in the second half of a run. Optimizer: CPU time of its step on one thread, on a GPU the GPU's time.",
+        "the rate, in the second half of a run. Optimizer: CPU time of its step on one thread, or time of the GPU.",
         "",
         "## Settings",
         "",
