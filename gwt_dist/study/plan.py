@@ -206,15 +206,15 @@ def _rounded(rate: float) -> float:
 
 
 def wanted(study: Study, shared: str, results: Results, only: str = "") -> list[Run]:
-    """All runs that can be started now, in the order of work: priority, order of rows, order of batches.
+    """All runs that can be started now, in the order of work: priority, first seeds, order of rows, order of batches.
 
-    A row is thus finished as far as it can be before the next begins, and a study that is cut short has whole rows.
+    So a study that is cut short has one seed of all rows that matter, before it has others of any.
     """
     runs: dict[str, Run] = {}
     for row, batch in _pairs(study, only):
         for run in outcome(study, shared, row, batch, results).wanted:
             runs.setdefault(run.key, run)
-    return sorted(runs.values(), key=lambda run: run.priority)
+    return sorted(runs.values(), key=lambda run: (run.priority, run.stage == SEEDS))
 
 
 def tokens_to_go(study: Study, shared: str, results: Results, only: str = "") -> int:
