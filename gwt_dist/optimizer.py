@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
 from gwt_dist.plan import Plan
-from gwt_dist.recipes import DEFAULT, check_group
+from gwt_dist.recipes import DEFAULT, check_group, rate_note
 from gwt_dist.shards import is_flat
 from gwt_dist.steps import Group, Steps
+
+logger = logging.getLogger(__name__)
 
 
 class GWTAdamW(torch.optim.Optimizer):
@@ -139,6 +142,8 @@ class GWTAdamW(torch.optim.Optimizer):
             raise
         for parameter in self.param_groups[-1]["params"]:
             self._steps.given[parameter] = True
+        if note := rate_note(self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"):
+            logger.warning(note)
 
     @property
     def shards(self) -> Mapping[Tensor, Shard]:

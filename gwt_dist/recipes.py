@@ -250,6 +250,24 @@ def _meant(fields: Iterable[Field]) -> list[tuple[str, Extent]]:
     return [(f.name, f.extent) for f in fields if f.extent is not Extent.CELL]
 
 
+HIGH_RATE = 5e-3  # AdamW's are seldom above it
+_FORMER_SCALE = 0.25  # of all recipes
+
+
+def rate_note(group: Mapping[str, Any], where: str) -> str:
+    """What to tell whose rate is one of the time when `scale` was 0.25 unless it was said; '' for others."""
+    lr, scale = group["lr"], resolved(group)[1]["scale"]
+    unchanged = group.get("scale") is not None or scale == _FORMER_SCALE
+    scaled = group["level"] or group.get("least_level") == 0
+    if unchanged or not scaled or not isinstance(lr, float) or lr < HIGH_RATE:
+        return ""
+    return (
+        f"lr={lr:g} in {where}: lr is AdamW's rate for matrices too, which is seldom above {HIGH_RATE:g}. scale, which "
+        f"was 0.25 unless it was said, is now {scale:g} with the recipe {group['recipe']!r}: write scale=0.25 for what "
+        f"this rate did before, or the rate of your AdamW"
+    )
+
+
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` naming the key, its value and the legal range, for the first key of `group` that is wrong."""
     check_keys(group, where)

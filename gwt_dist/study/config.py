@@ -18,10 +18,13 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One batch size: `tokens` in an optimizer step, and `steps` of a run at full length."""
+    """One batch size: `tokens` in an optimizer step, `steps` of a run at full length, and the share of them of one that
+    chooses, `short`; None is the study's.
+    """
 
     tokens: int
     steps: int
+    short: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +183,9 @@ def _check(study: Study, where: str) -> None:
     for key, low, high in (("warmup", 0, 1), ("min_lr_ratio", 0, 1)):
         if not low <= getattr(study, key) <= high:
             raise ValueError(f"{key}={getattr(study, key)} in {where} is outside {low} to {high}")
-    if not 0 < study.short <= 1:
-        raise ValueError(f"short={study.short} in {where} must be above 0 and at most 1")
+    for short in (study.short, *(batch.short for batch in study.batches)):
+        if short is not None and not 0 < short <= 1:
+            raise ValueError(f"short={short} in {where} must be above 0 and at most 1")
     if study.factor <= 1:
         raise ValueError(f"factor={study.factor} in {where} must be above 1")
     if study.clipping < 0:
@@ -251,11 +255,13 @@ def _row(entry: dict[str, Any], here: str) -> Row:
 def _batch(entry: Any, where: str) -> Batch:
     if not isinstance(entry, dict):
         raise ValueError(f"a batch of {where} is {entry!r}; expected tokens: and steps:")
-    refuse_unknown_keys(entry, ("tokens", "steps"), f"batches of {where}")
+    here = f"batches of {where}"
+    refuse_unknown_keys(entry, ("tokens", "steps", "short"), here)
     missing = sorted({"tokens", "steps"} - set(entry))
     if missing:
         raise ValueError(f"a batch of {where} has no {missing[0]}")
-    return Batch(**{key: whole(value, key, f"batches of {where}", 1) for key, value in entry.items()})
+    short = None if entry.get("short") is None else number(entry["short"], "short", here)
+    return Batch(**{key: whole(entry[key], key, here, 1) for key in ("tokens", "steps")}, short=short)
 
 
 def shapes_of(study: Study) -> Path:

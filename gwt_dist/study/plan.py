@@ -91,7 +91,7 @@ def shared_by_all(study: Study, corpus_sha256: str, shapes: Mapping[str, Any], d
 
 def short_steps(study: Study, batch: Batch) -> int:
     """Steps of the runs that choose."""
-    return max(1, round(study.short * batch.steps))
+    return max(1, round((study.short if batch.short is None else batch.short) * batch.steps))
 
 
 def outcome(study: Study, shared: str, row: Row, batch: Batch, results: Results) -> Outcome:
