@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -18,9 +19,16 @@ from gwt_dist.study.plan import Run
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+def _end_with(study: Any) -> None:
+    """End this process when the study's is gone, also when it was killed: nobody would hear of the run."""
+    study.join()
+    os._exit(1)
+
+
 def _serve(study: Study, pipe: Connection) -> None:
     """The worker: read the inputs once, then run what comes through the pipe until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     from gwt_dist.study.inputs import Inputs
     from gwt_dist.study.run import execute
 
