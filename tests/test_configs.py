@@ -18,7 +18,7 @@ from pretrain_cases import Ranks, arguments, run_session
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DOCUMENTED = set(re.findall(r"`([\w.]+)`", (CONFIGS / "README.md").read_text(encoding="utf-8")))
-WEIGHTS = {"60m": 58e6, "130m": 134e6, "350m": 368e6, "1b": 1.34e9, "3b": 2.7e9, "7b": 6.74e9}
+WEIGHTS = {"study-4m": 4.27e6, "60m": 58e6, "130m": 134e6, "350m": 368e6, "1b": 1.34e9, "3b": 2.7e9, "7b": 6.74e9}
 
 
 def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import shlex
@@ -17,7 +18,7 @@ from gwt_dist import recipes
 from gwt_dist.cli.app import main
 from gwt_dist.study import compare as whole
 from gwt_dist.study.compare import compare, identity
-from gwt_dist.study.config import Point, Study, read_study, study_from
+from gwt_dist.study.config import Batch, Point, Study, read_study, study_from
 from gwt_dist.study.held import bytes_held
 from gwt_dist.study.optimizers import ENTRIES, build, options_of, split
 from gwt_dist.study.plan import FULL, SEEDS, SHORT, beside, outcome, ranked, wanted
@@ -267,13 +268,13 @@ def test_the_key_of_a_run_follows_what_a_recipe_means(monkeypatch: pytest.Monkey
 def test_the_options_of_recorded_runs() -> None:
     """Results are found by all options of their run: these are those of runs that were recorded."""
     meant = {
-        "paper": ("approximation", 1.0, 1.01),
-        "energy": ("energy", "coherence", 0.0),
-        "orthogonal": ("none", "coherence", 0.0),
+        "paper": (0.25, "approximation", 1.0, 1.01),
+        "energy": (1.0, "energy", "coherence", 0.0),
+        "orthogonal": (1.0, "none", "coherence", 0.0),
     }
-    common = {"level": 2, "scale": 0.25, "weight_decay": 0.0}
+    common = {"level": 2, "weight_decay": 0.0}
     for recipe, values in meant.items():
-        implied = dict(zip(("second_moment", "detail_gain", "limiter"), values, strict=True))
+        implied = dict(zip(("scale", "second_moment", "detail_gain", "limiter"), values, strict=True))
         options = options_of("gwt", {"recipe": recipe}, "a row")
         assert json.dumps(options, sort_keys=True) == json.dumps(
             {**common, "recipe": recipe, **implied}, sort_keys=True
@@ -366,6 +367,51 @@ def test_studies_of_the_tree(path: Path) -> None:
     for row in study.rows:
         options_of(row.optimizer, row.options, row.name)
     assert isinstance(study, Study) and dataclasses.asdict(study)["name"] == path.stem
+
+
+@pytest.mark.parametrize("name", ["gpu-60m", "gpu-130m"])
+def test_studies_of_a_gpu_at_tiny_shapes(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Each row of them, two steps on a CPU, in bf16 and on a BPE."""
+    study, small = read_study(name), study_from(settings, "here")
+    shapes = {"rank": 4, "num_embeds": 16, "num_heads": 2}
+    slow = [row for row in study.rows if row.optimizer.startswith("adam-8bit")]  # theirs compile for half a minute
+    rows = [
+        dataclasses.replace(
+            row,
+            **{axis: getattr(row, axis)[:1] for axis in ("lr", "rest_lr", "weight_decay")},
+            options={key: shapes.get(key, value) for key, value in row.options.items()},
+        )
+        for row in study.rows
+        if row not in slow
+    ]
+    tiny = dataclasses.replace(small, rows=tuple(rows), batches=(Batch(tokens=32, steps=2),), seeds=(0,))
+    tiny = dataclasses.replace(tiny, tokenizer="bpe:300", precision=study.precision, reference=study.reference)
+    assert (study.device, study.compile, study.corpus) == ("auto", True, "packages:400")
+    compare(tiny, tmp_path / "out", jobs=0)
+    results = read_results(tmp_path / "out" / "results.jsonl")[0]
+    found = {line.row: line for line in lines_of(tiny, identity(tiny), results, tiny.batches[0])}
+    lacking = {line["row"] for line in results.values() if line["status"] == "unavailable"}
+    assert found.keys() - lacking == {name for name, line in found.items() if line.loss is not None}
+    assert {
+        row.name for row in rows if ENTRIES[row.optimizer].package in ("torch", "gwt_dist")
+    } <= found.keys() - lacking
+
+
+def test_a_model_is_compiled_once_for_all_runs(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    row = {"name": "a", "optimizer": "adamw", "lr": 0.01}
+    study = study_from(settings | {"rows": [row], "compile": True}, "here")
+    torch._dynamo.reset()
+    counters.clear()
+    compare(study, tmp_path / "compiled", jobs=0)
+    assert counters["stats"]["unique_graphs"] == 2  # training and validation, of two seeds
+    compare(study_from(settings | {"rows": [row]}, "here"), tmp_path / "plain", jobs=0)
+    plain, compiled = (list(numbers(tmp_path / name).values()) for name in ("plain", "compiled"))
+    assert len(plain) == 2 and plain == compiled
 
 
 def test_rows_of_the_quality_page_are_in_the_study() -> None:
