@@ -40,7 +40,8 @@ class TrainConfig:
     )
     corpus: str = _key(
         "stdlib",
-        "text: 'stdlib' (Python's own sources and docs), a folder, file or glob of .txt/.jsonl, or "
+        "text: 'stdlib' (Python's own sources and docs), 'packages' (those of installed packages too) or 'packages:N' "
+        "(at most N megabytes of them), a folder, file or glob of .txt/.jsonl, or "
         "a `datasets` name, 'owner/name' or 'owner/name:config', streamed",
     )
     tokenizer: str = _key(

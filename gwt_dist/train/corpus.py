@@ -1,4 +1,4 @@
-"""Text as documents, from files: the standard library of the running Python, or a folder or glob.
+"""Text as documents, from files: the standard library of the running Python, installed packages, or a folder or glob.
 
 Documents are in a fixed order, split into train and validation by a hash of their names (about one
 in twenty is validation), and the SHA-256 of them all identifies the corpus in checkpoints.
@@ -15,6 +15,8 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from gwt_dist.train.packages import is_packages, megabytes_of, package_documents
 
 VALIDATION_SHARE = 20  # one document in so many
 PIECE_CHARACTERS = 1 << 16  # a .txt file is cut into documents of about this length
@@ -51,11 +53,13 @@ def is_dataset_name(spec: str) -> bool:
 
 
 def load_corpus(spec: str) -> Corpus:
-    """Read the whole corpus that `spec` names: 'stdlib', a file, a folder, or a glob.
+    """Read the whole corpus that `spec` names: 'stdlib', 'packages', 'packages:N', a file, a folder, or a glob.
 
     Raises:
-        ValueError: nothing there, no text in it, fewer than two documents, or a broken line.
+        ValueError: nothing there, no text in it, fewer than two documents, a broken line, or an N that is no number.
     """
+    if is_packages(spec):
+        return _split(spec, package_documents(megabytes_of(spec)))
     if spec == "stdlib":
         return _split(spec, _stdlib_documents(Path(sysconfig.get_path("stdlib"))))
     return _split(spec, _file_documents(spec))
@@ -120,7 +124,7 @@ def _file_documents(spec: str) -> Iterator[tuple[str, str]]:
         files = [p for p in found if p.is_file()]
         if not files:
             raise ValueError(
-                f"corpus {spec!r}: no such folder, file or glob match; give 'stdlib', a folder of "
+                f"corpus {spec!r}: no such folder, file or glob match; give 'stdlib', 'packages', a folder of "
                 ".txt or .jsonl files, a glob, or a dataset name such as 'allenai/c4:en'"
             )
         root = Path(os.path.commonpath([p.parent for p in files]))
