@@ -232,7 +232,7 @@ def _batches(
 ) -> Batches:
     length = config.sequence_length
     if splits[0] is None:
-        ids, _ = tokens.encode_stream(tokenizer, corpus.train)
+        ids = tokens.token_stream(tokenizer, corpus.train)
         return ShuffledBatches(ids, length, sizes, rank=ranks.rank, seed=config.seed)
     from datasets.distributed import split_dataset_by_node
 

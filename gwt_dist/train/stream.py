@@ -164,7 +164,7 @@ class StreamedBatches:
 
     def _window(self) -> npt.NDArray[np.int64]:
         while len(self._pending) <= self._length:
-            ids, _ = self._tokenizer.encode([self._next()])[0]
+            (ids,) = self._tokenizer.ids([self._next()])
             end = np.array([self._tokenizer.eos])
             self._pending = np.concatenate([self._pending, ids, end]).astype(np.int64)
         window = self._pending[: self._length + 1]

@@ -7,9 +7,10 @@ the document in UTF-8. An end-of-document token covers no bytes.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,10 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[Any]  # uint8, uint16 or uint32
 ByteCounts = npt.NDArray[np.uint16]
+
+BPE_CHARACTERS = 32 * 10**6  # that a BPE is trained on at most: seconds, where all text of all packages takes minutes
+BATCH_CHARACTERS = 4 * 10**6  # that are encoded at a time, about 100 bytes of memory for each of their tokens
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 class Tokenizer(Protocol):
@@ -28,6 +33,10 @@ class Tokenizer(Protocol):
 
     def encode(self, texts: Sequence[str]) -> list[tuple[Ids, ByteCounts]]:
         """Ids [n] and the bytes [n] that each covers, for each text, without `eos`."""
+        ...
+
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of `encode` alone, which is faster."""
         ...
 
 
@@ -46,6 +55,10 @@ class ByteTokenizer:
             out.append((ids, np.ones(len(ids), dtype=np.uint16)))
         return out
 
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids [n] uint8, for each text."""
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
 
 class SubwordTokenizer:
     """A `tokenizers.Tokenizer`, loaded by transformers or trained here."""
@@ -60,11 +73,20 @@ class SubwordTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[tuple[Ids, ByteCounts]]:
         """Ids [n] uint16 or uint32 and the bytes of each, for each text."""
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        dtype = _dtype_of(self)
         out: list[tuple[Ids, ByteCounts]] = []
         for text, code in zip(texts, self.backend.encode_batch(list(texts), add_special_tokens=False), strict=True):
             out.append((np.array(code.ids, dtype=dtype), _covered_bytes(text, code.offsets)))
         return out
+
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids [n] uint16 or uint32, for each text; the library leaves out their places in it."""
+        codes = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(code.ids, dtype=_dtype_of(self)) for code in codes]
+
+
+def _dtype_of(tokenizer: Tokenizer) -> Any:
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
 def _covered_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> ByteCounts:
@@ -75,16 +97,33 @@ def _covered_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> ByteCounts:
     """
     if not offsets:
         return np.zeros(0, dtype=np.uint16)
-    widths = np.fromiter((len(c.encode("utf-8")) for c in text), dtype=np.int64, count=len(text))
-    position = np.concatenate([[0], np.cumsum(widths)])  # bytes before each character
-    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
+    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+    ends = np.concatenate([[0], np.maximum.accumulate(flat[1::2])])
     ends[-1] = len(text)
-    covered: ByteCounts = np.diff(position[np.concatenate([[0], ends])]).astype(np.uint16)
-    return covered
+    if not text.isascii():
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        # UTF-8 takes one byte more from each of these on (RFC 3629, section 3).
+        widths = 1 + sum((points >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+        ends = np.concatenate([[0], np.cumsum(widths)])[ends]
+    return np.diff(ends).astype(np.uint16)
 
 
-def train_bpe(texts: Sequence[str], vocab_size: int) -> str:
+@contextlib.contextmanager
+def every_core() -> Iterator[None]:
+    """Inside, `tokenizers` trains and encodes on all cores; for a process beside which no rank works."""
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "true"
+    try:
+        yield
+    finally:
+        # Not unset: having used its threads, the library would warn about every fork to come.
+        os.environ[_PARALLELISM] = before if before is not None else "false"
+
+
+def train_bpe(texts: Sequence[str], vocab_size: int, characters: int = BPE_CHARACTERS) -> str:
     """A byte-level BPE of at most `vocab_size` tokens, as the JSON of a `tokenizers.Tokenizer`.
+
+    Of more than `characters` in `texts` it is trained on a sample: whole documents, drawn by a fixed seed.
 
     Raises:
         ValueError: `vocab_size` cannot hold the 256 bytes and the end token.
@@ -103,8 +142,17 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(_sample(texts, characters), trainer)
     return str(backend.to_str())
+
+
+def _sample(texts: Sequence[str], characters: int) -> Sequence[str]:
+    """All texts, or at least one and no more than `characters` of them, whatever their order."""
+    if sum(map(len, texts)) <= characters:
+        return texts
+    order = np.random.default_rng(0).permutation(len(texts))
+    count = int(np.searchsorted(np.cumsum([len(texts[i]) for i in order]), characters, side="right"))
+    return [texts[i] for i in order[: max(1, count)]]
 
 
 def bpe_size(spec: str) -> int | None:
@@ -128,7 +176,7 @@ def load_tokenizer(spec: str, trained: str | None = None) -> Tokenizer:
         ValueError: transformers cannot load it, it has no end token, or no byte positions.
     """
     # Ranks are processes already; the library's own threads would only warn about forks.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(_PARALLELISM, "false")
     if spec == "bytes":
         return ByteTokenizer()
     if trained is not None:
@@ -158,16 +206,33 @@ def load_tokenizer(spec: str, trained: str | None = None) -> Tokenizer:
 
 def encode_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Ids, ByteCounts]:
     """All documents in one stream, each followed by `eos`: ids [n] and bytes covered [n]."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    encoded = []
-    for first, last in pairwise([*range(0, len(texts), 256), len(texts)]):
-        encoded += tokenizer.encode(texts[first:last])
-    total = sum(len(ids) + 1 for ids, _ in encoded)
-    stream, covered = np.empty(total, dtype=dtype), np.empty(total, dtype=np.uint16)
+    encoded = [pair for batch in _in_batches(texts) for pair in tokenizer.encode(batch)]
+    stream = _joined([ids for ids, _ in encoded], tokenizer.eos, _dtype_of(tokenizer))
+    return stream, _joined([counts for _, counts in encoded], 0, np.uint16)
+
+
+def token_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
+    """The ids [n] of `encode_stream` alone: for training text, of which nobody asks how many bytes a token covers."""
+    parts = (ids for batch in _in_batches(texts) for ids in tokenizer.ids(batch))
+    return _joined(parts, tokenizer.eos, _dtype_of(tokenizer))
+
+
+def _in_batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    first, characters = 0, 0
+    for last, text in enumerate(texts, start=1):
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or last == len(texts):
+            yield texts[first:last]
+            first, characters = last, 0
+
+
+def _joined(parts: Iterable[npt.NDArray[Any]], end: int, dtype: Any) -> npt.NDArray[Any]:
+    """All `parts` in one array of `dtype`, each followed by `end`."""
+    kept = list(parts)
+    out = np.empty(sum(len(part) + 1 for part in kept), dtype=dtype)
     position = 0
-    for ids, counts in encoded:
-        end = position + len(ids)
-        stream[position:end], covered[position:end] = ids, counts
-        stream[end], covered[end] = tokenizer.eos, 0
-        position = end + 1
-    return stream, covered
+    for part in kept:
+        out[position : position + len(part)] = part
+        position += len(part) + 1
+        out[position - 1] = end
+    return out
