@@ -447,6 +447,10 @@ def test_the_command(settings: dict[str, Any], tmp_path: Path, capsys: pytest.Ca
     assert "| energy |" in table and "| adamw |" in table and "No result yet" not in table
     assert "same weights and saw the same text" in table
     assert (out / "plots-64.png").stat().st_size > 10_000
+    for text in tmp_path.glob("*.txt"):
+        text.unlink()
+    assert main(["compare", str(file), "--report", "--output", str(out)]) == 0  # the text is not read
+    assert (out / "table.md").read_text() == table
     assert main(["compare", str(file), "--row", "nothing", "--output", str(out)]) == 2
     assert "rows: energy, adamw" in capsys.readouterr().err
     with whole.Writer(out / "results.jsonl"):

@@ -18,6 +18,7 @@ from gwt_dist.study.config import Study, shapes_of
 from gwt_dist.study.inputs import device_of
 from gwt_dist.study.optimizers import options_of, version_of
 from gwt_dist.study.plan import STAGES, Run, line_of, shared_by_all, tokens_to_go, wanted
+from gwt_dist.study.prepared import Prepared, prepare
 from gwt_dist.study.results import FILE, Writer, finished, read_results
 from gwt_dist.study.workers import Workers
 from gwt_dist.train.config import REPOSITORY, read_mapping
@@ -34,10 +35,13 @@ class Ended:
     left: int
 
 
-def identity(study: Study) -> str:
-    """What all runs of `study` share: text, model, device and the keys that act on all."""
+def identity(study: Study, text_sha256: str | None = None) -> str:
+    """What all runs of `study` share: text, model, device and the keys that act on all.
+
+    The text is read if its SHA-256 is not given.
+    """
     shapes = read_mapping(shapes_of(study))
-    return shared_by_all(study, load_corpus(study.corpus).sha256, shapes, device_of(study))
+    return shared_by_all(study, text_sha256 or load_corpus(study.corpus).sha256, shapes, device_of(study))
 
 
 def compare(
@@ -78,9 +82,10 @@ def compare(
     for row in study.rows:  # what is wrong with one, before another trains
         if only in ("", row.name):
             options_of(row.optimizer, row.options, f"row {row.name!r}")
-    shared = identity(study)
     made, done = 0, 0
-    with Writer(output / FILE) as writer, _engine(study, jobs) as engine:
+    # Within the writer, so that one process prepares the text.
+    with Writer(output / FILE) as writer, _engine(study, prepared := prepare(study, output), jobs) as engine:
+        shared = identity(study, prepared.corpus_sha256)
         # Runs whose packages were missing are tried once in each call.
         results = {} if again else finished(read_results(output / FILE)[0])
         constants = _constants()
@@ -134,10 +139,10 @@ class _Here:
 
     free = True
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, prepared: Prepared) -> None:
         from gwt_dist.study.inputs import Inputs
 
-        self._inputs = Inputs(study)
+        self._inputs = Inputs(study, prepared)
         self.running: list[Run] = []
 
     def start(self, run: Run) -> None:
@@ -153,11 +158,11 @@ class _Here:
 
 
 @contextmanager
-def _engine(study: Study, jobs: int) -> Iterator[Workers | _Here]:
+def _engine(study: Study, prepared: Prepared, jobs: int) -> Iterator[Workers | _Here]:
     if jobs == 0:
-        yield _Here(study)
+        yield _Here(study, prepared)
     else:
-        with Workers(study, jobs) as workers:
+        with Workers(study, prepared, jobs) as workers:
             yield workers
 
 

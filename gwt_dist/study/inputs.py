@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from gwt_dist.study.config import Study, shapes_of
 from gwt_dist.study.plan import Run
+from gwt_dist.study.prepared import COVERED, TRAIN, VALIDATION, Prepared
 from gwt_dist.train.batches import ShuffledBatches, Validation
-from gwt_dist.train.corpus import load_corpus
 from gwt_dist.train.ds_config import BatchSizes
 from gwt_dist.train.model import build_model, initialise, model_config, token_losses
-from gwt_dist.train.tokens import bpe_size, encode_stream, load_tokenizer, train_bpe
 
 
 def device_of(study: Study) -> str:
@@ -26,22 +25,19 @@ def device_of(study: Study) -> str:
 
 
 class Inputs:
-    """Read once in a process."""
+    """Made once in a process. Tokens are mapped from the files of `prepared`, which processes share."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, prepared: Prepared) -> None:
         self.study = study
-        corpus = load_corpus(study.corpus)
-        self.corpus_sha256 = corpus.sha256
-        trained = bpe_size(study.tokenizer)
-        self._tokenizer = load_tokenizer(study.tokenizer, None if trained is None else train_bpe(corpus.train, trained))
-        self.train, _ = encode_stream(self._tokenizer, corpus.train)
-        tokens, covered = encode_stream(self._tokenizer, corpus.validation)
+        self._vocab_size = prepared.vocab_size
+        self.train = prepared.array(TRAIN)
+        tokens, covered = prepared.array(VALIDATION), prepared.array(COVERED)
         self.validation = Validation(tokens, covered, study.sequence_length, study.eval_tokens)
 
     @cached_property
     def shapes(self) -> Any:
         """The `LlamaConfig` of the model."""
-        return model_config(shapes_of(self.study), self._tokenizer.vocab_size, self.study.sequence_length)
+        return model_config(shapes_of(self.study), self._vocab_size, self.study.sequence_length)
 
     @cached_property
     def device(self) -> torch.device:

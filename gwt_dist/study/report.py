@@ -7,6 +7,7 @@ from pathlib import Path
 from gwt_dist.study.compare import identity
 from gwt_dist.study.config import Study
 from gwt_dist.study.plots import write_plots
+from gwt_dist.study.prepared import text_sha256
 from gwt_dist.study.results import FILE, read_results
 from gwt_dist.study.table import COLUMNS, cells, lines_of, unequal, write_table
 
@@ -23,7 +24,7 @@ def write_report(study: Study, folder: Path, only: str = "") -> None:
     results, bad = read_results(folder / FILE)
     if not results:
         raise ValueError(f"no results in {folder / FILE}; run the study first")
-    shared = identity(study)
+    shared = identity(study, text_sha256(study, folder))
     console = Console()
     if bad:
         console.print(f"{bad} lines of {folder / FILE} cannot be read; their runs count as not run")

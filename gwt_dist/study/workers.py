@@ -15,6 +15,7 @@ from typing import Any
 
 from gwt_dist.study.config import Study
 from gwt_dist.study.plan import Run
+from gwt_dist.study.prepared import Prepared
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -25,14 +26,14 @@ def _end_with(study: Any) -> None:
     os._exit(1)
 
 
-def _serve(study: Study, pipe: Connection) -> None:
-    """The worker: read the inputs once, then run what comes through the pipe until it closes."""
+def _serve(study: Study, prepared: Prepared, pipe: Connection) -> None:
+    """The worker: map the inputs once, then run what comes through the pipe until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     from gwt_dist.study.inputs import Inputs
     from gwt_dist.study.run import execute
 
-    inputs = Inputs(study)
+    inputs = Inputs(study, prepared)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send(execute(pipe.recv(), inputs))
@@ -48,8 +49,8 @@ class _Worker:
 class Workers:
     """`jobs` processes, started when there is work for them."""
 
-    def __init__(self, study: Study, jobs: int) -> None:
-        self._study, self._jobs = study, jobs
+    def __init__(self, study: Study, prepared: Prepared, jobs: int) -> None:
+        self._study, self._prepared, self._jobs = study, prepared, jobs
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
 
@@ -88,7 +89,7 @@ class Workers:
 
     def _spawn(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(self._study, theirs), daemon=True)
+        process = self._context.Process(target=_serve, args=(self._study, self._prepared, theirs), daemon=True)
         before = {name: os.environ.get(name) for name in _ONE_THREAD}
         os.environ |= dict.fromkeys(_ONE_THREAD, "1")
         try:
