@@ -60,8 +60,9 @@ def compare(
         study: The study.
         output: Folder of its results; made if it is not there.
         jobs: Worker processes; 0 makes the runs in this process, one after the other.
-        seconds: The call returns within so many, if a run of this process (`jobs=0`) does not take longer than those
-            before it: only runs that are expected to end in time are started, and those that do not are stopped.
+        seconds: The call returns within so many, if the text is prepared in less and a run of this process (`jobs=0`)
+            does not take longer than those before it: only runs that are expected to end in time are started, and
+            those that do not are stopped.
         only: The name of a row; "" for all.
         again: Make runs anew that have ended before.
         show: Called with tokens done, tokens in all and a text whenever something starts or ends.
