@@ -28,7 +28,8 @@ def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.flo
 
 def trained(weight: Tensor, gradients: list[Tensor], **options: object) -> tuple[GWTAdamW, Tensor]:
     parameter = torch.nn.Parameter(weight.clone())
-    optimizer = GWTAdamW([parameter], **{"lr": 0.01, "scale": 0.25, "recipe": "orthogonal", **options})  # type: ignore[arg-type]
+    base = {"lr": 0.01, "scale": 0.25, "recipe": "orthogonal", "detail_gain": "coherence"}
+    optimizer = GWTAdamW([parameter], **base | options)  # type: ignore[arg-type]
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -148,7 +149,7 @@ def test_rounds_of_a_matrix_each_have_the_bits_of_one_round(monkeypatch: pytest.
     for limit in (matrices.ROUND, 1):
         planner = lambda m, rank, world, size, limit=limit: plan_rounds(m, rank, world, size, limit)  # noqa: E731
         monkeypatch.setattr(rounds, "plan_rounds", planner)
-        sharded = Sharded(start, ranks, lr=0.01, scale=0.25, level=2, recipe="orthogonal")
+        sharded = Sharded(start, ranks, lr=0.01, scale=0.25, level=2, recipe="orthogonal", detail_gain="coherence")
         for gradient in gradients:
             sharded.step(gradient)
         found.append(sharded.gather(shapes))
@@ -164,7 +165,7 @@ def test_a_rank_that_holds_a_matrix_in_two_parts() -> None:
         [Fragment("a", (8, 12), 60, 96, 1), Fragment("a", (8, 12), 0, 24, 40)],
         [Fragment("a", (8, 12), 24, 60, 2)],
     ]
-    sharded = Sharded(start, ranks, lr=0.01, scale=0.25, level=2, recipe="orthogonal")
+    sharded = Sharded(start, ranks, lr=0.01, scale=0.25, level=2, recipe="orthogonal", detail_gain="coherence")
     for gradient in gradients:
         sharded.step(gradient)
     _, whole = trained(start["a"], [gradient["a"] for gradient in gradients], level=2)

@@ -38,8 +38,8 @@ def test_old_groups_mean_what_they_meant() -> None:
         ("paper", "none"): ("orthogonal", "adam_energy", 2, 1.0),  # its details have the gain that paper's have
         ("energy",): ("adam_energy", "adam_energy", 1, pytest.approx(0.1)),
         ("energy", "approximation"): ("adam_approximation", "adam_approximation", 1, pytest.approx(0.1)),
-        ("energy", "none"): ("orthogonal", "adam_energy", 2, 0.0),
-        ("orthogonal",): ("orthogonal", "adam_energy", 2, 0.0),
+        ("energy", "none"): ("orthogonal", "adam_energy", 2, 1.0),
+        ("orthogonal",): ("orthogonal", "adam_energy", 2, 1.0),
         ("orthogonal", "energy"): ("adam_energy", "adam_energy", 1, pytest.approx(0.1)),
         ("orthogonal", "approximation"): ("adam_approximation", "adam_approximation", 1, pytest.approx(0.1)),
     }
@@ -51,7 +51,7 @@ def test_old_groups_mean_what_they_meant() -> None:
 def test_what_moments_of_a_group_mean() -> None:
     assert meaning({"recipe": "paper"}) == {"second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01}
     assert meaning({"recipe": "energy"}) == {"second_moment": "energy", "detail_gain": "coherence", "limiter": 0.0}
-    assert meaning({"recipe": "orthogonal"}) == {"second_moment": "none", "detail_gain": "coherence", "limiter": 0.0}
+    assert meaning({"recipe": "orthogonal"}) == {"second_moment": "none", "detail_gain": 1.0, "limiter": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_the_options_of_recorded_runs() -> None:
     meant = {
         "paper": (0.25, "approximation", 1.0, 1.01),
         "energy": (1.0, "energy", "coherence", 0.0),
-        "orthogonal": (0.5, "none", "coherence", 0.0),
+        "orthogonal": (0.5, "none", 1.0, 0.0),
     }
     common = {"level": 2, "weight_decay": 0.0}
     for recipe, values in meant.items():

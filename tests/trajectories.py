@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -58,11 +59,17 @@ def drawn(shape: torch.Size | tuple[int, ...], random: torch.Generator) -> Tenso
     return torch.randint(-(1 << 15), 1 << 15, tuple(shape), generator=random) / 2.0**13
 
 
+def recorded(recipe: str) -> dict[str, Any]:
+    """Keys of a recipe as they were then unless they were said."""
+    gain = None if recipe == "paper" else "coherence"
+    return {"recipe": recipe, "scale": 0.25, "detail_gain": gain}
+
+
 def trajectory(recipe: str, level: int, dtype: torch.dtype, iteration: str) -> dict[str, Tensor]:
     """Weights and state after `STEPS` steps; `iteration` is where the matrix iteration is looked up."""
     random = torch.Generator().manual_seed(level)
     weights = [torch.nn.Parameter(drawn(shape, random).to(dtype)) for shape in SHAPES]
-    optimizer = GWTAdamW(weights, lr=0.013, scale=0.25, weight_decay=0.1, betas=(0.9, 0.99), level=level, recipe=recipe)
+    optimizer = GWTAdamW(weights, lr=0.013, weight_decay=0.1, betas=(0.9, 0.99), level=level, **recorded(recipe))
     with patch(iteration, in_one_order):
         for step in range(STEPS):
             for weight in weights:
@@ -102,7 +109,7 @@ def trained(recipe: str, steps: int = STEPS) -> tuple[Model, GWTAdamW]:
     parameters = dict(model.named_parameters())
     matrices = [parameters.pop("attn.weight"), parameters.pop("mlp.weight")]
     groups = [{"params": matrices, "level": 2}, {"params": list(parameters.values()), "level": 0}]
-    optimizer = GWTAdamW(groups, lr=0.01, scale=0.25, weight_decay=0.1, recipe=recipe)
+    optimizer = GWTAdamW(groups, lr=0.01, weight_decay=0.1, **recorded(recipe))
     random = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for parameter in model.parameters():
