@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gwt_dist.keys import COMMON, KEYS, of_recipes, refuse_unknown
-from gwt_dist.recipes import DEFAULT, RECIPES, check_group, program_of, spelled
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, program_of, spelled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def param_groups(
     model: nn.Module,
-    level: int = 2,
+    level: int = LEVEL,
     targets: str | Sequence[str] | Mapping[str, int] = ("attn", "mlp"),
     *,
     params: Iterable[Tensor] | Iterable[Group] | None = None,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
+from gwt_dist.notes import rate_note, tall_note
 from gwt_dist.plan import Plan
-from gwt_dist.recipes import DEFAULT, check_group, rate_note
+from gwt_dist.recipes import DEFAULT, LEVEL, check_group
 from gwt_dist.shards import is_flat
 from gwt_dist.steps import Group, Steps
 
@@ -45,11 +46,13 @@ class GWTAdamW(torch.optim.Optimizer):
         weight_decay: Decoupled, multiplied by ``lr``.
         level: 0 (AdamW) to 16; moments shrink by ``2**level``.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
-        recipe: ``"energy"`` (second moment of the unit's energy, details weighted by their coherence, no limiter, no
-            collective), ``"foam"`` (the same moments, details bounded by their own squares, see `formulas.residual`),
-            ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01) or ``"orthogonal"``
-            (momentum alone, half of the state; the update of the whole matrix is orthogonalized as Muon's, on one rank
-            each, see `formulas.orthogonal`). Tensors of level 0 are AdamW under all of them.
+        recipe: ``"orthogonal"``, which None stands for (momentum alone; the update of the whole matrix is
+            orthogonalized as Muon's, on one rank each, see `formulas.orthogonal`), ``"energy"`` (twice the state: a
+            second moment of the unit's energy too, details weighted by their coherence, no product of matrices, no
+            limiter, no collective), ``"foam"`` (the same moments, details bounded by their own squares, see
+            `formulas.residual`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01).
+            Tensors of level 0 are AdamW under all of them. A tensor that looks like an embedding, and would be
+            orthogonalized because no recipe was named, is told by a warning.
         scale: Factor on the update of tensors with level > 0, as matrices are under ``"orthogonal"``; None as the
             recipe says, so that AdamW's `lr` is theirs too (``"paper"`` has the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
@@ -77,6 +80,9 @@ class GWTAdamW(torch.optim.Optimizer):
         ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
     """
 
+    _is_recipe_named = True  # by the arguments; of a copy nobody knows, so it tells nothing
+    is_default = False  # whether a group has the default recipe because nobody named one
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -85,9 +91,9 @@ class GWTAdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        level: int = 2,
+        level: int = LEVEL,
         wavelet: str = "haar",
-        recipe: str = DEFAULT,
+        recipe: str | None = None,
         scale: float | None = None,
         second_moment: str | None = None,
         detail_gain: float | str | None = None,
@@ -110,7 +116,7 @@ class GWTAdamW(torch.optim.Optimizer):
             weight_decay=weight_decay,
             level=level,
             wavelet=wavelet,
-            recipe=recipe,
+            recipe=DEFAULT if recipe is None else recipe,
             scale=scale,
             second_moment=second_moment,
             detail_gain=detail_gain,
@@ -125,6 +131,7 @@ class GWTAdamW(torch.optim.Optimizer):
             stochastic_rounding=stochastic_rounding,
             rounding_seed=rounding_seed,
         )
+        self._is_recipe_named = recipe is not None
         check_group(defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
 
@@ -133,7 +140,9 @@ class GWTAdamW(torch.optim.Optimizer):
 
         Raises `ValueError` for values out of range, and parameters of a dtype for which a key of the group is not.
         """
-        check_group({**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}")
+        where = f"parameter group {len(self.param_groups)}"
+        check_group({**self.defaults, **param_group}, where)
+        unnamed = not self._is_recipe_named and "recipe" not in param_group
         super().add_param_group(param_group)
         try:
             self._steps.refuse_dtypes(self.param_groups[-1]["params"], self.param_groups)
@@ -142,7 +151,13 @@ class GWTAdamW(torch.optim.Optimizer):
             raise
         for parameter in self.param_groups[-1]["params"]:
             self._steps.given[parameter] = True
-        if note := rate_note(self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"):
+        group = self.param_groups[-1]
+        notes = [rate_note(group, where)]
+        if unnamed:
+            self.is_default = True
+            # `deepspeed.zero.Init` leaves an empty tensor behind.
+            notes.append(tall_note(group, [getattr(p, "ds_shape", p.shape) for p in group["params"]], where))
+        for note in filter(None, notes):
             logger.warning(note)
 
     @property

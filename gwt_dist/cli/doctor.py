@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gwt_dist.formats import FP32, STATE_DTYPES
-from gwt_dist.recipes import DEFAULT, RECIPES
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES
 
 
 def doctor(
@@ -19,7 +19,9 @@ def doctor(
         str,
         typer.Option(help="A model to examine, as in `gwt-dist plan`: built on the meta device, nothing is allocated."),
     ] = "",
-    level: Annotated[int, typer.Option(help="Level of the matrices that match a target. [2, or as the JSON says]")] = 2,
+    level: Annotated[
+        int, typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, or as the JSON says]")
+    ] = LEVEL,
     target: Annotated[
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,

@@ -21,11 +21,11 @@ from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import DEVICES, ENGINES, Setup
-from gwt_dist.recipes import DEFAULT, RECIPES
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES
 from gwt_dist.report.pages import check_free, write_page
 
 TARGETS = ["attn", "mlp"]
-ENGINE, LEVEL = "zero2", 2
+ENGINE = "zero2"
 OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
 WITH_FILE = ("engine", "weights", "gradients", "offload")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from gwt_dist.engines.section import support
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.replaced import refuse_stepped
+
+logger = logging.getLogger(__name__)
 
 
 def initialize(
@@ -35,8 +38,8 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize`, same arguments and return, for wavelet-space moments.
 
-    With ``{"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"]}}}`` in the
-    JSON it builds the parameter groups by name (`param_groups`), the optimizer and the engine, and attaches them; a
+    With ``{"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.001, "targets": ["attn", "mlp"]}}}`` in the JSON
+    it builds the parameter groups by name (`param_groups`), the optimizer and the engine, and attaches them; a
     `GWTAdamW` that is passed as `optimizer` is attached too. `model_parameters` narrows the choice to these
     parameters, or keeps the options of these groups. Any other optimizer goes to DeepSpeed as it is.
 
@@ -110,7 +113,7 @@ def _builder(
 
         def build(_: Any) -> GWTAdamW:
             built = GWTAdamW(param_groups(model, params=given, **options))
-            refusals.refuse_groups(settings, built.param_groups)
+            _check_groups(settings, built)
             return built
 
         return build
@@ -123,8 +126,14 @@ def _builder(
         ds_json.refuse(settings)
         prepare_settings(settings, model)
         refuse_stepped(optimizer.state)
-        refusals.refuse_groups(settings, optimizer.param_groups)
+        _check_groups(settings, optimizer)
     return None
+
+
+def _check_groups(settings: Mapping[str, Any], optimizer: GWTAdamW) -> None:
+    refusals.refuse_groups(settings, optimizer.param_groups)
+    if note := refusals.offload_note(settings, optimizer):
+        logger.warning(note)
 
 
 def prepare_settings(settings: dict[str, Any], model: nn.Module | None) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gwt_dist import ds_json
+from gwt_dist.recipes import DEFAULT, program_of
 from gwt_dist.steps import Group
 
 # Section and key, the values that are refused, and why with the way out.
@@ -158,6 +159,19 @@ def refuse_groups(settings: Mapping[str, Any], groups: Iterable[Group]) -> None:
             f"({scheduler.get('type')!r}) would set all of them to the same rate. Leave out warmup_max_lr of a Warmup "
             f"scheduler or give one value a group, or pass lr_scheduler=, a torch scheduler that scales each rate"
         )
+
+
+def offload_note(settings: Mapping[str, Any], optimizer: Any) -> str:
+    """What to tell who named no recipe for a `GWTAdamW` that DeepSpeed lets step on the CPU; '' for others."""
+    offload = _section(_section(settings, "zero_optimization"), "offload_optimizer")
+    products = any(program_of(group, group["level"]).travels for group in optimizer.param_groups)
+    if not (optimizer.is_default and products and offload.get("device") == "cpu"):
+        return ""
+    return (
+        f"zero_optimization.offload_optimizer lets the optimizer step on the CPU, and no recipe was named: the "
+        f"default, {DEFAULT!r}, multiplies whole matrices there, which may take most of a step. Write "
+        f'"recipe": "foam" for a step that goes element by element, or "recipe": "{DEFAULT}" if this is meant'
+    )
 
 
 def refuse_experts(named_parameters: Iterable[tuple[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from gwt_dist import ds_json
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
-from gwt_dist.recipes import DEFAULT
+from gwt_dist.recipes import DEFAULT, LEVEL
 
 _OFFERED: WeakSet[nn.Module] = WeakSet()
 
@@ -43,7 +43,7 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
     by_name = {key: options.pop(key) for key in ("level", "targets", "rest") if key in options}
     if model is not None:
         return GWTAdamW(param_groups(model, params=given, **by_name, **options), **options)
-    level, targets, rest = by_name.get("level", 2), by_name.get("targets"), by_name.get("rest")
+    level, targets, rest = by_name.get("level", LEVEL), by_name.get("targets"), by_name.get("rest")
     leveled = level == 0 or all(isinstance(group, dict) and "level" in group for group in given)
     if targets is not None or rest is not None or not leveled:
         raise ValueError(

@@ -15,7 +15,7 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 
 from gwt_dist import GWTAdamW
 from gwt_dist.groups import keys_of_rest
-from gwt_dist.recipes import DEFAULT
+from gwt_dist.recipes import DEFAULT, LEVEL
 
 NAME = "GWTAdamW"
 
@@ -39,7 +39,7 @@ class GWTOptimizersContainer(OptimizersContainer[Any]):
 
 
 def optimizer_config(
-    level: int = 2,
+    level: int = LEVEL,
     targets: Sequence[str] | Mapping[str, int] = (r"attention.*\.weight$", r"feed_forward.*\.weight$"),
     rest: Mapping[str, Any] | None = None,
     **options: Any,

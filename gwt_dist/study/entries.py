@@ -16,7 +16,7 @@ from torch import nn
 
 from gwt_dist.groups import keys_of_rest
 from gwt_dist.keys import of_recipes
-from gwt_dist.recipes import DEFAULT, RECIPES, check_group, meaning, resolved
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, meaning, resolved
 from gwt_dist.study.bare import class_in
 from gwt_dist.study.peers import foam, scale
 from gwt_dist.study.peers import matrices as peers
@@ -167,7 +167,7 @@ _apollo = _low_rank(lambda: class_in("apollo_torch", "apollo", "AdamW"), _APOLLO
 ENTRIES: dict[str, Entry] = {
     "gwt": Entry(
         _gwt,
-        {"level": 2, "recipe": DEFAULT, "weight_decay": 0.0},
+        {"level": LEVEL, "recipe": DEFAULT, "weight_decay": 0.0},
         "gwt_dist",
         ("betas", "eps", "wavelet", "rest", *of_recipes()),
         _of_the_recipe,

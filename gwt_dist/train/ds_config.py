@@ -154,7 +154,7 @@ def _check_optimizer(content: dict[str, Any], path: Path) -> None:
     if not isinstance(section, dict) or "type" not in section:
         raise ValueError(
             f"{path} has no optimizer: add a section such as "
-            '"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.005, "level": 2}}'
+            '"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.001}}'
         )
     refuse_unknown_keys(section, OPTIMIZER_KEYS, f"section 'optimizer' of {path}")
     kind, params = section["type"], section.get("params") or {}

@@ -59,10 +59,11 @@ def optimizer_defaults(kind: str) -> dict[str, Any]:
     if kind != "GWTAdamW":
         return {}
     from gwt_dist import GWTAdamW, param_groups
+    from gwt_dist.recipes import DEFAULT
 
     found: dict[str, Any] = {}
     for function in (param_groups, GWTAdamW):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is not parameter.empty and name != "params":
                 found[name] = parameter.default
-    return found
+    return found | {"recipe": DEFAULT}  # None in the signature, by which the optimizer knows that nobody named one

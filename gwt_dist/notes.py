@@ -1,0 +1,42 @@
+"""What to tell whose parameter group is legal and may not be what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gwt_dist.recipes import DEFAULT, program_of, resolved
+
+Group = Mapping[str, Any]  # every key of it there
+HIGH_RATE = 5e-3  # AdamW's are seldom above it
+_FORMER_SCALE = 0.25  # of all recipes
+TALL = 8  # rows for each column from which a matrix is likely to be an embedding or an output head
+
+
+def rate_note(group: Group, where: str) -> str:
+    """What to tell whose rate is one of the time when `scale` was 0.25 unless it was said; '' for others."""
+    lr, scale = group["lr"], resolved(group)[1]["scale"]
+    unchanged = group.get("scale") is not None or scale == _FORMER_SCALE
+    scaled = group["level"] or group.get("least_level") == 0
+    if unchanged or not scaled or not isinstance(lr, float) or lr < HIGH_RATE:
+        return ""
+    return (
+        f"lr={lr:g} in {where}: lr is AdamW's rate for matrices too, which is seldom above {HIGH_RATE:g}. scale, which "
+        f"was 0.25 unless it was said, is now {scale:g} with the recipe {group['recipe']!r}: write scale=0.25 for what "
+        f"this rate did before, or the rate of your AdamW"
+    )
+
+
+def tall_note(group: Group, shapes: Iterable[Sequence[int]], where: str) -> str:
+    """What to tell who named no recipe, of a group with tensors of `shapes`; '' where none looks like an embedding."""
+    if not program_of(group, group["level"]).travels:
+        return ""
+    tall = [tuple(shape) for shape in shapes if len(shape) == 2 and shape[0] > TALL * shape[1] > 0]
+    if not tall:
+        return ""
+    return (
+        f"{where} has {len(tall)} tensors with over {TALL} times as many rows as columns, the first of shape "
+        f"{tall[0]}, as embeddings and output heads have, and no recipe was named: the default, {DEFAULT!r}, "
+        f"orthogonalizes their updates as those of any matrix. gwt_dist.param_groups(model) leaves embeddings and head "
+        f"to AdamW; if this is meant, write recipe={DEFAULT!r}"
+    )
