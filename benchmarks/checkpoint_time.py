@@ -77,7 +77,7 @@ class Contender:
                 fully_shard(layer)
             fully_shard(self.model)
         ours = CONTENDERS[name] != "AdamW"
-        parameters = param_groups(self.model, level=LEVEL) if ours else self.model.parameters()
+        parameters = param_groups(self.model, level=LEVEL, recipe="energy") if ours else self.model.parameters()
         self.optimizer: Any = (GWTAdamW if ours else torch.optim.AdamW)(parameters, lr=1e-4)
         if not self.sharded:
             import deepspeed

@@ -85,7 +85,7 @@ def optimizer_of(model: nn.Module, apart: bool) -> GWTAdamW:
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors}]
     if apart:
         groups[1]["state_dtype"] = "fp32"
-    return GWTAdamW(groups, lr=0.01, level=1, state_dtype="int8", rounding_seed=SEED)
+    return GWTAdamW(groups, lr=0.01, level=1, state_dtype="int8", rounding_seed=SEED, recipe="energy")
 
 
 def train(model: nn.Module, optimizer: GWTAdamW, first: int, last: int) -> None:

@@ -157,7 +157,7 @@ def _need_extensions(session: pytest.Session) -> bool:
 
 
 # The kernels of the recipes that most tests are about; others are compiled when a test comes to them.
-GROUPS: tuple[dict[str, str], ...] = ({}, {"recipe": "paper"})
+GROUPS: tuple[dict[str, str], ...] = ({"recipe": "energy"}, {"recipe": "paper"})
 BUILD = (
     "from gwt_dist.kernels import cpu\n"
     "from gwt_dist.recipes import program_of\n"

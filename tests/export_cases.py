@@ -50,7 +50,7 @@ def save_case(folder: str, kind: str, tied: bool) -> dict[str, Any]:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    optimizer = GWTAdamW(param_groups(model, level=2), lr=1e-2)
+    optimizer = GWTAdamW(param_groups(model, level=2, recipe="energy"), lr=1e-2)
     engine = model
     if kind != "fsdp2":
         engine = gwt_dist.initialize(model=model, optimizer=optimizer, config=settings(2, kind == "zero2 bf16"))[0]

@@ -98,7 +98,7 @@ def refusal(call: Callable[[], object]) -> str:
 def forgotten_attach_case(use_orig_params: bool) -> str:
     """The message of a step on an FSDP1 model that nobody attached."""
     model = wrapped("FULL_SHARD", use_orig_params)
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper")
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper", level=2)
     backward(model, next(gradients(shapes_of(Net()), 1)), "")
     return refusal(optimizer.step)
 
@@ -106,7 +106,7 @@ def forgotten_attach_case(use_orig_params: bool) -> str:
 def shifted_case(use_orig_params: bool) -> str:
     """The message of `attach` when FSDP1's record of one rank's place is off by one."""
     model = wrapped("FULL_SHARD", use_orig_params)
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper")
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper", level=2)
     flat: Any = model._handle.flat_param
     infos = list(flat._shard_param_infos)
     number = next(i for i, info in enumerate(infos) if info.in_shard and info.numel_in_shard > 4)
@@ -120,7 +120,7 @@ def shifted_case(use_orig_params: bool) -> str:
 def unreduced_case(use_orig_params: bool) -> str:
     """The message of a step after a backward pass in `no_sync`."""
     model: Any = wrapped("FULL_SHARD", use_orig_params)
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper")
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, recipe="paper", level=2)
     gwt_dist.attach(optimizer, model)
     with model.no_sync():
         backward(model, next(gradients(shapes_of(Net()), 1)), "")
@@ -130,7 +130,7 @@ def unreduced_case(use_orig_params: bool) -> str:
 def apart_case(use_orig_params: bool) -> tuple[str, bool]:
     """The message of `attach` for replicas of one rank each, and whether their gradients differ."""
     model: Any = wrapped("HYBRID_SHARD", use_orig_params)
-    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, level=2, recipe="energy")
     message = refusal(lambda: gwt_dist.attach(optimizer, model))
     backward(model, next(gradients(shapes_of(Net()), 1)), "")
     size = model._handle.flat_param.grad.square().sum()
@@ -144,7 +144,7 @@ def through_a_trainer_case() -> str:
     from gwt_dist.integrations.engaged import engage
 
     model = FullyShardedDataParallel(Net(), **unit_options("FULL_SHARD", True))
-    optimizer = GWTAdamW(model.parameters())
+    optimizer = GWTAdamW(model.parameters(), level=2, recipe="energy")
     try:
         return engage(optimizer, model, "FSDP")
     except ValueError as error:

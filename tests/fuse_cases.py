@@ -128,7 +128,7 @@ def refused_case(what: str) -> str:
     elif what.startswith("fsdp1"):
         offload = CPUOffload(True) if what == "fsdp1 offload" else None
         model = wrapped("FULL_SHARD", True, cpu_offload=offload)
-    optimizer = GWTAdamW(model.parameters(), lr=0.01, recipe="paper")
+    optimizer = GWTAdamW(model.parameters(), lr=0.01, recipe="paper", level=2)
     try:
         if what.startswith("fsdp1"):
             if what != "fsdp1 alone":
@@ -139,14 +139,14 @@ def refused_case(what: str) -> str:
             model = shard(model, "rows")
         if what == "scaler":
             model = shard(Chain(), "rows")
-            optimizer = GWTAdamW(model.parameters(), lr=0.01, recipe="paper")
+            optimizer = GWTAdamW(model.parameters(), lr=0.01, recipe="paper", level=2)
             gwt_dist.fuse_backward(optimizer, model)
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
             scaler.scale(model(torch.ones(2, 23))).backward()
             scaler.step(optimizer)
         if what in ("twice", "accumulated"):
             model = shard(Chain(), "rows")
-            optimizer = GWTAdamW(model.parameters(), lr=0.01, recipe="paper")
+            optimizer = GWTAdamW(model.parameters(), lr=0.01, recipe="paper", level=2)
         gwt_dist.fuse_backward(optimizer, model)
         if what == "fsdp1 reentrant":
             model.module.order, model.module.reentrant = [0, 0], True

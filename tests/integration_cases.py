@@ -120,7 +120,7 @@ def reference(framework: str, batches: list[list[Tensor]]) -> dict[str, Tensor]:
             for norm in (False, True)
         ]
         groups = [group for group in groups if group["params"]]
-    optimizer = GWTAdamW(groups, lr=1e-2)
+    optimizer = GWTAdamW(groups, lr=1e-3)
     for step in batches:
         optimizer.zero_grad()
         for ids in step:

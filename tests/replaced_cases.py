@@ -66,7 +66,7 @@ def replaced_case(what: str) -> str:
         model = net()
         old = list(model[0].parameters())
         fully_shard(model)
-        optimizer = GWTAdamW([*old, *list(model.parameters())[2:]])
+        optimizer = GWTAdamW([*old, *list(model.parameters())[2:]], level=2, recipe="energy")
     else:
         assert what == "after a forward pass"
         model, _ = fsdp2()

@@ -170,7 +170,7 @@ def aligned_columns_case() -> str:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for dim in (0, 1):
         weight = nn.Parameter(distribute_tensor(torch.ones(8, 16), mesh, [Shard(dim)]))
-        optimizer = GWTAdamW([weight], level=2)
+        optimizer = GWTAdamW([weight], level=2, recipe="energy")
         weight.grad = torch.ones_like(weight)
         optimizer.step()
         told.append(optimizer.state_dict())

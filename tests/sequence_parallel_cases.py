@@ -98,7 +98,10 @@ def attention_case(stage: int) -> float:
     """Four steps of a model whose sequences are split over two ranks, beside one process with whole sequences."""
     generator = torch.Generator().manual_seed(4)
     batches = torch.randint(11, (4, 2, 2, 10), generator=generator)  # steps, inputs and labels, sequences, tokens
-    options: dict[str, Any] = {"lr": 0.01, "level": 2, "targets": ["attn", "mlp"], "weight_decay": 0.1}
+    options: dict[str, Any] = {
+        **{"lr": 0.01, "level": 2, "recipe": "energy"},
+        **{"targets": ["attn", "mlp"], "weight_decay": 0.1},
+    }
     model = Attention()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     here = slice(5 * dist.get_rank(), 5 * dist.get_rank() + 5)
@@ -134,4 +137,4 @@ def mesh_case(stage: int) -> str:
     return "no error"
 
 
-SECTION = {"type": "GWTAdamW", "params": {"lr": 0.01, "level": 2}}
+SECTION = {"type": "GWTAdamW", "params": {"lr": 0.01, "level": 2, "recipe": "energy"}}

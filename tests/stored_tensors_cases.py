@@ -93,12 +93,12 @@ def engines_case(folder: str, engine: str, saved: str, here: str) -> list[str]:
         tensors = {n: t for n, t in everything(layout, seed).items() if n.startswith(("complex64", "float16", "uint8"))}
         module = Holder(tensors)
         model: Any = module
-        optimizer = GWTAdamW(module.linear.parameters(), level=1)
+        optimizer = GWTAdamW(module.linear.parameters(), level=1, recipe="energy")
         if engine == "ddp":
             model = DistributedDataParallel(module)
         elif engine == "fsdp2":
             model = fully_shard(module)
-            optimizer = GWTAdamW(module.linear.parameters(), level=1)
+            optimizer = GWTAdamW(module.linear.parameters(), level=1, recipe="energy")
         elif engine.startswith("zero"):
             config = settings(int(engine[4]))
             model = gwt_dist.initialize(model=module, optimizer=optimizer, config=config)[0]
@@ -125,7 +125,7 @@ def columns_case(folder: str) -> list[float]:
         module = nn.Module()
         module.weight = nn.Parameter(spread)
         assert not module.weight.to_local().is_contiguous()
-        return module, GWTAdamW(module.parameters(), level=1, lr=0.1)
+        return module, GWTAdamW(module.parameters(), level=1, lr=0.1, recipe="energy")
 
     def train(run: tuple[nn.Module, GWTAdamW], steps: list[Tensor]) -> None:
         for step in steps:
@@ -140,7 +140,7 @@ def columns_case(folder: str) -> list[float]:
     train(again, gradients[2:])
     one = nn.Module()
     one.weight = nn.Parameter(start.clone())
-    optimizer = GWTAdamW(one.parameters(), level=1, lr=0.1)
+    optimizer = GWTAdamW(one.parameters(), level=1, lr=0.1, recipe="energy")
     for step in gradients:
         one.weight.grad = step
         optimizer.step()

@@ -74,7 +74,7 @@ def test_buffers_frozen_and_wrapped(tmp_path) -> None:
 
     torch.manual_seed(1)
     first = model()
-    optimizer = GWTAdamW([p for p in first.parameters() if p.requires_grad])
+    optimizer = GWTAdamW([p for p in first.parameters() if p.requires_grad], level=2, recipe="energy")
     first(torch.randn(4, 6)).square().sum().backward()
     optimizer.step()
     folder = gwt_dist.save(tmp_path, torch.compile(first, backend="eager"), optimizer, step=1)
@@ -82,7 +82,7 @@ def test_buffers_frozen_and_wrapped(tmp_path) -> None:
     assert index.tensors["1.num_batches_tracked"].dtype == "I64"
     assert "left_out" not in index.tensors
     second = model()
-    again = GWTAdamW([p for p in second.parameters() if p.requires_grad])
+    again = GWTAdamW([p for p in second.parameters() if p.requires_grad], level=2, recipe="energy")
     gwt_dist.load(tmp_path, second, again)
     assert same(content((first, optimizer)), content((second, again)))
     assert int(second[1].num_batches_tracked) == 1
@@ -217,10 +217,13 @@ MISFITS: dict[str, tuple[Callable[[], Run], str]] = {
         r"'mlp_thin.weight' has shape \(9, 3\) in .* and \(3, 9\) in this model",
     ),
     "frozen": (
-        lambda: (m := Net(), GWTAdamW([m.attn_q.weight])),
+        lambda: (m := Net(), GWTAdamW([m.attn_q.weight], level=2, recipe="energy")),
         r"has moments of 'embed.weight', which this optimizer",
     ),
-    "another model": (lambda: (Net(), GWTAdamW(Net().parameters())), "is none of the model's as it is now"),
+    "another model": (
+        lambda: (Net(), GWTAdamW(Net().parameters())),
+        "is none of the model's as it is now",
+    ),
 }
 
 
@@ -250,14 +253,14 @@ def test_memory_of_save_and_load(tmp_path, monkeypatch) -> None:
     """No more than a chunk beside the state itself, counted by the allocations of torch and of Python."""
     monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 18)
     model = nn.Linear(512, 4096, bias=False)
-    optimizer = GWTAdamW(model.parameters(), level=1)
+    optimizer = GWTAdamW(model.parameters(), level=1, recipe="energy")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     state = 4096 * 512 * (4 + 2 * 2)  # weights, and both moments of half their length
     saving = peak(lambda: gwt_dist.save(tmp_path, model, optimizer, step=1))
     again = nn.Linear(512, 4096, bias=False)
-    other = GWTAdamW(again.parameters(), level=1)
+    other = GWTAdamW(again.parameters(), level=1, recipe="energy")
     loading = peak(lambda: gwt_dist.load(tmp_path, again, other))
     moments = state // 2
     assert saving <= 0.1 * state

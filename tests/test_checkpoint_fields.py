@@ -66,7 +66,7 @@ def test_a_damaged_fill_is_seen() -> None:
 def saved_with(folder: Path, stepped: bool, **keys: Any) -> tuple[torch.nn.Module, GWTAdamW]:
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 5)
-    optimizer = GWTAdamW(model.parameters(), recipe="orthogonal", **keys)
+    optimizer = GWTAdamW(model.parameters(), level=2, recipe="orthogonal", **keys)
     if stepped:
         model(torch.ones(6)).sum().backward()
         optimizer.step()
@@ -96,7 +96,7 @@ def test_a_recipe_that_is_not_known_here(tmp_path, capsys, monkeypatch) -> None:
     """It can be looked at and handed on; going on from it takes the recipe."""
     monkeypatch.setitem(RECIPES, EVERY, EVERY_EXTENT)
     model = llama()
-    run = Run(model, GWTAdamW(model.parameters(), recipe=EVERY))
+    run = Run(model, GWTAdamW(model.parameters(), recipe=EVERY, level=2))
     fill(run)
     gwt_dist.save(tmp_path / "run", model, run.optimizer, step=3, extra={"model_config": model.config.to_dict()})
     monkeypatch.undo()
@@ -118,4 +118,4 @@ def test_a_recipe_that_is_not_known_here(tmp_path, capsys, monkeypatch) -> None:
     }
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     with pytest.raises(CheckpointError, match=f"was trained with the recipe '{EVERY}' in .*, which is none of paper"):
-        gwt_dist.load(tmp_path / "run", model, GWTAdamW(model.parameters()))
+        gwt_dist.load(tmp_path / "run", model, GWTAdamW(model.parameters(), level=2, recipe="energy"))

@@ -53,7 +53,9 @@ def built(state_dtype: str | None, dtype: torch.dtype = torch.float32, **options
     """A matrix of rows of a whole and a short cell, and a vector."""
     torch.manual_seed(0)
     model = nn.Linear(200, 5).to(dtype)
-    return model, GWTAdamW(model.parameters(), lr=0.01, level=1, state_dtype=state_dtype, **options)
+    return model, GWTAdamW(
+        model.parameters(), **{"lr": 0.01, "level": 1, "recipe": "energy", "state_dtype": state_dtype, **options}
+    )
 
 
 def train(run: Built, first: int, last: int) -> Built:
@@ -143,7 +145,7 @@ def test_only_what_was_saved_in_another_format_is_converted(tmp_path) -> None:
     """Codes that are read and rounded again would be others."""
     model, _ = built("int8")
     groups = [{"params": [model.weight]}, {"params": [model.bias], "state_dtype": "fp32"}]
-    saved = train((model, GWTAdamW(groups, lr=0.01, level=1, state_dtype="int8")), 0, 2)
+    saved = train((model, GWTAdamW(groups, lr=0.01, level=1, state_dtype="int8", recipe="energy")), 0, 2)
     gwt_dist.save(tmp_path, *saved, step=2)
     run = built("int8")
     gwt_dist.load(tmp_path, *run, convert_state=True)

@@ -19,12 +19,12 @@ from gwt_dist.recipes import RECIPES, rule_of
 from simulated import Sharded
 from test_recipes import random
 
-ENERGY = rule_of({"lr": 0.1}).program
+ENERGY = rule_of({"lr": 0.1, "recipe": "energy"}).program
 SHAPES = {"a": (9, 14), "b": (6, 5), "c": (9,)}
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """A recipe "new": the default one, with other parts."""
+    """A recipe "new": "energy", with other parts."""
     monkeypatch.setitem(RECIPES, "new", replace(RECIPES["energy"], **changes))
 
 
@@ -42,14 +42,14 @@ def test_a_name_that_is_not_there(changes: dict[str, Any], message: str, monkeyp
     parameter = torch.nn.Parameter(random(4, 6))
     parameter.grad = random(4, 6)
     with pytest.raises(ValueError, match=message):
-        GWTAdamW([parameter], recipe="new").step()
+        GWTAdamW([parameter], level=2, recipe="new").step()
     assert torch.equal(parameter.detach(), random(4, 6))
 
 
 def test_a_field_has_one_extent_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, program=lambda _: replace(ENERGY, fields=(Field("exp_avg_sq", Extent.ROW),)))
     with pytest.raises(ValueError, match="tensors of level 0 keep exp_avg_sq over another extent"):
-        GWTAdamW([torch.nn.Parameter(random(4, 6))], recipe="new")
+        GWTAdamW([torch.nn.Parameter(random(4, 6))], level=2, recipe="new")
 
 
 def test_a_key_that_a_recipe_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_key_that_a_recipe_does_not_read(monkeypatch: pytest.MonkeyPatch) -> N
         "second_moment": "approximation",
     }.items():
         with pytest.raises(ValueError, match=f"{key}={value!r} in the arguments .* it is read by paper, energy"):
-            GWTAdamW([torch.nn.Parameter(random(4, 6))], recipe="new", **{key: value})
+            GWTAdamW([torch.nn.Parameter(random(4, 6))], level=2, recipe="new", **{key: value})
 
 
 class Slow:
@@ -84,7 +84,9 @@ def test_level_0_beside_fields_that_are_not_its_own(monkeypatch: pytest.MonkeyPa
     found = []
     for kernel in ("", "eager"):
         monkeypatch.setenv(choice.VARIABLE, kernel)
-        sharded = Sharded({n: random(*shape).float() for n, shape in SHAPES.items()}, ranks, lr=0.02, recipe="new")
+        sharded = Sharded(
+            {n: random(*shape).float() for n, shape in SHAPES.items()}, ranks, lr=0.02, level=2, recipe="new"
+        )
         for seed in range(3):
             sharded.step({name: random(*shape, seed=seed).float() for name, shape in SHAPES.items()})
         state = sharded.optimizers[0].state[sharded.flats[0]]
@@ -114,7 +116,7 @@ def test_keys_that_a_loaded_state_does_not_have_yet_stay_as_they_are() -> None:
     def built(**options: Any) -> GWTAdamW:
         parameter = torch.nn.Parameter(random(4, 6))
         parameter.grad = random(4, 6, seed=1)
-        optimizer = GWTAdamW([parameter], **options)
+        optimizer = GWTAdamW([parameter], **{"level": 2, "recipe": "energy", **options})
         optimizer.step()
         return optimizer
 
@@ -134,7 +136,7 @@ def test_updating_a_parameter_twice_or_outside_of_its_group() -> None:
     parameters = [torch.nn.Parameter(random(4, 6)) for _ in range(3)]
     for parameter in parameters:
         parameter.grad = random(4, 6, seed=1)
-    optimizer = GWTAdamW(parameters)
+    optimizer = GWTAdamW(parameters, level=2, recipe="energy")
     optimizer.update([parameters[0], parameters[0], parameters[1]])
     assert [optimizer.state[p]["step"].item() for p in parameters[:2]] == [1, 1]
     optimizer.param_groups[0]["params"] = parameters[1:]
@@ -147,7 +149,7 @@ def test_a_field_has_one_format_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> 
     energy = RECIPES["energy"]
     stand_in(monkeypatch, program=lambda options: energy.program({**options, "state_dtype": "int8"}))
     with pytest.raises(ValueError, match="keep exp_avg, exp_avg_sq over another extent or in another format"):
-        GWTAdamW([torch.nn.Parameter(random(4, 6))], recipe="new")
+        GWTAdamW([torch.nn.Parameter(random(4, 6))], level=2, recipe="new")
 
 
 def test_cells_are_of_haar_whoever_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +160,7 @@ def test_cells_are_of_haar_whoever_asks_for_them(monkeypatch: pytest.MonkeyPatch
         plain=lambda options: energy.plain({**options, "state_dtype": "int8"}),
     )
     with pytest.raises(ValueError, match="wavelet='db2' must be 'haar': 8-bit state stores 64"):
-        GWTAdamW([torch.nn.Parameter(random(4, 6))], recipe="new", wavelet="db2")
+        GWTAdamW([torch.nn.Parameter(random(4, 6))], level=2, recipe="new", wavelet="db2")
 
 
 def test_a_change_of_codes_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +174,7 @@ def test_a_change_of_codes_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     for state_dtype in ("fp32", "int8"):
         parameter = torch.nn.Parameter(random(4, 6).float())
         parameter.grad = random(4, 6).float()
-        optimizer = GWTAdamW([parameter], recipe="new", state_dtype=state_dtype)
+        optimizer = GWTAdamW([parameter], level=2, recipe="new", state_dtype=state_dtype)
         if state_dtype == "fp32":
             optimizer.step()  # the state itself was changed
             continue

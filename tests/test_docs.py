@@ -103,7 +103,7 @@ import torch, gwt_dist
 from gwt_dist import GWTAdamW, param_groups
 from tiny import tiny_llama
 model = tiny_llama()
-optimizer = GWTAdamW(param_groups(model, level=2), lr=1e-2)
+optimizer = GWTAdamW(param_groups(model, level=2), lr=1e-3)
 tokens = torch.arange(32)[None]
 model(input_ids=tokens, labels=tokens).loss.backward()
 optimizer.step()

@@ -27,12 +27,15 @@ from gwt_dist.units import units_of
 ROOT = Path(__file__).parents[1]
 
 
+PARAMS: dict[str, Any] = {"lr": 0.001, "level": 2, "recipe": "energy", "targets": ["attn", "mlp"]}
+
+
 def good() -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 2},
-        "optimizer": {"type": "GWTAdamW", "params": {"lr": 0.01, "targets": ["attn", "mlp"]}},
+        "optimizer": {"type": "GWTAdamW", "params": PARAMS},
     }
 
 
@@ -110,7 +113,7 @@ def test_a_run_says_the_same(
 def test_the_rest_is_examined_without_a_model(
     rest: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = good() | {"optimizer": {"type": "GWTAdamW", "params": {"rest": rest}}}
+    settings = good() | {"optimizer": {"type": "GWTAdamW", "params": {"recipe": "energy", "rest": rest}}}
     content = examined(capsys, ["--deepspeed-config", write(tmp_path, settings)], int(bool(message)))
     assert [message in finding["text"] for finding in content["findings"]] == [True] * bool(message)
 
@@ -193,7 +196,7 @@ def kernel(level: int, wavelet: str = "haar", **keys: Any) -> dict[str, str]:
     """What is told of a CPU; what would run must be it."""
     fragment = Fragment("", (8, 64), 0, 512)
     piece = Piece.of(fragment, units_of(fragment.shape, level, wavelet).moments(fragment), level, wavelet)
-    group = {"level": level, "wavelet": wavelet, **keys}
+    group = {"recipe": "energy", "level": level, "wavelet": wavelet, **keys}
     told = diagnosis.kernels(group, torch.float32)["cpu"]
     try:
         chosen = choice.choose(torch.device("cpu"), torch.float32, program_of(group, level), [piece])
@@ -205,7 +208,7 @@ def kernel(level: int, wavelet: str = "haar", **keys: Any) -> dict[str, str]:
 
 
 def test_the_kernel_that_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu.prepare()
+    cpu.prepare(program_of({"recipe": "energy"}, 2))
     assert kernel(2) == {"kernel": "cpu", "why": "the fastest that takes it; compiled already"}
     assert "levels above 8" in kernel(9)["why"]
     assert "other than Haar" in kernel(2, "db2")["why"]
@@ -222,7 +225,8 @@ def test_the_kernel_that_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ("params", "told"),
     [
         ({"recipe": "orthogonal"}, {"any": "torch"}),
-        ({"second_moment": "none"}, {"any": "torch"}),
+        ({}, {"any": "torch"}),
+        ({"recipe": "energy", "second_moment": "none"}, {"any": "torch"}),
         ({"recipe": "orthogonal", "second_moment": "energy"}, {"cpu": "eager", "cuda": "eager"}),
         ({"recipe": "pepper"}, {"any": "none"}),
         ({"recipe": "foam", "wavelet": "db2"}, {"any": "none"}),
@@ -249,10 +253,10 @@ def test_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "gwt_dist").mkdir()
     other = tmp_path / "gwt_dist" / f"gwt_dist_cpu_{build.capability().lower()}-0123456789abcdef.so"
     other.write_bytes(b"")  # of another version
-    found = diagnosis.kernels({}, torch.float32)["cpu"]
+    found = diagnosis.kernels({"level": 2, "recipe": "energy"}, torch.float32)["cpu"]
     assert found == {"kernel": "cpu", "why": "the fastest that takes it; compiled at the first step"}
     monkeypatch.setenv("CXX", "no-such-compiler")
-    found = diagnosis.kernels({}, torch.float32)["cpu"]
+    found = diagnosis.kernels({"level": 2, "recipe": "energy"}, torch.float32)["cpu"]
     assert found["kernel"] == "eager" and "'no-such-compiler' is not on the PATH" in found["why"]
     assert diagnosis.machine()["C++ compiler"] is None
     assert list(other.parent.iterdir()) == [other]  # it looks, and compiles nothing

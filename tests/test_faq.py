@@ -184,7 +184,7 @@ def test_adapters_have_a_level_and_what_is_frozen_no_state() -> None:
     model = nn.ModuleDict({"attn": Adapted(96, 64, 8)})
     with pytest.raises(ValueError, match="target 'mlp' matches no Linear weight to be trained"):
         param_groups(model, level=2)
-    optimizer = GWTAdamW(param_groups(model, level=2, targets="lora_"), lr=1e-2)
+    optimizer = GWTAdamW(param_groups(model, level=2, targets="lora_"), lr=1e-2, recipe="energy")
     model["attn"](torch.randn(5, 64)).square().sum().backward()
     optimizer.step()
     moments = sum(s[kind].numel() for s in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq"))
@@ -195,10 +195,10 @@ def test_adapters_have_a_level_and_what_is_frozen_no_state() -> None:
 def test_experts_in_one_tensor_are_adamw_unless_their_group_says_else() -> None:
     model = nn.ModuleDict({"mlp": nn.Linear(8, 8)})
     model.experts = nn.Parameter(torch.randn(4, 6, 10))
-    levels = {id(p): group["level"] for group in param_groups(model, targets="mlp") for p in group["params"]}
+    levels = {id(p): group["level"] for group in param_groups(model, targets="mlp", level=2) for p in group["params"]}
     assert levels[id(model.experts)] == 0
     assert levels[id(model["mlp"].weight)] == 2
-    optimizer = GWTAdamW([{"params": [model.experts], "level": 2}], lr=1e-2)
+    optimizer = GWTAdamW([{"params": [model.experts], "level": 2}], lr=1e-2, recipe="energy")
     model.experts.square().sum().backward()
     optimizer.step()
     assert optimizer.state[model.experts]["exp_avg"].shape == (4, 15)

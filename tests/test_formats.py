@@ -21,7 +21,7 @@ from test_layout import _grid, _intervals
 SHAPES = {"odd": (3, 700), "narrow": (5, 66), "even": (4, 256), "vector": (131,), "deep": (2, 3, 65)}
 PRODUCTS = {"products": "fp32"}
 RECIPES: dict[str, dict[str, Any]] = {
-    "energy": {},
+    "energy": {"recipe": "energy"},
     "foam": {"recipe": "foam"},
     "orthogonal": {"recipe": "orthogonal", **PRODUCTS},
     "muon": {"recipe": "orthogonal", "level": 0, "least_level": 0, "nesterov": True, **PRODUCTS},

@@ -62,7 +62,7 @@ def test_cells_that_are_not_finite_tiny_or_nothing(
         monkeypatch.setenv(choice.VARIABLE, kernel)
         random = torch.Generator().manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(3, 1000, generator=random))
-        optimizer = GWTAdamW([parameter], lr=0.01, level=2, state_dtype=state_dtype)
+        optimizer = GWTAdamW([parameter], lr=0.01, level=2, state_dtype=state_dtype, recipe="energy")
         for _ in range(3):
             parameter.grad = torch.randn(3, 1000, generator=random)
             parameter.grad[1, 100] = value

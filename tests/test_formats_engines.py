@@ -52,7 +52,7 @@ def thirds(shapes: dict[str, tuple[int, ...]]) -> list[list[Fragment]]:
 )
 def test_shapes_at_their_ends(level: int, shapes: dict[str, tuple[int, ...]], state_dtype: str) -> None:
     """Rows of one element, no elements, units longer than rows, a level for the eager kernel, ranks without any."""
-    options: dict[str, Any] = {"lr": 0.01, "level": level, "state_dtype": state_dtype}
+    options: dict[str, Any] = {"lr": 0.01, "level": level, "recipe": "energy", "state_dtype": state_dtype}
     weights = {fqn: gaussian(shape, i) for i, (fqn, shape) in enumerate(shapes.items())}
     sharded = Sharded(weights, thirds(shapes), **options)
     parameters = {fqn: nn.Parameter(weight.clone()) for fqn, weight in weights.items()}
@@ -76,7 +76,7 @@ def test_shapes_at_their_ends(level: int, shapes: dict[str, tuple[int, ...]], st
 
 
 def test_weights_that_are_not_contiguous_move_as_contiguous_ones() -> None:
-    options: dict[str, Any] = {"level": 1, "state_dtype": "int8", "stochastic_rounding": True}
+    options: dict[str, Any] = {"level": 1, "recipe": "energy", "state_dtype": "int8", "stochastic_rounding": True}
     dense = nn.Parameter(gaussian((30, 200), 0).bfloat16())
     strided = nn.Parameter(dense.detach().t().contiguous().t())
     assert not strided.is_contiguous()
@@ -98,7 +98,7 @@ def test_small_changes_of_bf16_weights_add_up(level: int) -> None:
     for name, dtype in (("exact", torch.float32), ("nearest", torch.bfloat16), ("chance", torch.bfloat16)):
         weight = nn.Parameter(start.to(dtype, copy=True))
         keys = {"stochastic_rounding": True} if name == "chance" else {}
-        optimizer = GWTAdamW([weight], lr=ulp / 40, level=level, scale=1.0, **keys)
+        optimizer = GWTAdamW([weight], lr=ulp / 40, level=level, recipe="energy", scale=1.0, **keys)
         weight.grad = torch.ones_like(weight)
         for _ in range(steps):
             optimizer.step()
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused_at_set_up(keys: dict[str, Any], dtype: torch.
 
 def test_a_dtype_that_changes_after_set_up_is_refused_by_the_step() -> None:
     weight = nn.Parameter(torch.zeros(2, 2))
-    optimizer = GWTAdamW([weight], state_dtype="int8")
+    optimizer = GWTAdamW([weight], level=2, recipe="energy", state_dtype="int8")
     weight.data = weight.data.double()
     weight.grad = torch.ones_like(weight)
     with pytest.raises(ValueError, match="parameter 0 of group 0 is float64, and its group has state_dtype='int8'"):

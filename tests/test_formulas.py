@@ -24,7 +24,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def trained(start: Tensor, gradients: list[Tensor], **options: Any) -> Tensor:
     parameter = torch.nn.Parameter(start.clone())
-    optimizer = GWTAdamW([parameter], **{"lr": 0.02, "scale": 0.25, "betas": (0.8, 0.95)} | options)
+    optimizer = GWTAdamW(
+        [parameter], **{"lr": 0.02, "scale": 0.25, "level": 2, "recipe": "energy", "betas": (0.8, 0.95)} | options
+    )
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()

@@ -51,14 +51,14 @@ def test_first_match_wins_and_a_regular_expression_matches_the_whole_name() -> N
 
 def test_all_linear_includes_a_tied_head() -> None:
     net = model()
-    assert "embed.weight" in chosen(net, param_groups(net, targets="all-linear"))[2]
+    assert "embed.weight" in chosen(net, param_groups(net, targets="all-linear", level=2))[2]
 
 
 def test_options_reach_every_group_and_given_groups_keep_their_own() -> None:
     net = model()
     first, second = list(net.layers[0].parameters()), list(net.layers[1].parameters())
     groups = param_groups(
-        net, params=[{"params": first, "lr": 0.5}, {"params": second, "name": "late"}], lr=0.1, recipe="energy"
+        net, params=[{"params": first, "lr": 0.5}, {"params": second, "name": "late"}], level=2, lr=0.1, recipe="energy"
     )
     assert [(g["level"], g["lr"], g["recipe"], g.get("name")) for g in groups] == [
         (2, 0.5, "energy", None),
@@ -106,7 +106,7 @@ def test_a_parameter_of_another_model_is_refused() -> None:
 
 def test_it_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="gwt_dist"):
-        param_groups(model())
+        param_groups(model(), level=2)
     assert "attn                 level 2      2 tensors             128 elements" in caplog.text
     assert "all others           level 0" in caplog.text
 

@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "shards",
         "steps",
     },
-    "optimizer": {"comm", "dtensor", "keys", "plan", "recipes", "replaced", "shards", "steps", "state"},
+    "optimizer": {"comm", "dtensor", "keys", "notes", "plan", "recipes", "replaced", "shards", "steps", "state"},
     "engines": MATH | RUNTIME | {"ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {

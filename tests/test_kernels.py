@@ -52,7 +52,7 @@ NUMBERS = st.fixed_dictionaries(
 
 def program(**options: Any) -> Program:
     """Of tensors with level > 0 in a group that says no more than `options`."""
-    return program_of({"wavelet": "haar"} | options, level=2)
+    return program_of({"wavelet": "haar", "recipe": "energy"} | options, level=2)
 
 
 PIECES = [Piece.of(Fragment("a", (4, 8), 0, 32), Fragment("a", (4, 2), 0, 8), 2, "haar")]
@@ -72,7 +72,7 @@ def train(
         patch.setenv(choice.VARIABLE, kernel)
         random = torch.Generator().manual_seed(seed)
         parameters = [torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
-        optimizer = GWTAdamW(parameters, **{"lr": 0.01, "weight_decay": 0.1, "recipe": "paper"} | options)  # type: ignore[arg-type]
+        optimizer = GWTAdamW(parameters, **{"lr": 0.01, "weight_decay": 0.1, "level": 2, "recipe": "paper"} | options)  # type: ignore[arg-type]
         for exponent in exponents:
             for parameter in parameters:
                 parameter.grad = (torch.randn(parameter.shape, generator=random) * 10**exponent).to(dtype)
@@ -169,7 +169,7 @@ def test_tensors_held_whole_in_batches_of_any_size(cache: int, monkeypatch: pyte
         tensors = tuple(Whole(n, s, ()) for n, s in zip("abc", ((66, 97), (20, 20), (40, 30)), strict=True))
         fragments = [Fragment(t.fqn, t.shape, 0, n, offsets[t.fqn]) for t, n in zip(tensors, sizes, strict=True)]
         flat = torch.nn.Parameter(torch.randn(8007, generator=random))
-        optimizer = GWTAdamW([flat], lr=0.01, recipe="paper")
+        optimizer = GWTAdamW([flat], lr=0.01, recipe="paper", level=2)
         optimizer.attach({flat: Shard(tensors, tuple(reversed(fragments)), (), (), alone(fragments))})
         for size in (1.0, 100.0, 1e-4):
             flat.grad = size * torch.randn(8007, generator=random)
@@ -185,7 +185,7 @@ def test_norms_of_zero_and_of_infinity_are_not_remembered(monkeypatch: pytest.Mo
         monkeypatch.setenv(choice.VARIABLE, kernel)
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
-        optimizer = GWTAdamW(parameters, betas=(0.0, 0.999), recipe="paper")
+        optimizer = GWTAdamW(parameters, betas=(0.0, 0.999), recipe="paper", level=2)
         norms = []
         for size in (1.0, 0.0, 3.0, torch.inf):
             for parameter in parameters:
@@ -219,7 +219,7 @@ def test_a_gradient_of_another_dtype_than_the_weight(monkeypatch: pytest.MonkeyP
             parameter = torch.nn.Parameter(torch.randn(66, 97, generator=random).to(weight))
             parameter.grad_dtype = gradient
             parameter.grad = torch.randn(66, 97, generator=random).to(gradient)
-            optimizer = GWTAdamW([parameter], lr=0.01, recipe="paper")
+            optimizer = GWTAdamW([parameter], lr=0.01, recipe="paper", level=2)
             optimizer.step()
             found.append(results(optimizer))
         same(*found)
@@ -233,7 +233,7 @@ def test_weights_and_gradients_that_are_not_dense(monkeypatch: pytest.MonkeyPatc
     for view in (lambda t: t, lambda t: t.t().contiguous().t(), lambda t: torch.cat([t, t], 1)[:, :30]):
         parameter = torch.nn.Parameter(view(weight.clone()))
         parameter.grad = view(gradient)
-        optimizer = GWTAdamW([parameter], lr=0.01, recipe="paper")
+        optimizer = GWTAdamW([parameter], lr=0.01, recipe="paper", level=2)
         optimizer.step()
         found.append([t.contiguous() for t in results(optimizer)])
     same(found[1], found[0])
@@ -278,7 +278,7 @@ def test_columns_cut_within_units_on_every_row(monkeypatch: pytest.MonkeyPatch) 
     found = []
     for kernel in ("cpu", "eager"):
         monkeypatch.setenv(choice.VARIABLE, kernel)
-        sharded = Sharded(weights, ranks, lr=0.01, level=2)
+        sharded = Sharded(weights, ranks, lr=0.01, level=2, recipe="energy")
         sharded.step(gradients)
         sharded.step(gradients)
         found.append([t for optimizer in sharded.optimizers for t in results(optimizer)])
@@ -358,7 +358,7 @@ def test_a_steady_step_allocates_nothing_for_each_parameter(recipe: str) -> None
     counts = []
     for numbers in (3, 30):
         parameters = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(numbers)]
-        optimizer = GWTAdamW(parameters, recipe=recipe)
+        optimizer = GWTAdamW(parameters, recipe=recipe, level=2)
         for parameter in parameters:
             parameter.grad = torch.randn(64, 64)
         optimizer.step()

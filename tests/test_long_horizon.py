@@ -15,7 +15,7 @@ def second_moments(state_dtype: str) -> torch.Tensor:
     """After gradients whose mean square is 1 at first and 0.01 from then on."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(SHAPE))
-    optimizer = GWTAdamW([weight], lr=0.0, level=2, betas=(0.9, BETA2), state_dtype=state_dtype)
+    optimizer = GWTAdamW([weight], lr=0.0, level=2, betas=(0.9, BETA2), state_dtype=state_dtype, recipe="energy")
     for step in range(STEPS):
         size = 0.1 if step else (1 - BETA2) ** -0.5  # what many steps of size 1 would leave
         weight.grad = size * torch.randn(SHAPE, generator=generator)

@@ -255,7 +255,9 @@ def test_messages_are_under_way_while_a_rank_works(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(rounds, "begin", noted)
     shapes = {fqn: (8, 8) for fqn in "abcdef"}
-    sharded = Sharded({fqn: random((8, 8), 1) for fqn in shapes}, flat(shapes, 2), lr=0.01, recipe="orthogonal")
+    sharded = Sharded(
+        {fqn: random((8, 8), 1) for fqn in shapes}, flat(shapes, 2), lr=0.01, recipe="orthogonal", level=2
+    )
     sharded.step({fqn: random((8, 8), 2) for fqn in shapes})
     # Three rounds: 0, 1 and 3 go, 2, 4 and 5 are the ways back.
     assert events == [

@@ -35,7 +35,7 @@ class Model(nn.Module):
 def make(dtype: torch.dtype = torch.float64, **options: object) -> tuple[Model, GWTAdamW]:
     torch.manual_seed(0)
     model = Model().to(dtype)
-    return model, GWTAdamW(param_groups(model, targets="mlp", **{"lr": 0.01, "recipe": "paper", **options}))  # type: ignore[arg-type]
+    return model, GWTAdamW(param_groups(model, targets="mlp", **{"lr": 0.01, "level": 2, "recipe": "paper", **options}))  # type: ignore[arg-type]
 
 
 def batches(steps: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_weights_that_are_not_contiguous_move_as_contiguous_ones() -> None:
     gradient = torch.randn(6, 10)
     for parameter in (dense, transposed):
         parameter.grad = gradient.clone()
-        GWTAdamW([parameter], lr=0.1).step()
+        GWTAdamW([parameter], lr=0.1, level=2, recipe="energy").step()
     assert torch.equal(dense, transposed)
 
 
@@ -188,7 +188,7 @@ def test_loading_another_level_or_wavelet_is_refused_and_changes_nothing(key: st
     train(model, optimizer, batches(2))
     other_model, other = make(**{key: value} if key == "wavelet" else {})
     if key == "level":
-        other = GWTAdamW(param_groups(other_model, level=3, targets="mlp"))
+        other = GWTAdamW(param_groups(other_model, level=3, targets="mlp"), recipe="energy")
     train(other_model, other, batches(1))
     before = pickle.dumps(other.state_dict())
     with pytest.raises(ValueError, match=rf"{key} of parameter group 0 is .* in the state to load and .* in this"):
@@ -254,7 +254,7 @@ def test_complex_and_sparse_are_refused(parameter: torch.Tensor) -> None:
     weight = nn.Parameter(parameter)
     weight.grad = torch.ones_like(weight) if weight.is_complex() else torch.ones(2, 2).to_sparse()
     with pytest.raises(ValueError, match="is complex or has a sparse gradient"):
-        GWTAdamW([weight]).step()
+        GWTAdamW([weight], level=2, recipe="energy").step()
 
 
 def test_a_flat_buffer_that_was_never_attached_is_refused_on_its_first_real_step() -> None:

@@ -28,7 +28,7 @@ def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.flo
 
 def trained(weight: Tensor, gradients: list[Tensor], **options: object) -> tuple[GWTAdamW, Tensor]:
     parameter = torch.nn.Parameter(weight.clone())
-    base = {"lr": 0.01, "scale": 0.25, "recipe": "orthogonal", "detail_gain": "coherence"}
+    base = {"lr": 0.01, "scale": 0.25, "level": 2, "recipe": "orthogonal", "detail_gain": "coherence"}
     optimizer = GWTAdamW([parameter], **base | options)  # type: ignore[arg-type]
     for gradient in gradients:
         parameter.grad = gradient.clone()
@@ -209,7 +209,7 @@ def test_a_state_of_another_recipe_is_refused() -> None:
 def test_what_an_orthogonalized_update_cannot_have() -> None:
     weight = torch.nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match=r"limiter=1.5 in .* the recipe is 'orthogonal': no second moment is kept"):
-        GWTAdamW([weight], recipe="orthogonal", limiter=1.5)
+        GWTAdamW([weight], recipe="orthogonal", limiter=1.5, level=2)
     optimizer, weight = trained(ZEROS, [random((8, 12))])
     optimizer.param_groups[0]["recipe"] = "energy"
     with pytest.raises(

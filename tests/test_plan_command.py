@@ -37,7 +37,9 @@ def build() -> nn.Module:
 
 
 def test_a_function_of_the_users_is_called(capsys: pytest.CaptureFixture[str]) -> None:
-    content = told([f"{__name__}:build", "--target", "attn", "--engine", "single", "--level", "3"], capsys)
+    content = told(
+        [f"{__name__}:build", "--target", "attn", "--engine", "single", "--level", "3", "--recipe", "energy"], capsys
+    )
     assert content["model"] == {"name": f"{__name__}:build", "weights": 820, "tensors": 3, "frozen": 200}
     # 20 rows of 4 coefficients and a bias of 20; a step and a norm for each of the two.
     assert content["state"]["max"] == 8 * (80 + 20) + 2 * 8
@@ -112,7 +114,7 @@ def test_bytes_a_weight_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
         ["--level", "1", *muon, *rest, "level=1"],
         ["--level", "0", "--least-level", "0", *muon, *rest, "level=3"],
         ["--level", "2", *muon, *rest, "level=2"],
-        ["--level", "3", "--state-dtype", "int8", "--rest", "level=3"],
+        ["--recipe", "energy", "--level", "3", "--state-dtype", "int8", "--rest", "level=3"],
     ]
     for row, arguments in zip(table[1:], settings, strict=True):
         found = [told([model, "--engine", "single", *arguments], capsys)["state_a_weight"] for model in ("60m", "1b")]
@@ -153,7 +155,7 @@ def test_a_deepspeed_json_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_every_key_of_a_deepspeed_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def rows(**params: Any) -> dict[str, int]:
-        file = tmp_path / "zero.json"
+        file, params = tmp_path / "zero.json", {"level": 2, "recipe": "energy"} | params
         zero = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
         file.write_text(json.dumps({**zero, "optimizer": {"type": "GWTAdamW", "params": params}}))
         content = told([f"{__name__}:build", "--target", "attn", "--deepspeed-config", str(file)], capsys)

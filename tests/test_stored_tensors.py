@@ -32,11 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 def saved(folder: Path, model: nn.Module, **keywords: object) -> Path:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return gwt_dist.save(folder, model, GWTAdamW(trained, level=1), step=0, **keywords)
+    return gwt_dist.save(folder, model, GWTAdamW(trained, level=1, recipe="energy"), step=0, **keywords)
 
 
 def load(folder: Path, model: nn.Module) -> None:
-    gwt_dist.load(folder, model, GWTAdamW([p for p in model.parameters() if p.requires_grad], level=1))
+    gwt_dist.load(folder, model, GWTAdamW([p for p in model.parameters() if p.requires_grad], level=1, recipe="energy"))
 
 
 def around(tensor: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ def test_the_options_of_recorded_runs() -> None:
         "energy": (1.0, "energy", "coherence", 0.0),
         "orthogonal": (0.5, "none", 1.0, 0.0),
     }
-    common = {"level": 2, "weight_decay": 0.0}
+    common = {"level": 1, "weight_decay": 0.0}
     for recipe, values in meant.items():
         implied = dict(zip(("scale", "second_moment", "detail_gain", "limiter"), values, strict=True))
         options = options_of("gwt", {"recipe": recipe}, "a row")

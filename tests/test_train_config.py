@@ -164,7 +164,7 @@ def test_a_run_is_told_the_state_that_its_optimizer_allocates(
     tmp_path: Path, params: dict[str, Any], matrix: int
 ) -> None:
     """Every key of `optimizer.params` is one of the plan."""
-    params = {"lr": 0.01, "level": 2, "targets": ["attn"], "betas": [0.9, 0.95]} | params
+    params = {"lr": 0.01, "level": 2, "recipe": "energy", "targets": ["attn"], "betas": [0.9, 0.95]} | params
     optimizer = {"type": "GWTAdamW", "params": params}
     load(tmp_path, optimizer=optimizer)
     model = nn.ModuleDict({"attn": nn.Linear(96, 96, bias=False), "head": nn.Linear(96, 7)})

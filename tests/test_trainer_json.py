@@ -37,7 +37,7 @@ def test_the_trainer_steps_with_the_section(forks: Forks, stage: int, tmp_path: 
             "betas": (0.9, 0.95),
             "eps": 1e-8,
             "weight_decay": 0.1,
-            "scale": 0.25,
+            "scale": None,
             "recipe": "energy",
         }
         assert len(result["rates"]) == 7 and result["rates"][-1] == 1e-2

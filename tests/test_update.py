@@ -204,8 +204,8 @@ def test_a_zero_gradient_step_does_not_freeze_the_limiter() -> None:
     """PyTorch runs such a step on a fresh optimizer; storing its norm 0 would hold updates near zero for ages."""
     grads = gradients((4, 16), 4)
     clean, zero_first = (torch.nn.Parameter(torch.zeros(4, 16, dtype=torch.float64)) for _ in range(2))
-    run(GWTAdamW([clean], lr=0.01, recipe="paper"), clean, grads)
-    poisoned = GWTAdamW([zero_first], lr=0.01, recipe="paper")
+    run(GWTAdamW([clean], lr=0.01, recipe="paper", level=2), clean, grads)
+    poisoned = GWTAdamW([zero_first], lr=0.01, recipe="paper", level=2)
     run(poisoned, zero_first, [np.zeros((4, 16))])
     assert float(poisoned.state[zero_first]["limited_norm"]) == 0.0
     before = zero_first.detach().clone()
@@ -216,7 +216,7 @@ def test_a_zero_gradient_step_does_not_freeze_the_limiter() -> None:
 
 def test_a_norm_that_is_not_finite_is_not_remembered() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, 8, dtype=torch.float64))
-    optimizer = GWTAdamW([weight], lr=0.01, recipe="paper")
+    optimizer = GWTAdamW([weight], lr=0.01, recipe="paper", level=2)
     run(optimizer, weight, [np.ones((2, 8))])
     before = optimizer.state[weight]["limited_norm"].clone()
     run(optimizer, weight, [np.full((2, 8), np.inf)])
@@ -245,12 +245,13 @@ def test_groups_have_limiters_of_their_own() -> None:
 
     alone = parameters()
     for parameter, limiter in zip(alone, limiters, strict=True):
-        run(GWTAdamW([parameter], lr=0.01, recipe="paper", limiter=limiter), parameter, grads)
+        run(GWTAdamW([parameter], lr=0.01, recipe="paper", limiter=limiter, level=2), parameter, grads)
     together = parameters()
     optimizer = GWTAdamW(
         [{"params": [p], "limiter": limiter} for p, limiter in zip(together, limiters, strict=True)],
         lr=0.01,
         recipe="paper",
+        level=2,
     )
     for gradient in grads:
         for parameter in together:

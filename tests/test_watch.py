@@ -68,7 +68,7 @@ def test_the_plan_and_the_run_count_by_the_level_of_groups(monkeypatch: pytest.M
     model = torch.nn.ModuleDict({"attn": torch.nn.Linear(8, 4), "norm": torch.nn.LayerNorm(8)})
     model["emb"] = torch.nn.Embedding(6, 8)
     for rest in ({}, {"level": 1, "recipe": "energy"}):
-        groups = param_groups(model, 2, "attn", rest=rest)
+        groups = param_groups(model, 2, "attn", rest=rest, recipe="energy")
         planned = plan_zero(specs(model.named_parameters(), groups), stage=1, world_size=1, rank=0)
         optimizer = GWTAdamW(groups)
         watch = watched(optimizer)
@@ -89,7 +89,7 @@ def test_the_plan_and_the_run_count_by_the_level_of_groups(monkeypatch: pytest.M
 def test_there_is_nothing_to_say_where_nothing_is_limited(kind: str) -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, 8))
     energy = kind == "energy"
-    optimizer = GWTAdamW([parameter], recipe="energy") if energy else torch.optim.AdamW([parameter])
+    optimizer = GWTAdamW([parameter], recipe="energy", level=2) if energy else torch.optim.AdamW([parameter])
     watch = watched(optimizer)
     for _ in range(2):
         found = stepped(optimizer, watch, [1.0])

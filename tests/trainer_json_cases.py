@@ -26,6 +26,7 @@ SECTION = {
         "eps": "auto",
         "weight_decay": "auto",
         "level": 2,
+        "recipe": "energy",
         "targets": ["attn", "mlp"],
     },
 }
@@ -215,6 +216,7 @@ def accelerate_case(callable_scheduler: bool) -> dict[str, Any]:
         "lr": "auto",
         "weight_decay": "auto",
         "level": 3,
+        "recipe": "energy",
         "targets": {"attn": 1, "mlp": 3},
     }
     if callable_scheduler:

@@ -240,7 +240,7 @@ def forgotten_attach_case(stage: int) -> str:
     model = Net()
     config = settings(stage, False, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
     config |= {
-        "optimizer": {"type": "GWTAdamW", "params": {"lr": LR}},
+        "optimizer": {"type": "GWTAdamW", "params": {"lr": LR, "recipe": "energy"}},
     }
     parameters = [{"params": [p for p in model.parameters() if p.requires_grad], "level": 2}]
     engine = deepspeed.initialize(model=model, config=config, model_parameters=parameters)[0]

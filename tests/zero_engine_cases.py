@@ -287,7 +287,9 @@ def init_case(config: dict[str, Any]) -> dict[str, int]:
     handle = register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append(optimizer))
     try:
         model = Net()
-        config = copy.deepcopy(config) | {"optimizer": {"type": "GWTAdamW", "params": {"targets": TARGETS}}}
+        config = copy.deepcopy(config) | {
+            "optimizer": {"type": "GWTAdamW", "params": {"level": 2, "recipe": "energy", "targets": TARGETS}}
+        }
         engine = gwt_dist.initialize(model=model, config=config)[0]
     finally:
         handle.remove()
@@ -404,7 +406,7 @@ def rounded_case(config: dict[str, Any]) -> list[str]:
     for build in (gwt_dist.initialize, deepspeed.initialize):
         model = Net().bfloat16()
         load(model, initial(shapes_of(model)))
-        optimizer = GWTAdamW(param_groups(model, targets=TARGETS, stochastic_rounding=True))
+        optimizer = GWTAdamW(param_groups(model, targets=TARGETS, stochastic_rounding=True, level=2, recipe="energy"))
         settings = copy.deepcopy(config) | {"zero_allow_untested_optimizer": True}
         try:
             engine = build(model=model, optimizer=optimizer, config=settings)[0]

@@ -1,0 +1,134 @@
+"""What is told of groups that are legal and may not be what was meant."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gwt_dist
+from gwt_dist import GWTAdamW, param_groups
+from gwt_dist.cli.app import main
+from gwt_dist.notes import HIGH_RATE
+
+LOGGER = "gwt_dist.optimizer"
+
+
+def weights() -> list[nn.Parameter]:
+    """A vector, a matrix of 8 rows for each column, one of more, and a tensor of three dimensions."""
+    return [nn.Parameter(torch.zeros(shape)) for shape in ((99,), (80, 10), (81, 10), (200, 2, 2))]
+
+
+def told(caplog: pytest.LogCaptureFixture, groups: Any, **options: Any) -> list[str]:
+    """What the optimizer of these groups has logged."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        GWTAdamW(groups, **options)
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+
+
+def test_the_default_is_orthogonal_at_level_1() -> None:
+    optimizer = GWTAdamW(weights())
+    assert optimizer.is_default and not GWTAdamW(weights(), recipe="orthogonal").is_default
+    for where in (optimizer.defaults, optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]):
+        assert (where["recipe"], where["level"]) == ("orthogonal", 1)
+
+
+def test_an_embedding_that_nobody_asked_to_orthogonalize(caplog: pytest.LogCaptureFixture) -> None:
+    (message,) = told(caplog, weights())
+    assert message.startswith("parameter group 0 has 1 tensors with over 8 times as many rows as columns")
+    for part in ("shape (81, 10)", "no recipe was named", "param_groups(model)", "write recipe='orthogonal'"):
+        assert part in message
+    # Of a group of its own too, whose number is said, and of no other.
+    vector, matrix, tall, _ = weights()
+    (message,) = told(caplog, [{"params": [vector, matrix]}, {"params": [tall]}])
+    assert message.startswith("parameter group 1 has")
+    assert told(caplog, [vector, matrix]) == []
+
+
+def test_an_embedding_of_which_something_was_said(caplog: pytest.LogCaptureFixture) -> None:
+    for options in (
+        *({"recipe": name} for name in ("orthogonal", "foam", "energy")),
+        *({"level": 0}, {"second_moment": "energy"}),
+    ):
+        assert told(caplog, weights(), **options) == [], options
+        assert told(caplog, [{"params": weights(), **options}]) == [], options
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(81, 10),
+            "attn": nn.Linear(10, 10),
+            "mlp": nn.Linear(10, 10),
+            "lm_head": nn.Linear(10, 81),
+        }
+    )
+    assert told(caplog, param_groups(model)) == []
+    assert len(told(caplog, param_groups(model, targets="all-linear"))) == 1, "a head that is a target is none"
+
+
+def test_a_copy_does_not_know_what_was_said(caplog: pytest.LogCaptureFixture) -> None:
+    vector, matrix, tall, _ = weights()
+    twin = copy.deepcopy(GWTAdamW([vector, matrix]))
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        twin.add_param_group({"params": [tall]})
+    assert not caplog.records and twin.param_groups[1]["recipe"] == "orthogonal"
+
+
+def test_a_rate_of_the_time_of_another_scale(caplog: pytest.LogCaptureFixture) -> None:
+    (message,) = told(caplog, weights()[:1], lr=HIGH_RATE, recipe="foam")
+    assert "lr=0.005 in parameter group 0" in message and "is now 1 with the recipe 'foam'" in message
+    for options in ({"lr": 0.0049}, {"scale": 0.25}, {"scale": 1.0}, {"recipe": "paper"}, {"level": 0}):
+        assert told(caplog, weights()[:1], **{"lr": HIGH_RATE, "recipe": "foam", **options}) == [], options
+
+
+def net() -> nn.Module:
+    return nn.ModuleDict({"attn": nn.Linear(30, 20), "mlp": nn.Linear(20, 9)})
+
+
+@pytest.mark.parametrize(
+    ("params", "device", "number"),
+    [
+        *(({}, "cpu", 1), ({"level": 2}, "cpu", 1), ({}, "none", 0)),
+        *(({"recipe": "orthogonal"}, "cpu", 0), ({"recipe": "foam"}, "cpu", 0), ({"level": 0}, "cpu", 0)),
+    ],
+    ids=str,
+)
+def test_products_on_a_cpu_that_nobody_asked_for(
+    params: dict[str, Any],
+    device: str,
+    number: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By `initialize`, of a section and of an optimizer that is passed, and by `doctor`."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    section = settings | {"optimizer": {"type": "GWTAdamW", "params": params}}
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(section))
+    assert main(["doctor", "--deepspeed-config", str(file), "--model", f"{__name__}:net", "--json"]) == 0
+    findings = [finding["text"] for finding in json.loads(capsys.readouterr().out)["findings"]]
+    assert len(findings) == number and all("multiplies whole matrices there" in text for text in findings)
+
+    def build_optimizer(**given: Any) -> None:  # what DeepSpeed does first with a callable
+        if callable(given["optimizer"]):
+            given["optimizer"](None)
+        raise InterruptedError
+
+    monkeypatch.setattr("deepspeed.initialize", build_optimizer)
+    for config, optimizer in ((section, None), (settings, GWTAdamW(param_groups(net(), **params)))):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="gwt_dist"), pytest.raises(InterruptedError):
+            gwt_dist.initialize(model=net(), optimizer=optimizer, config=config)
+        assert [record.getMessage() for record in caplog.records] == findings
