@@ -42,7 +42,7 @@ def train(engine: str) -> tuple[nn.Module, object, list[float]]:
     """Train for `STEPS` steps."""
     accelerator = accelerator_of(engine)
     model = tiny_llama()
-    optimizer = GWTAdamW(param_groups(model, level=2, recipe="energy", weight_decay=0.1), lr=1e-2)
+    optimizer = GWTAdamW(param_groups(model, level=2, recipe="energy", weight_decay=0.1), lr=1e-3)
     model, optimizer, data = prepare(accelerator, model, optimizer, DataLoader(Text(), batch_size=BATCH, shuffle=True))
     losses = []
     for _, batch in zip(range(STEPS), data, strict=False):

@@ -37,7 +37,7 @@ class Llama(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """As any other optimizer."""
-        return GWTAdamW(param_groups(self.model, level=2, recipe="energy", weight_decay=0.1), lr=1e-2)
+        return GWTAdamW(param_groups(self.model, level=2, recipe="energy", weight_decay=0.1), lr=1e-3)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         """The loss of a batch."""

@@ -19,7 +19,7 @@ def train() -> tuple[nn.Module, torch.optim.Optimizer, list[float]]:
     """Train for `STEPS` steps."""
     # transformers' names; the default of `targets` has torchtitan's.
     config = optimizer_config(
-        level=2, targets=[r"_proj\.weight$"], lr=1e-2, weight_decay=0.1, recipe="energy", betas=(0.9, 0.999)
+        level=2, targets=[r"_proj\.weight$"], lr=1e-3, weight_decay=0.1, recipe="energy", betas=(0.9, 0.999)
     )
     model = tiny_llama()
     for layer in model.model.layers:

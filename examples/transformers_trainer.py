@@ -46,7 +46,7 @@ def train(engine: str, output: str, resume: bool = False, steps: int = STEPS) ->
         output_dir=output,
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=1e-2,
+        learning_rate=1e-3,
         weight_decay=0.1,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,

@@ -1,6 +1,6 @@
 """Adam moments in wavelet space, sharded: the same update on one rank and on many.
 
-optimizer = GWTAdamW(param_groups(model, level=2), lr=1e-2)
+optimizer = GWTAdamW(param_groups(model), lr=1e-3)
 """
 
 import os.path as _path

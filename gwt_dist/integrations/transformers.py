@@ -69,7 +69,7 @@ def optimizer_cls_and_kwargs(
 
 
 def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Keywords of `GWTAdamW` from ``"level=2, scale=0.25, recipe=energy"``.
+    """Keywords of `GWTAdamW` from ``"level=2, recipe=energy"``.
 
     Values are Python's numbers, tuples, dicts, True, False and None; anything else is text. Raises `ValueError` for a
     part that is not ``key=value``, a key that is given twice, and one that `GWTAdamW` does not have.
@@ -84,7 +84,7 @@ def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
         if not (key and equals and value):
             raise ValueError(
                 f"optim_args={text!r}: {part.strip()!r} is not key=value; write for example "
-                f'"level=2, scale=0.25, recipe=energy"'
+                f'"level=2, recipe=energy"'
             )
         _known(key, f"optim_args={text!r}")
         if key in found:
