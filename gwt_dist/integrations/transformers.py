@@ -83,8 +83,7 @@ def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
             raise ValueError(
-                f"optim_args={text!r}: {part.strip()!r} is not key=value; write for example "
-                f'"level=2, recipe=energy"'
+                f'optim_args={text!r}: {part.strip()!r} is not key=value; write for example "level=2, recipe=energy"'
             )
         _known(key, f"optim_args={text!r}")
         if key in found:
