@@ -56,7 +56,7 @@ class GWTAdamW(torch.optim.Optimizer):
         scale: Factor on the update of tensors with level > 0, as matrices are under ``"orthogonal"``; None as the
             recipe says, so that AdamW's `lr` is theirs too (``"paper"`` has the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
-        detail_gain: Factor on the details, 0 to 1, or ``"coherence"``: at least ``1 - beta1``, and more for units
+        detail_gain: Factor on the details, 0 to 1, as 1 with ``"orthogonal"``, or ``"coherence"``: more for units
             whose gradients are steady, see `formulas.weighed`; None as the recipe says.
         limiter: Largest growth of the update's norm in one step, at least 1, or 0 for none; None as the recipe says.
         nesterov: Whether the update takes ``b1*m + (1-b1)*a``, a step further than the momentum ``m`` of the
