@@ -5,7 +5,8 @@ recipe it came from. `recipes` builds programs, `formulas` has the mathematics t
 
     energy           Pass("step", writes)
     with a limiter   Pass("moments") -> one number a tensor, summed over ranks -> Pass("write", writes)
-    orthogonal       Pass("norms") -> two numbers a tensor, summed -> Travel to the owner of the matrix and back
+    orthogonal       Travel to the owner of the matrix and back; before it, where details go by coherence,
+                     Pass("norms") -> two numbers a tensor, summed
 
 Words: R rows, C columns, K coefficients a row, N coefficients of what a rank holds, U elements of a unit; a cell is the
 neighbouring coefficients of a row that are stored together.

@@ -96,15 +96,16 @@ def _adam_program(second_moment: str, detail: str, limited: bool, common: _Commo
 
 
 def _orthogonal(options: Options) -> Program:
-    return _orthogonal_program(options["nor"] > 0, options["products"], options["least_level"], _Common.of(options))
+    rows, coherent = options["nor"] > 0, isinstance(options["detail_gain"], str)
+    return _orthogonal_program(rows, coherent, options["products"], options["least_level"], _Common.of(options))
 
 
 @lru_cache
-def _orthogonal_program(rows: bool, products: str, least_level: int, common: _Common) -> Program:
+def _orthogonal_program(rows: bool, coherent: bool, products: str, least_level: int, common: _Common) -> Program:
     state = common.fields(EXP_AVG, others=(EXP_AVG_SQ_ROW, LIMITED_NORM) if rows else (LIMITED_NORM,))
     along = tuple(f.name for f in state if f.extent is Extent.ROW)
     travel = Travel("momentum", "orthogonalize", "write", along, products)
-    phases = Pass("norms", (Sum("m_a", numbers=2),)), travel
+    phases = (Pass("norms", (Sum("m_a", numbers=2),)), travel) if coherent else (travel,)
     name = "normuon" if rows else "orthogonal"
     return Program(name, state, phases, "", common.write, ADAM, least_level, common.rounding)
 

@@ -434,7 +434,9 @@ def test_what_is_sent_in_a_step() -> None:
     whole = groups_by_name(model, 2, ("attn", "mlp"), recipe="orthogonal")
     found = fill.plan(model, whole, Setup("zero1", 7))
     ours = {t.name: t.bytes for t in traffic(found) if t.ours}
-    assert ours["matrices"] == max(found.travelling) and found.norms == 28
+    assert ours["matrices"] == max(found.travelling) and found.norms == 0
+    coherent = groups_by_name(model, 2, ("attn", "mlp"), recipe="orthogonal", detail_gain="coherence")
+    assert fill.plan(model, coherent, Setup("zero1", 7)).norms == 28
 
 
 def test_matrices_that_travel_by_hand() -> None:

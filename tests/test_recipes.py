@@ -35,11 +35,11 @@ def test_old_groups_mean_what_they_meant() -> None:
     table = {
         ("paper",): ("adam_approximation", "adam_approximation", 2, 1.0),
         ("paper", "energy"): ("adam_energy", "adam_energy", 2, 1.0),
-        ("paper", "none"): ("orthogonal", "adam_energy", 2, 1.0),  # its details have the gain that paper's have
+        ("paper", "none"): ("orthogonal", "adam_energy", 1, 1.0),  # its details have the gain that paper's have
         ("energy",): ("adam_energy", "adam_energy", 1, pytest.approx(0.1)),
         ("energy", "approximation"): ("adam_approximation", "adam_approximation", 1, pytest.approx(0.1)),
-        ("energy", "none"): ("orthogonal", "adam_energy", 2, 1.0),
-        ("orthogonal",): ("orthogonal", "adam_energy", 2, 1.0),
+        ("energy", "none"): ("orthogonal", "adam_energy", 1, 1.0),
+        ("orthogonal",): ("orthogonal", "adam_energy", 1, 1.0),
         ("orthogonal", "energy"): ("adam_energy", "adam_energy", 1, pytest.approx(0.1)),
         ("orthogonal", "approximation"): ("adam_approximation", "adam_approximation", 1, pytest.approx(0.1)),
     }
@@ -121,12 +121,19 @@ def test_layouts_without_sums_send_nothing_and_with_sums_once_a_phase() -> None:
         [Fragment("a", SHAPES["a"], *a, 0), Fragment("b", SHAPES["b"], *b, a[1] - a[0])]
         for a, b in (((0, 56), (0, 15)), ((56, 126), (15, 30)))
     ]
-    expected = {"foam": [], "energy": [], "paper": [2], "orthogonal": [4], "toy": [2 + 2 * (4 + 2)]}
+    expected = {
+        ("foam", None): [],
+        ("energy", None): [],
+        ("paper", None): [2],
+        ("orthogonal", None): [],
+        ("orthogonal", "coherence"): [4],
+        ("toy", None): [2 + 2 * (4 + 2)],
+    }
     assert prod(SHAPES["b"]) % 15 == 0, "rows are cut nowhere, and units neither"
-    for recipe, lengths in expected.items():
-        sharded = Sharded(weights, ranks, lr=0.02, level=2, recipe=recipe)
+    for (recipe, gain), lengths in expected.items():
+        sharded = Sharded(weights, ranks, lr=0.02, level=2, recipe=recipe, detail_gain=gain)
         sharded.step({name: torch.ones_like(weight) for name, weight in weights.items()})
-        assert sharded.group.calls == lengths, recipe
+        assert sharded.group.calls == lengths, (recipe, gain)
 
 
 DERIVED = (

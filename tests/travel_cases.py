@@ -39,7 +39,9 @@ GAP = 3  # elements of the landing buffer between parts, which nobody may touch
 
 
 def rule(**options: Any) -> Rule:
-    return recipes.rule_of({"lr": 0.01, "weight_decay": 0.1, "wavelet": "haar", "recipe": "orthogonal"} | options)
+    """By coherence, so that there are sums, unless another gain is said; programs of one case must be the same."""
+    base = {"lr": 0.01, "weight_decay": 0.1, "wavelet": "haar", "recipe": "orthogonal", "detail_gain": "coherence"}
+    return recipes.rule_of(base | options)
 
 
 def whole(*shapes: tuple[int, ...]) -> list[Fragment]:
@@ -133,16 +135,18 @@ class Case:
         )
 
     def run(self, kernel: Kernel, norms: Tensor | None = None) -> Result:
-        """All three phases; what is sent depends on the sums of `norms`, if they are given, and not on its own."""
+        """All phases; what is sent depends on the sums of `norms`, if they are given, and not on its own."""
         tensors, landing = self.given(), torch.full((self.length,), torch.nan, dtype=self.landing, device=self.device)
         sums = [torch.ones(size, dtype=torch.float64, device=self.device) for size in self.work.sizes]
         kernel.check(self.work, tensors)
-        kernel.phase(0, self.work, tensors, sums)
+        number = len(self.program.phases) - 1
+        if number:
+            kernel.phase(0, self.work, tensors, sums)
         found = sums[0].clone()
-        kernel.send(1, self.work, tensors, sums if norms is None else [norms], landing)
+        kernel.send(number, self.work, tensors, sums if norms is None else [norms], landing)
         sent, back = landing.clone(), torch.Generator().manual_seed(1)
         landing.copy_(torch.randn(landing.shape, generator=back))
-        kernel.keep(1, self.work, tensors, landing)
+        kernel.keep(number, self.work, tensors, landing)
         state = [tensor for its in tensors.state.values() for tensor in its]
         return Result(found, state, sent, tensors.weights)
 

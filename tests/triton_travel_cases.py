@@ -23,7 +23,7 @@ PAIRS = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)
 
 def equal_to_eager_at_every_level() -> None:
     """Whole units and ragged rows, in places that are aligned to 16 bytes and that are not; rules differ."""
-    rules = [rule(), rule(lr=torch.tensor(0.3), nesterov=True, detail_gain=0.3)]
+    rules = [rule(detail_gain=0.3), rule(lr=torch.tensor(0.3), nesterov=True, detail_gain=1.0)]
     with interpreter():
         for level in (1, 2, 5, 8):
             shapes = (3, 37), (1, 16 << level), (3, 1), (1, (2 << level) + 1)

@@ -68,8 +68,10 @@ def norms(share: Share) -> dict[str, tuple[Tensor, ...]]:
 def momentum(share: Share) -> Tensor:
     """Add this step's approximation to the momentum; returns ``U``, (N, U)."""
     exp_avg_N, rule, transform = share.state["exp_avg"], share.rule, share.piece.transform
-    squared_norm_m, squared_norm_a = share.sums["m_a"].unbind()
-    gain = detail_gain(squared_norm_m, squared_norm_a, share.step, rule)
+    gain = torch.full_like(share.step, rule["detail_gain"], dtype=torch.float64)
+    if rule["coherent"]:
+        squared_norm_m, squared_norm_a = share.sums["m_a"].unbind()
+        gain = coherence(squared_norm_m, squared_norm_a, share.step, rule)
     fresh_N = transform.approximation(share.x_NU).mul_(1 - rule["beta1"])
     exp_avg_N.mul_(rule["beta1"]).add_(fresh_N)
     share.keep("exp_avg")
@@ -98,20 +100,18 @@ def write(
     return o * size
 
 
-def detail_gain(
+def coherence(
     squared_norm_m: Tensor,  # 0-d fp64, ||m||**2 of the whole matrix before this step
     squared_norm_a: Tensor,  # 0-d fp64, ||a||**2 of the whole matrix
     step: Tensor,  # 0-d, t
     rule: Rule,
 ) -> Tensor:
-    """The factor on the details of a matrix, 0-d fp64: its coherence, which is how steady its gradient has been.
+    """How steady the gradient of a matrix has been, 0-d fp64: a factor on its details, at least `detail_gain`.
 
     One number for a matrix where `weighed.coherence` has one for each unit: there is no second moment to tell units
     apart, and the iteration sees them together.
     """
     least = torch.full_like(squared_norm_m, rule["detail_gain"])
-    if not rule["coherent"]:
-        return least
     before = 1 - rule["beta1"] ** (step.double() - 1)
     steady = squared_norm_m / (before * before * squared_norm_a)
     return torch.maximum(torch.where((before > 0) & (squared_norm_a > 0), steady, 0.0).clamp(max=1.0), least)

@@ -56,7 +56,8 @@ template <int L, int64_t PHASE, typename G, typename U>
 void run_units(const Call& call, const Item& item, Squares& squares) {
   const Parameter& p = call.parameters[item.parameter];
   const Formula& formula = p.step->formula;
-  const double gain = PHASE == SEND ? formula.detail_gain(call.sums[item.norm], call.sums[item.norm + 1]) : 0;
+  double gain = formula.least;
+  if (PHASE == SEND && item.norm >= 0) gain = formula.detail_gain(call.sums[item.norm], call.sums[item.norm + 1]);
   const Sent all{formula, gain, &squares};
   const auto run_row = [&](const auto& span, int64_t row) {
     run_stored<L, PHASE>(all, span, moment_of(p.exp_avg, item, row), noise_of(item, row, p.step->key(1, item)));
@@ -131,7 +132,8 @@ void check(const Item* items, int64_t n, int64_t phase, int64_t parameters, int6
   for (const Item* item = items; item < items + n; ++item) {
     TORCH_CHECK(item->level >= 0 && item->level <= MAX_LEVEL, "gwt_dist: a matrix of level ", item->level,
                 " travels; the C++ kernels take levels 0 to ", MAX_LEVEL);
-    TORCH_CHECK(item->parameter < parameters && (phase == KEEP || (item->norm >= 0 && item->norm + 2 <= sums)),
+    const bool summed = item->norm >= 0 && item->norm + 2 <= sums;
+    TORCH_CHECK(item->parameter < parameters && (phase == KEEP || summed || (phase == SEND && item->norm == -1)),
                 "gwt_dist: a part of parameter ", item->parameter, " of ", parameters, " has its sums at ", item->norm,
                 " of ", sums);
     TORCH_CHECK(phase == NORMS || (item->landing >= 0 && item->landing + elements_of(*item) <= elements),

@@ -115,7 +115,8 @@ def units(
         beta1, nesterov = tl.load(rule + BETA1), tl.load(rule + NESTEROV) != 0
         rest1, beta1 = (1 - beta1).to(tl.float32), beta1.to(tl.float32)
         first_weight = tl.load(weights + number * WEIGHTS).to(tl.float32)
-        norm = sums + tl.load(item + NORM)
+        place = tl.load(item + NORM)  # -1: the gain is a number
+        norm, summed = sums + place, place >= 0
         before, least = tl.load(weights + number * WEIGHTS + 1), tl.load(rule + DETAIL_GAIN)
         # As in `triton_kernels.phase`.
         step, known = of_step(tl.load(parameter + 4), tl.load(rule + ROUNDING_SEED), tl.load(item + SALT))
@@ -123,7 +124,8 @@ def units(
         first_column, width = run_of(total_rows, column, per_row, last, tl.load(item + COLUMNS), LEVEL)
         gain = 0.0  # at level 0 there are no details
         if LEVEL > 0:
-            its_gain = GAINED(tl.load(norm), tl.load(norm + 1), before, least, tl.load(rule + COHERENT) != 0)
+            squared_m, squared_a = tl.load(norm, summed, other=0.0), tl.load(norm + 1, summed, other=0.0)
+            its_gain = GAINED(squared_m, squared_a, before, least, tl.load(rule + COHERENT) != 0)
             gain = its_gain.to(tl.float32)
 
     # Units are counted through all rows of the item. A cut cell comes whole from the exchange; of it, lead..lead+held

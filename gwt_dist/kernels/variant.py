@@ -15,9 +15,9 @@ HERE = Path(__file__).parent
 # By the function of a phase: whether it updates the moments, whether it writes the weights.
 PASSES = {"moments": (True, False), "write": (False, True), "step": (True, True)}
 BETWEEN = ("", "limit")  # what may stand between phases
-# Where matrices travel: the function of the phase before, which sums two numbers a tensor, that of what is sent of
-# units, and that of what weights lose by what came back.
-TRAVELS = "norms", "momentum", "write"
+# Where matrices travel: the function of what is sent of units, and that of what weights lose by what came back. There
+# may be a phase before, whose function sums two numbers a tensor.
+NORMS, TRAVELS = "norms", ("momentum", "write")
 
 
 def parts(program: Program) -> dict[str, str]:
@@ -43,7 +43,10 @@ def lacking(program: Program, suffix: str) -> str:
     return ""
 
 
-def _travels(first: Pass | Travel, *others: Pass | Travel) -> bool:
-    if not isinstance(first, Pass) or first.then or [(s.extent, s.numbers) for s in first.sums] != [(Extent.TENSOR, 2)]:
-        return False
-    return [(first.function, its.send, its.keep) for its in others if isinstance(its, Travel)] == [TRAVELS]
+def _travels(*phases: Pass | Travel) -> bool:
+    *before, travel = phases
+    passes = [
+        (its.function, its.then, [(s.extent, s.numbers) for s in its.sums]) for its in before if isinstance(its, Pass)
+    ]
+    known = not before or passes == [(NORMS, "", [(Extent.TENSOR, 2)])]
+    return known and isinstance(travel, Travel) and (travel.send, travel.keep) == TRAVELS

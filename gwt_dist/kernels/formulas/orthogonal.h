@@ -12,7 +12,7 @@ namespace {
 struct Formula {
   float beta1, rest1, first_weight;
   bool nesterov, coherent;
-  double before, least;  // of `detail_gain`: how much of all gradients was in the momentum before this step; least gain
+  double before, least;  // of `coherence`: how much of all gradients was in the momentum before this step; least gain
   double size;
 
   explicit Formula(const Rule& rule)
@@ -25,7 +25,7 @@ struct Formula {
         least(rule[number::detail_gain]),
         size(rule[number::scale]) {}
 
-  // `detail_gain` of a whole matrix. NaN stays NaN.
+  // `coherence` of a whole matrix, if its details go by it. NaN stays NaN.
   double detail_gain(double squared_norm_m, double squared_norm_a) const {
     if (!coherent) return least;
     const bool known = before > 0 && squared_norm_a > 0;
