@@ -104,12 +104,12 @@ class Model(torch.nn.Module):
 
 
 def trained(recipe: str, steps: int = STEPS) -> tuple[Model, GWTAdamW]:
-    """A model and its optimizer after so many steps."""
+    """A model and its optimizer after so many steps; after none with the keys of a recipe as they are today."""
     model = Model()
     parameters = dict(model.named_parameters())
     matrices = [parameters.pop("attn.weight"), parameters.pop("mlp.weight")]
     groups = [{"params": matrices, "level": 2}, {"params": list(parameters.values()), "level": 0}]
-    optimizer = GWTAdamW(groups, lr=0.01, weight_decay=0.1, **recorded(recipe))
+    optimizer = GWTAdamW(groups, lr=0.01, weight_decay=0.1, **(recorded(recipe) if steps else {"recipe": recipe}))
     random = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for parameter in model.parameters():
