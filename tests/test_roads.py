@@ -52,7 +52,7 @@ MEANINGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"recipe": "energy", "limiter": 1.5}, {"recipe": "energy"}, "limiter=1.5 (recipe 'energy')"),
     ({"recipe": "energy", "limiter": 1.5}, {"recipe": "energy", "limiter": 1.2}, "limiter=1.5 (recipe 'energy')"),
     ({"recipe": "energy"}, {"recipe": "energy", "detail_gain": 0.5}, "detail_gain='coherence' (recipe 'energy')"),
-    ({"recipe": "orthogonal"}, {"recipe": "orthogonal", "detail_gain": 0.5}, "detail_gain='coherence'"),
+    ({"recipe": "orthogonal"}, {"recipe": "orthogonal", "detail_gain": 0.5}, "detail_gain=1.0"),
 ]
 
 
