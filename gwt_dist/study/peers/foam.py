@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
+
+from gwt_dist.study.peers.each import Each
 
 SECOND_MOMENTS = ("energy", "approximation")
 
@@ -25,7 +27,7 @@ def check(options: dict[str, Any]) -> None:
         raise ValueError(f"level={options['level']!r} must be a whole number, at least 1; level 0 is AdamW")
 
 
-class FOAM(torch.optim.Optimizer):
+class FOAM(Each):
     """FOAM (arXiv 2512.07112): Adam's moments of the means of units of ``2**level`` neighbours in a row.
 
         a = mean of a unit of g,   r = g - a
@@ -69,29 +71,9 @@ class FOAM(torch.optim.Optimizer):
         check(options)
         super().__init__(params, {"lr": lr, **options})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every tensor that has a gradient.
-
-        Args:
-            closure: Evaluates the model again, with gradients; called first.
-
-        Returns:
-            What `closure` returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
+    def update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        """One step of its units."""
+        state = self.state[parameter]
         columns, width = gradient.shape[-1], 2 ** group["level"]
         units = functional.pad(gradient, (0, -columns % width)).unflatten(-1, (-1, width))
         mean = units.mean(-1)

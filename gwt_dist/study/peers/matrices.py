@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gwt_dist.study.peers.each import Each
 from gwt_dist.study.peers.momentum import MOMENTUM_DTYPES, refresh
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Muon's quintic, as torch.optim.Muon has them
@@ -56,7 +57,7 @@ def orthogonalized(u: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
-class _OfMomentum(torch.optim.Optimizer):
+class _OfMomentum(Each):
     """Weight decay, and a step along what `direction` makes of the momentum of each matrix."""
 
     def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
@@ -70,32 +71,15 @@ class _OfMomentum(torch.optim.Optimizer):
                         "matrices [R, C]. Give others to AdamW"
                     )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every matrix that has a gradient.
-
-        Args:
-            closure: Evaluates the model again, with gradients; called first.
-
-        Returns:
-            What `closure` returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            lr, beta = group["lr"], group["momentum"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient, state = parameter.grad.float(), self.state[parameter]
-                momentum = refresh(state, gradient, beta, group["momentum_dtype"])
-                u = gradient.lerp(momentum, beta) if group["nesterov"] else momentum
-                direction, size = self.direction(u, state, group)
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(direction, alpha=-lr * size)
-        return loss
+    def update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Momentum, decay and the step along `direction`; all are [R, C]."""
+        lr, beta, state = group["lr"], group["momentum"], self.state[parameter]
+        gradient = gradient.float()
+        momentum = refresh(state, gradient, beta, group["momentum_dtype"])
+        u = gradient.lerp(momentum, beta) if group["nesterov"] else momentum
+        direction, size = self.direction(u, state, group)
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.add_(direction, alpha=-lr * size)
 
     def direction(self, u: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, float]:
         """What a step at rate 1 takes from the weights: a tensor [R, C] and a factor; `u` is [R, C] in fp32."""

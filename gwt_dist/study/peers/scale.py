@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gwt_dist.study.peers.each import Each
+
 LEAST_RMS = 1e-8
 
 
-class SCALE(torch.optim.Optimizer):
+class SCALE(Each):
     """SCALE (arXiv 2506.16659): gradients over the root of the mean of their squares, taken for each output.
 
         m = mu*m + (1-mu)*g in the head, g itself elsewhere
@@ -44,33 +46,15 @@ class SCALE(torch.optim.Optimizer):
         groups = [{"params": list(those), "along": along, "momentum": mu} for those, along, mu in parts]
         super().__init__([group for group in groups if group["params"]], {"lr": lr, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every weight that has a gradient.
+    def update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Decay, and a step along the gradient or momentum with its root mean square brought to 1."""
+        m = self._momentum(parameter, gradient, group["momentum"]) if group["momentum"] else gradient
+        rms = m.square().mean(group["along"], keepdim=True).sqrt_().clamp_(min=LEAST_RMS)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(m / rms, alpha=-group["lr"])
 
-        Args:
-            closure: Evaluates the model again, with gradients; called first.
-
-        Returns:
-            What `closure` returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                m = self._momentum(parameter, group["momentum"]) if group["momentum"] else parameter.grad
-                rms = m.square().mean(group["along"], keepdim=True).sqrt_().clamp_(min=LEAST_RMS)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(m / rms, alpha=-group["lr"])
-        return loss
-
-    def _momentum(self, parameter: nn.Parameter, mu: float) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
+    def _momentum(self, parameter: nn.Parameter, gradient: Tensor, mu: float) -> Tensor:
+        state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
         m: Tensor = state["momentum"].lerp_(gradient, 1 - mu)
