@@ -138,6 +138,25 @@ def test_each_setting_is_searched_with_the_best_of_those_before(settings: dict[s
     ]
 
 
+def test_a_run_that_would_not_end_in_time_is_not_started(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(whole.time, "monotonic", lambda: now[0])
+    long, other, *_ = wanted(study_from(settings | {"short": 1.0}, "here"), "shared", {})
+    short = dataclasses.replace(long, steps=long.steps // 4)
+    deadline = whole._Deadline(60.0)
+    assert deadline.allows(long)  # nothing is known yet
+    deadline.ended(short, {"status": "ok", "seconds": 10.0})
+    deadline.ended(short, {"status": "diverged", "seconds": 1000.0})
+    assert deadline.allows(long) and deadline.allows(other)  # 40 of 60 seconds
+    now[0] = 125.0
+    assert not deadline.allows(long) and deadline.allows(short) and not deadline.over
+    now[0] = 160.0
+    assert deadline.over and not deadline.allows(short)
+    assert whole._Deadline(None).allows(long) and not whole._Deadline(None).over
+
+
 def test_differences_are_of_the_same_seeds() -> None:
     runs = [{"seed": seed, "validation_loss": loss} for seed, loss in ((0, 1.0), (1, 2.0), (2, 4.0))]
     others = [{"seed": seed, "validation_loss": loss} for seed, loss in ((2, 4.5), (0, 1.1))]
