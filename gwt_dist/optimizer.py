@@ -60,7 +60,7 @@ class GWTAdamW(torch.optim.Optimizer):
             whose gradients are steady, see `formulas.weighed`; None as the recipe says.
         limiter: Largest growth of the update's norm in one step, at least 1, or 0 for none; None as the recipe says.
         nesterov: Whether the update takes ``b1*m + (1-b1)*a``, a step further than the momentum ``m`` of the
-            approximation ``a``; where level > 0.
+            approximation ``a``, wherever it is not AdamW's; None as the recipe says: ``"orthogonal"`` does.
         cautious: Whether a weight decays only where its update does not take it away from zero (arXiv 2510.12402).
         correct_bias: False leaves ``sqrt(1-b2**t)/(1-b1**t)``, the published form of the correction, out.
         nor: Of ``"orthogonal"``: decay rate of the mean squares of rows of the orthogonalized matrix, which are brought

@@ -157,7 +157,8 @@ RECIPES: dict[str, Recipe] = {
         *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", "products", "least_level", *_COMMON_KEYS)),
         # With half of it the best rate was AdamW's own, of 1.25 and of 60 million weights (docs/quality.md).
         # Details that enter the iteration whole ended lower than those by coherence, more so in larger batches.
-        {"scale": 0.5, "second_moment": "none", "detail_gain": 1.0},
+        # Nesterov's step ended 0.010 lower at level 0 and no higher at level 1 (three seeds, 20 tokens a weight).
+        {"scale": 0.5, "second_moment": "none", "detail_gain": 1.0, "nesterov": True},
         {
             "limiter": "no second moment is kept: it limits the growth of a normalized momentum, and an "
             "orthogonalized update always has the same norm. Remove limiter, or write a second_moment"
@@ -194,7 +195,8 @@ def spelled(group: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """
     name, second = str(group.get("recipe", DEFAULT)), group.get("second_moment")
     if second == "none" and RECIPES[name].program is _adam:
-        return "orthogonal", {"detail_gain": RECIPES[name].defaults.get("detail_gain"), **_said(group)}
+        its = {"nesterov": False} | RECIPES[name].defaults
+        return "orthogonal", {key: its.get(key) for key in ("detail_gain", "nesterov")} | _said(group)
     if second not in (None, "none") and name == "orthogonal":
         return "energy", group
     return name, group

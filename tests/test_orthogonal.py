@@ -47,13 +47,14 @@ def test_the_iteration_keeps_singular_vectors_and_makes_values_one(shape: tuple[
 
 
 @pytest.mark.filterwarnings("ignore:Level value")
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize(("wavelet", "nesterov"), [("haar", False), ("haar", True), ("db2", True)])
 @pytest.mark.parametrize(("shape", "level"), [((12, 40), 1), ((40, 12), 2), ((7, 13), 3), ((6, 2, 5), 2), ((5, 3), 4)])
-def test_the_step_written_out_with_pywavelets(shape: tuple[int, ...], level: int, wavelet: str) -> None:
+def test_the_step_written_out_with_pywavelets(shape: tuple[int, ...], level: int, wavelet: str, nesterov: bool) -> None:
     """Steady gradients and changing ones, so that the coherence is 1, 0 and between."""
     gradients = [random(shape, i) for i in range(3)] + [random(shape, 3) + 2, random(shape, 4) + 2]
     start = random(shape, 9)
-    _, weight = trained(start, gradients, level=level, wavelet=wavelet, lr=0.02, weight_decay=0.1, betas=(0.8, 0.999))
+    options = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.999), "nesterov": nesterov}
+    _, weight = trained(start, gradients, level=level, wavelet=wavelet, **options)
     expected, m, gains = start.clone(), None, []
     rows, columns = shape[0], prod(shape[1:])
     for t, gradient in enumerate(gradients, 1):
@@ -64,7 +65,8 @@ def test_the_step_written_out_with_pywavelets(shape: tuple[int, ...], level: int
             gain = min(1.0, float((m**2).sum() / (1 - 0.8 ** (t - 1)) ** 2 / (a**2).sum()))
         gains.append(gain)
         m = 0.2 * a + (0.8 * m if m is not None else 0)
-        u = [m / (1 - 0.8**t), *(gain * detail for detail in details)]
+        read = (0.8 * m + 0.2 * a) / (1 - 0.8 ** (t + 1)) if nesterov else m / (1 - 0.8**t)
+        u = [read, *(gain * detail for detail in details)]
         whole = torch.from_numpy(pywt.waverec(u, wavelet, mode="periodization", axis=-1)[:, :columns].copy())
         expected -= (0.02 * 0.25 * max(rows, columns) ** 0.5 * newton_schulz(whole)).view(shape)
         expected *= 1 - 0.02 * 0.1

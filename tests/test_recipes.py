@@ -48,6 +48,16 @@ def test_old_groups_mean_what_they_meant() -> None:
     assert formula(recipe="paper", limiter=0)[2] == 1 and formula(recipe="energy", limiter=1.5)[2] == 2
 
 
+def test_nesterov_is_a_default_of_orthogonal_alone() -> None:
+    """What was called "none" of another recipe stays as it was."""
+    groups = {"orthogonal": 1, "energy": 0, "paper none": 0, "energy none": 0}
+    for words, expected in groups.items():
+        recipe, *second = words.split()
+        group = {"recipe": recipe, "second_moment": second[0] if second else None}
+        assert rule_of(group)["nesterov"] == expected, group
+        assert rule_of(group | {"nesterov": not expected})["nesterov"] == 1 - expected
+
+
 def test_what_moments_of_a_group_mean() -> None:
     assert meaning({"recipe": "paper"}) == {"second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01}
     assert meaning({"recipe": "energy"}) == {"second_moment": "energy", "detail_gain": "coherence", "limiter": 0.0}

@@ -62,7 +62,7 @@ def drawn(shape: torch.Size | tuple[int, ...], random: torch.Generator) -> Tenso
 def recorded(recipe: str) -> dict[str, Any]:
     """Keys of a recipe as they were then unless they were said."""
     gain = None if recipe == "paper" else "coherence"
-    return {"recipe": recipe, "scale": 0.25, "detail_gain": gain}
+    return {"recipe": recipe, "scale": 0.25, "detail_gain": gain, "nesterov": False}
 
 
 def trajectory(recipe: str, level: int, dtype: torch.dtype, iteration: str) -> dict[str, Tensor]:
