@@ -195,7 +195,7 @@ def spelled(group: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """
     name, second = str(group.get("recipe", DEFAULT)), group.get("second_moment")
     if second == "none" and RECIPES[name].program is _adam:
-        its = {"nesterov": False} | RECIPES[name].defaults
+        its = {"nesterov": False, **RECIPES[name].defaults}
         return "orthogonal", {key: its.get(key) for key in ("detail_gain", "nesterov")} | _said(group)
     if second not in (None, "none") and name == "orthogonal":
         return "energy", group
