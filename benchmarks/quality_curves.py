@@ -33,8 +33,11 @@ Run = dict[str, Any]
 
 
 def best_runs(lines: list[Run], row: str) -> list[Run]:
-    """The runs of `row`, one a seed, at full length and its best settings."""
-    ended = [line for line in lines if line["row"] == row and line["status"] == "ok"]
+    """The runs of `row`, one a seed, at full length and its best settings.
+
+    A run that two rows share, as those of a row and of it at AdamW's settings may, has been recorded under one of them.
+    """
+    ended = [line for line in lines if line["row"] in (row, f"{row}-kept") and line["status"] == "ok"]
     full = max(line["steps"] for line in ended)
     groups: dict[tuple[float, float], list[Run]] = {}
     for line in ended:
