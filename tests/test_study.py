@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -76,6 +83,41 @@ def test_a_study_that_was_interrupted_equals_one_that_was_not(settings: dict[str
     assert by_row["adamw"].state == pytest.approx((8 * (matrices + rest) + 4 * tensors) / (matrices + rest))
     assert 2.0 <= by_row["energy"].matrix_state < 2.0 + 8 * 7 / matrices + 1e-9
     assert [line.seeds for line in by_row.values()] == [2, 2]
+
+
+def test_a_worker_ends_when_the_study_is_killed(settings: dict[str, Any], tmp_path: Path) -> None:
+    """In the middle of a run, which would go on for minutes. Between two runs a worker sees that its pipe is closed."""
+    begun, log = tmp_path / "begun", tmp_path / "log"
+    (tmp_path / "endless.py").write_text(
+        "import os, pathlib, time\n"
+        "def stay(matrices, rest, lr, rest_lr, options):\n"
+        f"    pathlib.Path({str(begun)!r}).write_text(f'{{os.getpid()}}.')\n"
+        "    time.sleep(600)\n"
+    )
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(settings | {"rows": [{"name": "endless", "optimizer": "endless:stay", "lr": 0.1}]}))
+    command = [sys.executable, "-m", "gwt_dist", "compare", str(file), "--jobs", "1", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with log.open("w") as told:
+        study = subprocess.Popen(command, env=environment, stdout=told, stderr=told, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (begun.exists() and begun.read_text().endswith(".")):
+            assert study.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        worker = psutil.Process(int(begun.read_text()[:-1]))
+        assert worker.ppid() == study.pid
+        study.kill()
+        study.wait()
+        deadline = time.monotonic() + 10
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while worker.status() != psutil.STATUS_ZOMBIE:  # its new parent may be slow to take notice
+                assert time.monotonic() < deadline, "the worker outlives its study by 10 seconds"
+                time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # whatever the study has started is of its session
+            os.killpg(study.pid, signal.SIGKILL)
+        study.wait()
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(
