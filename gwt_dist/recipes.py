@@ -17,6 +17,8 @@ from gwt_dist.units import check_haar, check_level, check_wavelet
 
 # Of 60 million weights it ended lower than AdamW with a quarter of its bytes (docs/quality.md).
 DEFAULT, LEVEL = "orthogonal", 1
+# For where whole matrices should not be multiplied: of the recipes without products it ended lowest there.
+WITHOUT_PRODUCTS = "foam"
 Options = Mapping[str, Any]  # a parameter group, every key of it resolved
 
 EXP_AVG, EXP_AVG_SQ = Field("exp_avg", Extent.UNIT), Field("exp_avg_sq", Extent.UNIT)

@@ -148,7 +148,7 @@ def test_layouts_without_sums_send_nothing_and_with_sums_once_a_phase() -> None:
 
 DERIVED = (
     *("declare", "extents", "plan", "sums", "rounds", "stages", "schedule", "steps", "state", "shards", "piece"),
-    *("memory", "checkpoint", "kernels"),
+    *("memory", "checkpoint", "kernels", "engines"),
 )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gwt_dist import ds_json
-from gwt_dist.recipes import DEFAULT, program_of
+from gwt_dist.recipes import DEFAULT, WITHOUT_PRODUCTS, program_of
 from gwt_dist.steps import Group
 
 # Section and key, the values that are refused, and why with the way out.
@@ -170,7 +170,8 @@ def offload_note(settings: Mapping[str, Any], optimizer: Any) -> str:
     return (
         f"zero_optimization.offload_optimizer lets the optimizer step on the CPU, and no recipe was named: the "
         f"default, {DEFAULT!r}, multiplies whole matrices there, which may take most of a step. Write "
-        f'"recipe": "foam" for a step that goes element by element, or "recipe": "{DEFAULT}" if this is meant'
+        f'"recipe": "{WITHOUT_PRODUCTS}" for a step that goes element by element, or "recipe": "{DEFAULT}" if this is '
+        f"meant"
     )
 
 
