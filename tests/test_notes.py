@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 import gwt_dist
 from gwt_dist import GWTAdamW, param_groups
 from gwt_dist.cli.app import main
+from gwt_dist.engines.section import from_section, offer
+from gwt_dist.integrations import engaged
 from gwt_dist.notes import HIGH_RATE
 from gwt_dist.recipes import LEVEL, WITHOUT_PRODUCTS, program_of
 
@@ -136,3 +139,35 @@ def test_products_on_a_cpu_that_nobody_asked_for(
         with caplog.at_level(logging.WARNING, logger="gwt_dist"), pytest.raises(InterruptedError):
             gwt_dist.initialize(model=net(), optimizer=optimizer, config=config)
         assert [record.getMessage() for record in caplog.records] == findings
+
+
+@pytest.mark.parametrize(("params", "number"), [({}, 1), ({"recipe": "orthogonal"}, 0), ({"level": 0}, 0)], ids=str)
+def test_products_on_a_cpu_under_a_trainer(
+    params: dict[str, Any], number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a section that DeepSpeed itself builds, when it is attached, and not when training goes on."""
+    model = net()
+    offer(model)
+    optimizer = from_section(model.parameters(), **params)
+    wrapper = type("DeepSpeedOptimizerWrapper", (), {})()  # of Accelerate, around ZeRO's around ours
+    wrapper.optimizer = SimpleNamespace(optimizer=optimizer)
+    settings = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    plugin = SimpleNamespace(deepspeed_config=settings)
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: SimpleNamespace(deepspeed_plugin=plugin))
+    monkeypatch.setattr(engaged, "attach", lambda *_: monkeypatch.setattr(GWTAdamW, "shards", {"of": "ZeRO"}))
+    with caplog.at_level(logging.WARNING, logger="gwt_dist"):
+        for _ in range(2):
+            assert engaged.engage(wrapper, model, "DeepSpeed") == "flat shards"
+    assert len(caplog.records) == number
+    assert all("multiplies whole matrices there" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("section", "group", "is_default"),
+    [({}, {}, True), ({"recipe": "orthogonal"}, {}, False), ({}, {"recipe": "orthogonal"}, False)],
+)
+def test_a_section_over_groups_that_say_their_level(
+    section: dict[str, Any], group: dict[str, Any], is_default: bool
+) -> None:
+    groups = [{"params": list(net().parameters()), "level": 1, **group}]
+    assert from_section(groups, **section).is_default is is_default

@@ -39,10 +39,14 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
     options = {"recipe": DEFAULT, **ds_json.checked(section)}
     support()
     given = list(params)
+    # Of what was said, before the name of the default is written into all groups.
+    unnamed = "recipe" not in section and any(not isinstance(group, dict) or "recipe" not in group for group in given)
     model = next((model for model in _OFFERED if _owns(model, given)), None)
     by_name = {key: options.pop(key) for key in ("level", "targets", "rest") if key in options}
     if model is not None:
-        return GWTAdamW(param_groups(model, params=given, **by_name, **options), **options)
+        built = GWTAdamW(param_groups(model, params=given, **by_name, **options), **options)
+        built.is_default = unnamed
+        return built
     level, targets, rest = by_name.get("level", LEVEL), by_name.get("targets"), by_name.get("rest")
     leveled = level == 0 or all(isinstance(group, dict) and "level" in group for group in given)
     if targets is not None or rest is not None or not leveled:
@@ -55,7 +59,9 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
             f"gwt_dist.integrations.accelerate in the place of accelerator.prepare. Or remove the section and pass "
             f"GWTAdamW(gwt_dist.param_groups(model, ...)) as the optimizer"
         )
-    return GWTAdamW(given, level=level, **options)
+    built = GWTAdamW(given, level=level, **options)
+    built.is_default = unnamed
+    return built
 
 
 def support() -> None:

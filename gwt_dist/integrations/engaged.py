@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import Any
@@ -16,6 +17,8 @@ from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import find_optimizer
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.replaced import refuse_left_state
+
+logger = logging.getLogger(__name__)
 
 
 def engage(optimizer: Any, model: nn.Module, asked: str | None) -> str:
@@ -104,12 +107,17 @@ def _zero_optimizer(optimizer: Any) -> Any:
 
 def _refuse(optimizer: Any, zero: Any) -> None:
     """Raise `ValueError` for settings of DeepSpeed under which the update could not be right."""
-    from accelerate.state import AcceleratorState
-
     chain = [thing for thing in (zero, getattr(zero, "optimizer", None)) if thing is not None]
     refusals.refuse_swapped([optimizer, *chain], chain)
     # ZeRO's optimizer does not know them, and transformers does not show the engine to callbacks.
-    refusals.refuse(AcceleratorState().deepspeed_plugin.deepspeed_config)
+    refusals.refuse(_settings())
+
+
+def _settings() -> Any:
+    """The DeepSpeed JSON, as Accelerate has filled it in."""
+    from accelerate.state import AcceleratorState
+
+    return AcceleratorState().deepspeed_plugin.deepspeed_config
 
 
 def _attach_loaded(inner: GWTAdamW, optimizer: Any, zero: Any) -> None:
@@ -122,3 +130,5 @@ def _attach_loaded(inner: GWTAdamW, optimizer: Any, zero: Any) -> None:
     held = [parameter for group in inner.param_groups for parameter in group["params"]]
     refuse_left_state(loaded, [*held, *inner.shards])
     inner.state.update(loaded)
+    if note := refusals.offload_note(_settings(), inner):  # after the first attach alone
+        logger.warning(note)
