@@ -17,7 +17,7 @@ import gwt_dist
 from gwt_dist import GWTAdamW, param_groups
 from gwt_dist.cli.app import main
 from gwt_dist.engines.section import from_section, offer
-from gwt_dist.integrations import engaged
+from gwt_dist.integrations import engaged, transformers
 from gwt_dist.notes import HIGH_RATE
 from gwt_dist.recipes import LEVEL, WITHOUT_PRODUCTS, program_of
 
@@ -171,3 +171,10 @@ def test_a_section_over_groups_that_say_their_level(
 ) -> None:
     groups = [{"params": list(net().parameters()), "level": 1, **group}]
     assert from_section(groups, **section).is_default is is_default
+
+
+@pytest.mark.parametrize("options", [{}, {"recipe": "orthogonal"}], ids=str)
+def test_an_optimizer_that_the_trainer_builds(options: dict[str, Any]) -> None:
+    """By `optimizer_cls_and_kwargs`, which writes the recipe into all groups too."""
+    built = transformers._Factory()(net(), targets=["mlp"], weight_decay=0.1, **options)
+    assert built.is_default is not bool(options)

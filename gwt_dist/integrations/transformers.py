@@ -138,9 +138,11 @@ class _Factory:
             if parameter.requires_grad:
                 groups[name not in decaying]["params"].append(parameter)
         groups = [group for group in groups if group["params"]]
-        level = options.pop("level", LEVEL)
+        level, unnamed = options.pop("level", LEVEL), "recipe" not in options
         rest, options = options.pop("rest", None), {"recipe": DEFAULT, **options}
-        return GWTAdamW(param_groups(model, level, targets, params=groups, rest=rest, **options), **options)
+        built = GWTAdamW(param_groups(model, level, targets, params=groups, rest=rest, **options), **options)
+        built.is_default = unnamed  # the name is written into all groups
+        return built
 
 
 def _refuse_beside_a_section(args: Any, said: Mapping[str, Any]) -> None:
