@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gwt_dist.keys import COMMON, KEYS, of_recipes, refuse_unknown
-from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, program_of, spelled
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, own_keys, program_of, spelled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -128,8 +128,8 @@ def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
 
     They are `options` with level 0, and then what `rest` says. `least_level` is not taken over: what orthogonalizes
     matrices of level 0 is not for embeddings. Where `rest` names another recipe, keys that this one does not read are
-    not taken over either, nor those that say what moments mean, nor `scale`. Such keys are None, as the recipe says, so
-    that defaults of the optimizer do not act in their place.
+    not taken over either, nor those of `recipes.own_keys`. Such keys are None, as the recipe says, so that defaults of
+    the optimizer do not act in their place.
 
     Raises:
         ValueError: For a key that is unknown or wrong, or a level of `rest` with which a recipe that orthogonalizes
@@ -141,7 +141,7 @@ def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
     dropped = {"least_level"}
     if "recipe" in rest:
         read = RECIPES[rest["recipe"]].keys if rest["recipe"] in list(RECIPES) else ()
-        own = {key for key, about in KEYS.items() if about.meaning} | {"scale"}  # what suits the update of one recipe
+        own = own_keys()
         other = {key for key, about in KEYS.items() if about.of_recipe and (key in own or key not in read)}
         if "recipe" not in options:  # it may be said to the optimizer, which has defaults then
             other -= options.keys()

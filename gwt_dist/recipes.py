@@ -227,6 +227,11 @@ def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key, about in KEYS.items() if about.meaning}
 
 
+def own_keys() -> set[str]:
+    """Keys whose value suits one recipe: those that say what moments mean, and those with a default of a recipe's own."""
+    return {key for key, about in KEYS.items() if about.meaning}.union(*(its.defaults for its in RECIPES.values()))
+
+
 def check_meaning(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, where: str) -> None:
     """Raise `ValueError` if moments of level > 0 that were made in group `saved` mean something else in group `mine`.
 

@@ -117,7 +117,8 @@ def keys(groups: list[dict]) -> list[dict]:
 
 def test_what_matches_no_target_has_keys_of_its_own() -> None:
     net = model()
-    given = {"recipe": "orthogonal", "nor": 0.95, "detail_gain": 0.5, "state_dtype": "int8", "least_level": 0}
+    given = {"recipe": "orthogonal", "nor": 0.95, "detail_gain": 0.5, "nesterov": True, "state_dtype": "int8"}
+    given |= {"least_level": 0}
     matrices, others = param_groups(net, level=1, rest={"recipe": "energy", "level": 3, "scale": 1.0}, **given)
     assert keys([matrices])[0] == {**given, "level": 1}
     kept = {key: value for key, value in others.items() if key != "params" and value is not None}

@@ -54,19 +54,29 @@ def test_the_key_of_a_run_follows_what_a_recipe_means(monkeypatch: pytest.Monkey
 def test_the_options_of_recorded_runs() -> None:
     """Results are found by all options of their run: these are those of runs that were recorded."""
     meant = {
-        "paper": (0.25, "approximation", 1.0, 1.01),
-        "energy": (1.0, "energy", "coherence", 0.0),
-        "orthogonal": (0.5, "none", 1.0, 0.0),
+        "paper": (0.25, "approximation", 1.0, 1.01, False),
+        "energy": (1.0, "energy", "coherence", 0.0, False),
+        "orthogonal": (0.5, "none", 1.0, 0.0, True),
     }
     common = {"level": 1, "weight_decay": 0.0}
     for recipe, values in meant.items():
-        implied = dict(zip(("scale", "second_moment", "detail_gain", "limiter"), values, strict=True))
+        implied = dict(zip(("scale", "second_moment", "detail_gain", "limiter", "nesterov"), values, strict=True))
         options = options_of("gwt", {"recipe": recipe}, "a row")
         assert json.dumps(options, sort_keys=True) == json.dumps(
             {**common, "recipe": recipe, **implied}, sort_keys=True
         )
-    options = options_of("gwt", {"recipe": "orthogonal", "nor": 0.95, "nesterov": True}, "a row")
-    assert (options["nor"], options["nesterov"], "cautious" in options) == (0.95, True, False)
+    options = options_of("gwt", {"recipe": "orthogonal", "nor": 0.95, "nesterov": False}, "a row")
+    assert (options["nor"], options["nesterov"], "cautious" in options) == (0.95, False, False)
+
+
+def test_another_default_of_a_recipe_makes_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the key: that of a recipe which had none of its own too."""
+    before = options_of("gwt", {"recipe": "foam"}, "a row")
+    foam = recipes.RECIPES["foam"]
+    monkeypatch.setitem(
+        recipes.RECIPES, "foam", dataclasses.replace(foam, defaults={**foam.defaults, "cautious": True})
+    )
+    assert options_of("gwt", {"recipe": "foam"}, "a row") == before | {"cautious": True}
 
 
 def test_rows_of_ours_say_keys_of_the_rest() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from gwt_dist.groups import keys_of_rest
 from gwt_dist.keys import of_recipes
-from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, meaning, resolved
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, own_keys, resolved
 from gwt_dist.study.bare import class_in
 from gwt_dist.study.peers import foam, scale
 from gwt_dist.study.peers import matrices as peers
@@ -134,8 +134,8 @@ def _of_the_recipe(options: Options) -> Options:
     """What the recipe says of keys that are not given: a run that was made with another recipe is another run."""
     refuse_unknown_keys([options["recipe"]], RECIPES, "recipes")
     group = {"recipe": options["recipe"]}
-    implied = {"scale": resolved(group)[1]["scale"], **meaning(group)}
-    return {key: value for key, value in implied.items() if options.get(key) is None}
+    implied = resolved(group)[1]
+    return {key: implied[key] for key in sorted(own_keys()) if options.get(key) is None}
 
 
 class _Named(nn.Module):
