@@ -14,7 +14,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "results" / "quality"
 POINTS, EACH = "losses_of_25_steps", 25
-# Rows of the recorded file, and their names in the picture; prototypes of variants are in the table of the page alone.
+# Rows of the recorded file, and their names in the picture; L1-N and L0-N are runs of prototypes.
 NAMES = {
     "adamw": "AdamW",
     "muon": "Muon",
@@ -22,10 +22,19 @@ NAMES = {
     "foam-2": "foam, level 2",
     "energy-2": "energy, level 2",
     "orthogonal-1": "orthogonal, level 1",
+    "L1-N": "orthogonal, level 1, Nesterov: the default",
+    "L0-N": "orthogonal, level 0, Nesterov",
     "orthogonal-0-int8": "orthogonal, level 0, int8",
     "orthogonal-1-int8": "orthogonal, level 1, int8",
     "whole-int8": "orthogonal, level 1, int8, embeddings too",
     "orthogonal-2": "orthogonal, level 2",
+    "orthogonal-2-int8": "orthogonal, level 2, int8",
+}
+# Bytes of state for each weight of the model, as `gwt-dist compare` counts them on a CPU: on a GPU buffers come on top.
+BYTES = {
+    **{"adamw": 8.0, "muon": 4.22, "muon-8bit": 1.38, "foam-2": 2.33, "energy-2": 2.33, "orthogonal-1": 2.33},
+    **{"L1-N": 2.33, "L0-N": 4.22, "orthogonal-0-int8": 1.13, "orthogonal-1-int8": 0.63, "whole-int8": 0.57},
+    **{"orthogonal-2": 1.39, "orthogonal-2-int8": 0.39},
 }
 THEIRS = "adamw", "muon", "muon-8bit"
 CURVES = "adamw", "muon", "orthogonal-1", "orthogonal-0-int8", "foam-2"
@@ -59,8 +68,7 @@ def draw(lines: list[Run], output: Path) -> None:
         runs = best_runs(lines, row)
         losses = [run["validation_loss"] for run in runs]
         error = stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
-        size = runs[0]["state_bytes"] / runs[0]["parameters"]
-        against_bytes.errorbar(size, mean(losses), yerr=error, fmt="s" if row in THEIRS else "o", label=name)
+        against_bytes.errorbar(BYTES[row], mean(losses), yerr=error, fmt="s" if row in THEIRS else "o", label=name)
         if row in CURVES:
             points = runs[0][POINTS]
             tokens = [min((i + 1) * EACH, runs[0]["steps"]) * runs[0]["tokens"] / 1e6 for i in range(len(points))]

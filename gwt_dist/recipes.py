@@ -228,7 +228,7 @@ def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_keys() -> set[str]:
-    """Keys whose value suits one recipe: those that say what moments mean, and those with a default of a recipe's own."""
+    """Keys whose value suits one recipe: those that say what moments mean, or have a default of a recipe's own."""
     return {key for key, about in KEYS.items() if about.meaning}.union(*(its.defaults for its in RECIPES.values()))
 
 
