@@ -6,33 +6,33 @@ A new recipe is a file of `formulas` and an entry here. Nothing else names one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
-from gwt_dist.declare import RESERVED, Extent, Field, Pass, Program, Rule, Sum, Travel
-from gwt_dist.formats import CELL, FORMATS, STATE_DTYPES, scale_of
+from gwt_dist.declare import RESERVED, Extent, Field, Program, Rule
+from gwt_dist.formats import CELL
 from gwt_dist.keys import COMMON, KEYS, Key, check_keys
+from gwt_dist.programs import (
+    Options,
+    adam,
+    adam_numbers,
+    adamw,
+    came,
+    factored,
+    factored_numbers,
+    orthogonal,
+    orthogonal_numbers,
+    residual,
+)
 from gwt_dist.units import check_haar, check_level, check_wavelet
 
 # Of 60 million weights it ended lower than AdamW with a quarter of its bytes (docs/quality.md).
 DEFAULT, LEVEL = "orthogonal", 1
 # For where whole matrices should not be multiplied: of the recipes without products it ended lowest there.
 WITHOUT_PRODUCTS = "foam"
-Options = Mapping[str, Any]  # a parameter group, every key of it resolved
-
-EXP_AVG, EXP_AVG_SQ = Field("exp_avg", Extent.UNIT), Field("exp_avg_sq", Extent.UNIT)
-EXP_AVG_SQ_ROW = Field("exp_avg_sq_row", Extent.ROW)
-LIMITED_NORM = Field("limited_norm", Extent.TENSOR)
-_NOT_NEGATIVE = (EXP_AVG_SQ,)
 _CELLS = (
     f"8-bit state stores {CELL} neighbouring coefficients together, and those of other wavelets need the whole row. "
     f'Write wavelet="haar", or state_dtype="bf16"'
-)
-# What compiled kernels read of a rule besides lr, in the order of their tables.
-ADAM = (
-    *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
-    *("correct_bias", "rounding_seed"),
 )
 
 
@@ -48,106 +48,29 @@ class Recipe:
     why: Mapping[str, str] = field(default_factory=dict)  # of keys that it does not read: why not, and what to do
 
 
-@dataclass(frozen=True, slots=True)
-class _Common:
-    """What keys that all recipes here read say of a program."""
-
-    state_dtype: str
-    write: str
-    rounding: str
-
-    @classmethod
-    def of(cls, options: Options) -> _Common:
-        write = "cautious" if options["cautious"] else "decay"
-        rounding = "stochastic" if options["stochastic_rounding"] else "nearest"
-        return cls(options["state_dtype"], write, rounding)
-
-    def fields(self, *moments: Field, others: tuple[Field, ...]) -> tuple[Field, ...]:
-        """Moments in the formats that fit them, with scales where these need any, and `others` as they are."""
-        formats = STATE_DTYPES[self.state_dtype]
-        stored = [replace(m, format=formats[m in _NOT_NEGATIVE]) for m in moments]
-        scales = [Field(scale_of(m.name), Extent.CELL) for m in stored if FORMATS[m.format].scaled]
-        return (*stored, *scales, *others)
-
-
-def _adamw(options: Options) -> Program:
-    """Level 0, which is AdamW: there are no details, and no scale, limiter or Nesterov acts."""
-    return _adam_program(str(options["second_moment"]), "weighed", False, _Common.of(options))
-
-
-def _adam(options: Options) -> Program:
-    return _adam_program(options["second_moment"], "weighed", options["limiter"] > 0, _Common.of(options))
-
-
-def _residual(options: Options) -> Program:
-    if options["second_moment"] == "none":
-        raise ValueError('second_moment="none" leaves nothing to divide by; write recipe="orthogonal"')
-    check_haar(options["wavelet"], "the denominator of an element has the residual of its Haar unit in it")
-    return _adam_program(options["second_moment"], "residual", False, _Common.of(options))
-
-
-@lru_cache
-def _adam_program(second_moment: str, detail: str, limited: bool, common: _Common) -> Program:
-    phases: tuple[Pass, ...] = (Pass("step", writes=True),)
-    if limited:
-        phases = Pass("moments", (Sum("update"),), then="limit"), Pass("write", writes=True)
-    # What orthogonalizes has no second moment of its own to name; its tensors of level 0 have that of the default.
-    formula = "adam_approximation" if second_moment == "approximation" else "adam_energy"
-    fields = common.fields(EXP_AVG, EXP_AVG_SQ, others=(LIMITED_NORM,))
-    return Program(formula, fields, phases, detail, common.write, ADAM, rounding=common.rounding)
-
-
-def _orthogonal(options: Options) -> Program:
-    rows, coherent = options["nor"] > 0, isinstance(options["detail_gain"], str)
-    return _orthogonal_program(rows, coherent, options["products"], options["least_level"], _Common.of(options))
-
-
-@lru_cache
-def _orthogonal_program(rows: bool, coherent: bool, products: str, least_level: int, common: _Common) -> Program:
-    state = common.fields(EXP_AVG, others=(EXP_AVG_SQ_ROW, LIMITED_NORM) if rows else (LIMITED_NORM,))
-    along = tuple(f.name for f in state if f.extent is Extent.ROW)
-    travel = Travel("momentum", "orthogonalize", "write", along, products)
-    phases = (Pass("norms", (Sum("m_a", numbers=2),)), travel) if coherent else (travel,)
-    name = "normuon" if rows else "orthogonal"
-    return Program(name, state, phases, "", common.write, ADAM, least_level, common.rounding)
-
-
-def _adam_numbers(options: Options) -> dict[str, float]:
-    (beta1, beta2), gain = options["betas"], options["detail_gain"]
-    return {
-        "beta1": beta1,
-        "beta2": beta2,
-        "detail_gain": 1 - beta1 if isinstance(gain, str) else gain,  # what a fresh gradient is to Adam's momentum
-        "coherent": float(isinstance(gain, str)),
-        **{key: options[key] for key in ("eps", "weight_decay", "scale", "limiter")},
-        **{key: float(options[key]) for key in ("nesterov", "correct_bias", "rounding_seed")},
-    }
-
-
-def _orthogonal_numbers(options: Options) -> dict[str, float]:
-    gain = options["detail_gain"]
-    # Details that are orthogonalized need no least part.
-    return _adam_numbers(options) | {"nor": options["nor"], "detail_gain": 0.0 if isinstance(gain, str) else gain}
-
-
 _COMMON_KEYS = (
     *("scale", "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"),
 )
 _ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_COMMON_KEYS
+_FACTORED_KEYS = (
+    *("second_moment", "detail_gain", "least_level"),
+    *(key for key in _COMMON_KEYS if key != "nesterov"),
+)
+_CLIPS = {"limiter": "clip_threshold limits every update of it, not its growth alone. Remove limiter"}
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
     "paper": Recipe(
-        *(_adam, _adamw, _adam_numbers, _ADAM_KEYS),
+        *(adam, adamw, adam_numbers, _ADAM_KEYS),
         {"scale": 0.25, "second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01},
     ),
     # A detail contributes what one fresh gradient contributes to Adam's momentum, or more where gradients are steady,
     # over the energy of its own unit. Bounded, so it needs no norm and no collective.
-    "energy": Recipe(_adam, _adamw, _adam_numbers, _ADAM_KEYS),
+    "energy": Recipe(adam, adamw, adam_numbers, _ADAM_KEYS),
     # The residual of an element is a gradient of its own beside its unit's momentum (FOAM, arXiv 2512.07112), bounded
     # by its square in the denominator, so it needs no gain.
     "foam": Recipe(
-        *(_residual, _adamw, _adam_numbers, ("second_moment", *_COMMON_KEYS)),
+        *(residual, adamw, adam_numbers, ("second_moment", *_COMMON_KEYS)),
         {"detail_gain": 0.0},
         {
             "detail_gain": "a residual is bounded by its own square in the denominator and has no gain. Remove it",
@@ -156,7 +79,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
     "orthogonal": Recipe(
-        *(_orthogonal, _adamw, _orthogonal_numbers, ("detail_gain", "nor", "products", "least_level", *_COMMON_KEYS)),
+        *(orthogonal, adamw, orthogonal_numbers, ("detail_gain", "nor", "products", "least_level", *_COMMON_KEYS)),
         # With half of it the best rate was AdamW's own, of 1.25 and of 60 million weights (docs/quality.md).
         # Details that enter the iteration whole ended lower than those by coherence, more so in larger batches.
         # Nesterov's step ended 0.010 lower at level 0 and no higher at level 1 (three seeds, 20 tokens a weight).
@@ -166,6 +89,11 @@ RECIPES: dict[str, Recipe] = {
             "orthogonalized update always has the same norm. Remove limiter, or write a second_moment"
         },
     ),
+    # A row and a column of numbers in place of the second moment, so a momentum and little else (Adafactor, arXiv
+    # 1804.04235). It keeps the root mean square of its update below a limit, which is one number a tensor.
+    "factored": Recipe(factored, adamw, factored_numbers, ("clip_threshold", *_FACTORED_KEYS), why=_CLIPS),
+    # And the same of how far each update is from the momentum: it goes far where they agree (CAME, arXiv 2307.02047).
+    "came": Recipe(came, adamw, factored_numbers, ("clip_threshold", "confidence_beta", *_FACTORED_KEYS), why=_CLIPS),
 }
 
 
@@ -196,7 +124,7 @@ def spelled(group: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     "energy"; what else they say is unchanged.
     """
     name, second = str(group.get("recipe", DEFAULT)), group.get("second_moment")
-    if second == "none" and RECIPES[name].program is _adam:
+    if second == "none" and RECIPES[name].program is adam:
         its = {"nesterov": False, **RECIPES[name].defaults}
         return "orthogonal", {key: its.get(key) for key in ("detail_gain", "nesterov")} | _said(group)
     if second not in (None, "none") and name == "orthogonal":

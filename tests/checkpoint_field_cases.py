@@ -14,7 +14,8 @@ from gwt_dist import dtensor
 from gwt_dist.checkpoint.holdings import Run, Stepped, flat
 from gwt_dist.declare import Extent, Field, Pass, Program
 from gwt_dist.layout import Fragment
-from gwt_dist.recipes import RECIPES, Options, Recipe
+from gwt_dist.programs import Options
+from gwt_dist.recipes import RECIPES, Recipe
 
 EVERY = "every extent"  # a recipe that keeps something of every extent, other things at level 0, and has no formula
 

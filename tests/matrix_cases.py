@@ -35,7 +35,8 @@ Weights = dict[str, Tensor]
 STEPS = 3
 COMBINATIONS = [
     *((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")),
-    *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "toy")),
+    *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "toy", "came")),
+    (0, "adafactor"),
 ]
 # Blocks of each kind of model, and what a block's name says beside a recipe.
 BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")]}
@@ -46,6 +47,7 @@ FORMATTED = [(1, "energy8"), (2, "energy16"), (2, "foam8"), (1, "muon8"), (2, "m
 BLOCKS |= {"formats": FORMATTED, "rounded": [(level, f"rounded {name}") for level, name in FORMATTED]}
 DTYPES = {"formats": torch.float32, "rounded": torch.bfloat16}  # of weights; fp64, or fp32 under DeepSpeed, in others
 NAMED: dict[str, dict[str, Any]] = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
+NAMED["adafactor"] = {"recipe": "factored", "least_level": 0}
 NAMED["bf16"] = {**NAMED["normuon"], "products": "bf16"}
 NAMED |= {
     "energy8": {"recipe": "energy", "state_dtype": "int8"},

@@ -19,7 +19,7 @@ LINES = 400  # aim at 300; at this length a module does two things
 
 # Which parts of gwt_dist a part may import, lowest layer first. A part is a module or a package
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
-DECLARED = {"formats", "declare", "keys", "recipes", "notes", "extents"}  # what a recipe is, without torch
+DECLARED = {"formats", "declare", "keys", "programs", "recipes", "notes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "noise", "piece", "products", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": set(),
     "declare": {"formats"},
     "keys": {"formats"},
-    "recipes": {"units", "formats", "declare", "keys"},
+    "programs": {"units", "formats", "declare"},
+    "recipes": {"units", "formats", "declare", "keys", "programs"},
     "notes": {"recipes"},
     "ds_json": {"keys"},
     "extents": {"layout", "exchange", "declare"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formulas": {"declare", "piece", "layout", "products"},
     "owners": {"layout"},
     "matrices": {"layout", "owners"},
-    "kernels": {"wavelet", "layout", "noise", "formats", "declare", "recipes", "piece", "formulas"},
+    "kernels": {"wavelet", "layout", "noise", "formats", "declare", "programs", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
     "groups": {"keys", "recipes"},
     "dtensor": {"layout", "exchange", "comm"},

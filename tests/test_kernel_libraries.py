@@ -15,7 +15,8 @@ import torch
 
 from gwt_dist.declare import Pass, Sum
 from gwt_dist.kernels import build, choice, cpu, eager, variant
-from gwt_dist.recipes import ADAM, rule_of
+from gwt_dist.programs import ADAM
+from gwt_dist.recipes import rule_of
 from test_kernels import PIECES, VARIANTS, program, train
 
 

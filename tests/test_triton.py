@@ -20,7 +20,7 @@ from gwt_dist.kernels import choice, choose, cpu, eager, triton
 from gwt_dist.kernels.build import BuildError
 from gwt_dist.layout import Fragment
 from gwt_dist.piece import Piece
-from gwt_dist.recipes import ADAM
+from gwt_dist.programs import ADAM
 from ranks import RankPool
 from test_memory_safety import BROKEN
 from triton_cases import CAUTIOUS, ENERGY, FOAM, PAPER, rule

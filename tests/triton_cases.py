@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import test_layout
 import test_memory_safety
-from gwt_dist import GWTAdamW, recipes
+from gwt_dist import GWTAdamW, programs, recipes
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent, Rule
 from gwt_dist.formulas import moments
@@ -274,8 +274,8 @@ def step_sizes(betas: tuple[float, float], steps: list[int], nesterov: bool) -> 
 def numbers_in_another_order() -> list[str]:
     """One step of every recipe where the tuple that all tables follow is shuffled before the kernels are imported."""
     assert "gwt_dist.kernels.triton_kernels" not in sys.modules, "the order is read when they are imported"
-    shuffled = *recipes.ADAM[3:], *recipes.ADAM[:3]
-    with patch.object(recipes, "ADAM", shuffled):
+    shuffled = *programs.ADAM[3:], *programs.ADAM[:3]
+    with patch.object(programs, "ADAM", shuffled):
         interpreted_now = triton_module_is_interpreted()
     assert interpreted_now
     tensors = [((5, 97), torch.float32, torch.float32, False)]

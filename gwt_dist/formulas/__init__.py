@@ -14,6 +14,7 @@ from torch import Tensor
 from gwt_dist.declare import Pass, Program
 from gwt_dist.formulas import normuon, orthogonal, weights
 from gwt_dist.formulas.adam import DETAILS, Adam
+from gwt_dist.formulas.factored import Factored
 from gwt_dist.formulas.share import Share
 
 __all__ = ["DETAILS", "FORMULAS", "WRITES", "Share", "check"]
@@ -23,6 +24,10 @@ FORMULAS: dict[str, Any] = {
     "adam_energy": Adam(energy=True),
     "orthogonal": orthogonal,
     "normuon": normuon,
+    "factored_approximation": Factored(energy=False, confidence=False),
+    "factored_energy": Factored(energy=True, confidence=False),
+    "came_approximation": Factored(energy=False, confidence=True),
+    "came_energy": Factored(energy=True, confidence=True),
 }
 # How a weight takes its change.
 WRITES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"decay": weights.decay, "cautious": weights.cautious}

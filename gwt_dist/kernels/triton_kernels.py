@@ -28,7 +28,7 @@ from gwt_dist.kernels.triton_formats import (
 )
 from gwt_dist.kernels.triton_lines import PART, before, changes, place_of_change, places, ring, to_parts
 from gwt_dist.kernels.triton_math import power, unit_sum
-from gwt_dist.recipes import ADAM
+from gwt_dist.programs import ADAM
 
 NUMBERS = "lr", *ADAM  # of a rule, in the order of their table
 

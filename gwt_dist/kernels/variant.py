@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from gwt_dist.declare import Extent, Pass, Program, Travel
-from gwt_dist.recipes import ADAM
+from gwt_dist.programs import ADAM
 
 HERE = Path(__file__).parent
 # By the function of a phase: whether it updates the moments, whether it writes the weights.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gwt_dist import GWTAdamW
 from gwt_dist.declare import Extent, Pass, Rule
-from gwt_dist.recipes import LIMITED_NORM, rule_of
+from gwt_dist.programs import LIMITED_NORM
+from gwt_dist.recipes import rule_of
 from gwt_dist.train.metrics import PHASES
 
 # A limiter that acts leaves exactly its factor of growth, which fp32 rounds: closer to it than this is the same.

@@ -1,0 +1,151 @@
+"""What each recipe makes of a resolved parameter group: the program that steps its tensors, and its numbers.
+
+Functions of the keys of a group alone; `recipes` has the table of who is made of which. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from gwt_dist.declare import Extent, Field, Pass, Program, Sum, Travel
+from gwt_dist.formats import FORMATS, STATE_DTYPES, scale_of
+from gwt_dist.units import check_haar
+
+Options = Mapping[str, Any]  # a parameter group, every key of it resolved
+
+EXP_AVG, EXP_AVG_SQ = Field("exp_avg", Extent.UNIT), Field("exp_avg_sq", Extent.UNIT)
+EXP_AVG_SQ_ROW = Field("exp_avg_sq_row", Extent.ROW)
+EXP_AVG_SQ_COL = Field("exp_avg_sq_col", Extent.COLUMN)
+RESIDUAL = Field("exp_avg_res_row", Extent.ROW), Field("exp_avg_res_col", Extent.COLUMN)
+LIMITED_NORM = Field("limited_norm", Extent.TENSOR)
+_NOT_NEGATIVE = (EXP_AVG_SQ,)
+# What compiled kernels read of a rule besides lr, in the order of their tables.
+ADAM = (
+    *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
+    *("correct_bias", "rounding_seed"),
+)
+FACTORED = *ADAM, "clip_threshold", "confidence_beta"
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What keys that all recipes here read say of a program."""
+
+    state_dtype: str
+    write: str
+    rounding: str
+
+    @classmethod
+    def of(cls, options: Options) -> _Common:
+        write = "cautious" if options["cautious"] else "decay"
+        rounding = "stochastic" if options["stochastic_rounding"] else "nearest"
+        return cls(options["state_dtype"], write, rounding)
+
+    def fields(self, *moments: Field, others: tuple[Field, ...]) -> tuple[Field, ...]:
+        """Moments in the formats that fit them, with scales where these need any, and `others` as they are."""
+        formats = STATE_DTYPES[self.state_dtype]
+        stored = [replace(m, format=formats[m in _NOT_NEGATIVE]) for m in moments]
+        scales = [Field(scale_of(m.name), Extent.CELL) for m in stored if FORMATS[m.format].scaled]
+        return (*stored, *scales, *others)
+
+
+def adamw(options: Options) -> Program:
+    """Level 0, which is AdamW: there are no details, and no scale, limiter or Nesterov acts."""
+    return _adam_program(str(options["second_moment"]), "weighed", False, _Common.of(options))
+
+
+def adam(options: Options) -> Program:
+    """Adam's moments; two phases where a limiter is on."""
+    return _adam_program(options["second_moment"], "weighed", options["limiter"] > 0, _Common.of(options))
+
+
+def residual(options: Options) -> Program:
+    """Adam's moments, with the residual of each element beside them. Haar alone."""
+    if options["second_moment"] == "none":
+        raise ValueError('second_moment="none" leaves nothing to divide by; write recipe="orthogonal"')
+    check_haar(options["wavelet"], "the denominator of an element has the residual of its Haar unit in it")
+    return _adam_program(options["second_moment"], "residual", False, _Common.of(options))
+
+
+@lru_cache
+def _adam_program(second_moment: str, detail: str, limited: bool, common: _Common) -> Program:
+    phases: tuple[Pass, ...] = (Pass("step", writes=True),)
+    if limited:
+        phases = Pass("moments", (Sum("update"),), then="limit"), Pass("write", writes=True)
+    # What orthogonalizes has no second moment of its own to name; its tensors of level 0 have that of the default.
+    formula = "adam_approximation" if second_moment == "approximation" else "adam_energy"
+    fields = common.fields(EXP_AVG, EXP_AVG_SQ, others=(LIMITED_NORM,))
+    return Program(formula, fields, phases, detail, common.write, ADAM, rounding=common.rounding)
+
+
+def orthogonal(options: Options) -> Program:
+    """A momentum whose matrices travel to be orthogonalized."""
+    rows, coherent = options["nor"] > 0, isinstance(options["detail_gain"], str)
+    return _orthogonal_program(rows, coherent, options["products"], options["least_level"], _Common.of(options))
+
+
+@lru_cache
+def _orthogonal_program(rows: bool, coherent: bool, products: str, least_level: int, common: _Common) -> Program:
+    state = common.fields(EXP_AVG, others=(EXP_AVG_SQ_ROW, LIMITED_NORM) if rows else (LIMITED_NORM,))
+    along = tuple(f.name for f in state if f.extent is Extent.ROW)
+    travel = Travel("momentum", "orthogonalize", "write", along, products)
+    phases = (Pass("norms", (Sum("m_a", numbers=2),)), travel) if coherent else (travel,)
+    name = "normuon" if rows else "orthogonal"
+    return Program(name, state, phases, "", common.write, ADAM, least_level, common.rounding)
+
+
+def adam_numbers(options: Options) -> dict[str, float]:
+    """What functions of Adam's read of a rule."""
+    (beta1, beta2), gain = options["betas"], options["detail_gain"]
+    return {
+        "beta1": beta1,
+        "beta2": beta2,
+        "detail_gain": 1 - beta1 if isinstance(gain, str) else gain,  # what a fresh gradient is to Adam's momentum
+        "coherent": float(isinstance(gain, str)),
+        **{key: options[key] for key in ("eps", "weight_decay", "scale", "limiter")},
+        **{key: float(options[key]) for key in ("nesterov", "correct_bias", "rounding_seed")},
+    }
+
+
+def orthogonal_numbers(options: Options) -> dict[str, float]:
+    """And those of orthogonalized momenta."""
+    gain = options["detail_gain"]
+    # Details that are orthogonalized need no least part.
+    return adam_numbers(options) | {"nor": options["nor"], "detail_gain": 0.0 if isinstance(gain, str) else gain}
+
+
+def factored(options: Options) -> Program:
+    """A second moment of rows and columns."""
+    return _factored(options, confidence=False)
+
+
+def came(options: Options) -> Program:
+    """The same, and how far the updates are from their mean, likewise by rows and columns."""
+    return _factored(options, confidence=True)
+
+
+def _factored(options: Options, confidence: bool) -> Program:
+    if options["second_moment"] == "none":
+        raise ValueError('second_moment="none" leaves nothing to factor; write recipe="orthogonal"')
+    return _factored_program(options["second_moment"], confidence, options["least_level"], _Common.of(options))
+
+
+@lru_cache
+def _factored_program(second_moment: str, confidence: bool, least_level: int, common: _Common) -> Program:
+    others = EXP_AVG_SQ_ROW, EXP_AVG_SQ_COL, *(RESIDUAL if confidence else ())
+    squares = Sum("square_row", Extent.ROW), Sum("square_col", Extent.COLUMN)
+    update: tuple[Sum, ...] = (Sum("squared_u"),)
+    if confidence:  # u*u, u*m, m*m
+        update = Sum("residual_row", Extent.ROW, 3), Sum("residual_col", Extent.COLUMN, 3)
+    phases = Pass("squares", squares), Pass("normalized", update), Pass("write", writes=True)
+    name = f"{'came' if confidence else 'factored'}_{second_moment}"
+    fields = common.fields(EXP_AVG, others=others)
+    return Program(name, fields, phases, "", common.write, FACTORED, least_level, common.rounding)
+
+
+def factored_numbers(options: Options) -> dict[str, float]:
+    """Adam's, of the tensors that are not factored too, and two more."""
+    return adam_numbers(options) | {key: options[key] for key in ("clip_threshold", "confidence_beta")}

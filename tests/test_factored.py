@@ -1,0 +1,206 @@
+"""Recipes with a second moment of rows and columns: by the published formulas, on any ranks, in how many sums."""
+
+from __future__ import annotations
+
+import importlib.util
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gwt_dist import Fragment, GWTAdamW
+from gwt_dist.memory import GroupSpec, plan_zero
+from simulated import Sharded
+from test_layout import worlds
+from test_recipes import random
+
+FP64 = torch.float64
+# As came_pytorch has them: eps is 1e-30 beside a square.
+PUBLISHED = {"lr": 1e-3, "level": 0, "least_level": 0, "eps": 1e-15, "correct_bias": False}
+
+
+def gradients(shape: tuple[int, ...], steps: int) -> list[Tensor]:
+    """Signal and noise of sizes that differ from step to step, with outliers."""
+    signal, found = random(*shape, seed=1), []
+    for i in range(steps):
+        outliers = 1 + 9 * (random(*shape, seed=500 + i) > 2.3).double()
+        found.append(10.0 ** (i % 4 - 2) * (random(*shape, seed=10 + i) * outliers + 0.7 * signal))
+    return found
+
+
+def stepped(weight: Tensor, grads: list[Tensor], **options: Any) -> Tensor:
+    """What the weights have become."""
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = GWTAdamW([parameter], **options)
+    for grad in grads:
+        parameter.grad = grad.to(weight)
+        optimizer.step()
+    return parameter.detach()
+
+
+def published(grads: list[np.ndarray], beta3: float, clip: float, betas: tuple[float, float]) -> list[np.ndarray]:
+    """The updates of CAME, or with ``beta3=0`` of Adafactor with momentum, of ``[R, K]``: as in the papers."""
+
+    def root(row: np.ndarray, col: np.ndarray) -> np.ndarray:
+        return 1 / np.sqrt((row / row.mean())[:, None] * col[None])
+
+    m, found = np.zeros_like(grads[0]), []
+    (rows, cols), (b1, b2) = m.shape, betas
+    r, c, sr, sc = np.zeros(rows), np.zeros(cols), np.zeros(rows), np.zeros(cols)
+    for g in grads:
+        q = g * g + 1e-30
+        r, c = b2 * r + (1 - b2) * q.mean(1), b2 * c + (1 - b2) * q.mean(0)
+        u = g * root(r, c)
+        u = u / max(1, np.sqrt((u * u).mean()) / clip)
+        m = b1 * m + (1 - b1) * u
+        s = (u - m) ** 2 + 1e-16
+        sr, sc = beta3 * sr + (1 - beta3) * s.mean(1), beta3 * sc + (1 - beta3) * s.mean(0)
+        found.append(m * root(sr, sc) if beta3 else m)
+    return found
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize(("recipe", "beta3"), [("came", 0.97), ("factored", 0.0)])
+@pytest.mark.parametrize("shape", [(66, 97), (16, 341), (3, 7), (1, 29), (5, 1)])
+def test_it_is_the_published_step_of_the_coefficients(
+    shape: tuple[int, int], recipe: str, beta3: float, level: int
+) -> None:
+    """Of level 2 what moves is the mean of each unit: its coefficient, halved and halved again on its way back."""
+    grads, unit = gradients(shape, 20), 1 << level
+    padded = [np.pad(g.numpy(), ((0, 0), (0, -shape[1] % unit))) for g in grads]
+    coefficients = [g.reshape(shape[0], -1, unit).sum(-1) / np.sqrt(unit) for g in padded]
+    updates = published(coefficients, beta3, 0.8, (0.85, 0.98))
+    expected = -1e-3 * np.repeat(sum(updates), unit, 1)[:, : shape[1]] / np.sqrt(unit)
+    options = PUBLISHED | {"recipe": recipe, "betas": (0.85, 0.98), "clip_threshold": 0.8, "level": level}
+    options |= {"second_moment": "approximation", "detail_gain": 0.0}
+    if recipe == "came":
+        options["confidence_beta"] = beta3
+    for dtype, most in ((FP64, 1e-12), (torch.float32, 1e-6)):
+        moved = stepped(torch.zeros(shape, dtype=dtype), grads, **options).double().numpy()
+        assert np.linalg.norm(moved - expected) <= most * np.linalg.norm(expected), dtype
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytorch_optimizer") is None, reason="pytorch_optimizer is not installed")
+@pytest.mark.parametrize(("dtype", "most"), [(FP64, 1e-12), (torch.float32, 1e-6)])
+def test_it_is_came_of_pytorch_optimizer(dtype: torch.dtype, most: float) -> None:
+    came = importlib.import_module("pytorch_optimizer").CAME
+    for shape in ((66, 97), (16, 341), (3, 7)):
+        start, grads = random(*shape).to(dtype), gradients(shape, 20)
+        other = torch.nn.Parameter(start.clone())
+        optimizer = came([other], lr=1e-3, foreach=False)
+        for grad in grads:
+            other.grad = grad.to(dtype)
+            optimizer.step()
+        mine = stepped(start, grads, recipe="came", confidence_beta=0.9999, **PUBLISHED)
+        assert float((mine - other.detach()).norm()) <= most * float((other.detach() - start).norm())
+
+
+@settings(max_examples=60)
+@given(
+    worlds(),
+    st.integers(0, 4),
+    st.sampled_from(["haar", "haar", "db2"]),
+    st.sampled_from(["came", "factored"]),
+    st.sampled_from([0, 1]),
+    st.sampled_from(["energy", "approximation"]),
+)
+def test_ranks_change_nothing(world, level, wavelet, recipe, least_level, second_moment) -> None:
+    shapes, ranks = world
+    start = {fqn: random(*shape, seed=i) for i, (fqn, shape) in enumerate(shapes.items())}
+    options = dict(lr=0.01, level=level, recipe=recipe, wavelet=wavelet, weight_decay=0.1, least_level=least_level)
+    options["second_moment"] = second_moment
+    sharded = Sharded(start, ranks, **options)
+    whole = {fqn: torch.nn.Parameter(tensor.clone()) for fqn, tensor in start.items()}
+    optimizer = GWTAdamW(whole.values(), **options)  # type: ignore[arg-type]
+    for step in range(3):
+        grads = {fqn: random(*shape, seed=100 * step + i) for i, (fqn, shape) in enumerate(shapes.items())}
+        for fqn, parameter in whole.items():
+            parameter.grad = grads[fqn].clone()
+        optimizer.step()
+        sharded.step(grads)
+    for fqn, weight in sharded.gather(shapes).items():
+        moved = float((whole[fqn].detach() - start[fqn]).norm())
+        assert float((whole[fqn].detach() - weight).norm()) <= 1e-12 * max(moved, 1e-3), fqn
+
+
+def test_a_step_has_two_sums_whatever_the_number_of_tensors() -> None:
+    """Numbers of columns, and of the rows that a cut divides; then, of CAME, three of each."""
+    shapes = {"a": (9, 14), "b": (6, 5)}  # 4 and 2 coefficients a row
+    middle = {"rows": (56, 15), "units": (60, 15)}  # ends of rows, and a cut in the fifth row of "a" between two units
+    for cut, (a, b) in middle.items():
+        ranks = [
+            [Fragment("a", shapes["a"], *i, 0), Fragment("b", shapes["b"], *j, i[1] - i[0])]
+            for i, j in (((0, a), (0, b)), ((a, 126), (b, 30)))
+        ]
+        for recipe, numbers in (("came", 3), ("factored", 0)):
+            sharded = Sharded({f: random(*s) for f, s in shapes.items()}, ranks, lr=0.02, level=2, recipe=recipe)
+            for _ in range(2):
+                sharded.step({f: random(*s, seed=1) for f, s in shapes.items()})
+            columns, rows = 4 + 2, int(cut == "units")
+            assert sharded.group.calls == 2 * [columns + rows, numbers * (columns + rows) or 2]
+
+
+@pytest.mark.parametrize("recipe", ["came", "factored"])
+def test_its_first_steps_are_as_long_as_adams(recipe: str) -> None:
+    """Bias is corrected: published CAME moves 10 times as far at its first step, and as far again as b3 is nearer 1."""
+    grads = [random(48, 64, seed=i) for i in range(40)]
+    options = {"lr": 1.0, "recipe": recipe, "level": 0, "least_level": 0}
+    for steps, low, high in ((1, 0.9, 1.3), (40, 0.15, 0.5)):
+        before, after = (stepped(torch.zeros(48, 64, dtype=FP64), grads[:n], **options) for n in (steps - 1, steps))
+        assert low < float((after - before).square().mean().sqrt()) < high, steps
+
+
+@pytest.mark.parametrize("recipe", ["came", "factored"])
+def test_gradients_that_vanish_or_explode(recipe: str) -> None:
+    """Rows that have had no gradient stay; an infinite one is as visible as with Adam."""
+    grad = random(6, 16)
+    grad[2] = 0.0
+    grad[:, 8:12] = 0.0
+    for tiny in (1e-30, 1e-6, 1.0):
+        moved = stepped(torch.zeros(6, 16), [tiny * grad] * 3, lr=1e-3, level=2, recipe=recipe, eps=1e-25)
+        assert bool(moved.isfinite().all()) and not moved[2].any() and not moved[:, 8:12].any()
+    bad = grad.clone()
+    bad[0, 0] = torch.inf
+    assert not bool(stepped(torch.zeros(6, 16), [bad], lr=1e-3, level=2, recipe=recipe).isfinite().all())
+
+
+@pytest.mark.parametrize("state_dtype", ["bf16", "int8"])
+def test_momentum_in_fewer_bits(state_dtype: str) -> None:
+    grads = gradients((48, 256), 15)
+    options = {"lr": 1e-3, "level": 1, "recipe": "came"}
+    exact, coded = (
+        stepped(torch.zeros(48, 256), grads, **options, state_dtype=dtype) for dtype in ("fp32", state_dtype)
+    )
+    assert 0 < float((exact - coded).norm()) < 0.05 * float(exact.norm())
+
+
+def test_bytes_of_a_weight() -> None:
+    """Of LLaMA-7B's matrices, which are 6.48 G weights: one momentum a unit, and vectors that are next to nothing."""
+    shapes = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]
+    tensors = tuple((f"{i}.{j}", shape) for i in range(32) for j, shape in enumerate(shapes))
+    weights = sum(prod(shape) for _, shape in tensors)
+    for level, recipe, expected in ((2, "came", 1.002), (2, "factored", 1.001), (0, "came", 4.003)):
+        group = GroupSpec.of({"level": level, "recipe": recipe, "least_level": 0}, tensors)
+        assert plan_zero([group], stage=1, world_size=1, rank=0).total / weights == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"second_moment": "none"}, "leaves nothing to factor"),
+        ({"limiter": 1.01}, "clip_threshold limits every update"),
+        ({"nesterov": True}, "nesterov=True in .* read by"),
+        ({"clip_threshold": 0.0}, "clip_threshold=0.0 in .* must be a finite number > 0"),
+        ({"confidence_beta": 1.0}, r"confidence_beta=1.0 in .* must be in \[0, 1\)"),
+        ({"recipe": "factored", "confidence_beta": 0.9}, "confidence_beta=0.9 in .* 'factored': it is read by came"),
+    ],
+    ids=str,
+)
+def test_keys_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GWTAdamW([torch.nn.Parameter(random(4, 6))], **{"recipe": "came", **options})
