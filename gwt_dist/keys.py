@@ -51,6 +51,10 @@ def _level(value: object) -> bool:
     return value in (0, 1) and not isinstance(value, bool)
 
 
+def _rate(value: object) -> bool:
+    return within(value, -1, 0)
+
+
 def _number(value: object) -> bool:
     return within(value, 0, math.inf)
 
@@ -82,6 +86,7 @@ KEYS: dict[str, Key] = {
     "nor": Key(0.0, lambda v: within(v, 0, 1) and v < 1, f"must be in [0, 1), 0 for none, {_MEANT}"),
     "clip_threshold": Key(1.0, lambda v: _number(v) and v > 0, f"must be a finite number > 0 {_MEANT}"),
     "confidence_beta": Key(0.999, lambda v: within(v, 0, 1) and v < 1, f"must be in [0, 1) {_MEANT}"),
+    "decay_rate": Key(0.0, _rate, f"must be in [-1, 0] {_MEANT}"),
     "products": Key("auto", lambda v: v in PRODUCTS, f"must be one of {PRODUCTS} {_MEANT}"),
     "least_level": Key(1, _level, f"must be 0, which takes matrices of level 0 too, or 1, {_MEANT}"),
     "state_dtype": Key(FP32, lambda v: v in list(STATE_DTYPES), f"must be one of {tuple(STATE_DTYPES)} {_MEANT}"),

@@ -65,15 +65,17 @@ class GWTAdamW(torch.optim.Optimizer):
         correct_bias: False leaves ``sqrt(1-b2**t)/(1-b1**t)``, the published form of the correction, out.
         nor: Of ``"orthogonal"``: decay rate of the mean squares of rows of the orthogonalized matrix, which are brought
             to one size (NorMuon, arXiv 2510.05491; 0.95 there), R numbers more a matrix; 0 for none.
-        clip_threshold: Of ``"factored"`` and ``"came"``: the most that the root mean square of a normalized gradient
-            may be; more is scaled down.
+        clip_threshold: Of ``"factored"``, ``"came"`` and ``"adalomo"``: the most that the root mean square of a
+            normalized gradient may be; more is scaled down.
         confidence_beta: Of ``"came"``: decay rate of the squares of how far updates are from their mean (CAME,
             arXiv 2307.02047; 0.9999 there, uncorrected).
+        decay_rate: Of the same three: second moments decay by ``1 - t**decay_rate`` instead of ``betas[1]``; -0.8 with
+            ``"adalomo"``, 0, which is for ``betas[1]``, with the others.
         products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
-        least_level: Of ``"orthogonal"``, ``"factored"`` and ``"came"``: 0 takes matrices of level 0 too, which is
-            Muon, Adafactor and CAME; 1, the default, leaves them to AdamW, as embeddings are. Vectors are AdamW's
-            always.
+        least_level: Of ``"orthogonal"`` and the same three: 0 takes matrices of level 0 too, which is Muon, Adafactor,
+            CAME and AdaLomo; 1, the default but with ``"adalomo"``, leaves them to AdamW, as embeddings are. Vectors
+            are AdamW's always.
         state_dtype: In which format moments are kept: ``"fp32"`` (fp64 for fp64 parameters), ``"bf16"``, or ``"int8"``
             with an fp32 scale for 64 neighbours of a row, ``exp_avg_scale``. See `formulas.codecs`. What is kept is
             what the update uses, and its bits are the same under every sharding.
@@ -109,6 +111,7 @@ class GWTAdamW(torch.optim.Optimizer):
         nor: float | None = None,
         clip_threshold: float | None = None,
         confidence_beta: float | None = None,
+        decay_rate: float | None = None,
         products: str | None = None,
         least_level: int | None = None,
         state_dtype: str | None = None,
@@ -134,6 +137,7 @@ class GWTAdamW(torch.optim.Optimizer):
             nor=nor,
             clip_threshold=clip_threshold,
             confidence_beta=confidence_beta,
+            decay_rate=decay_rate,
             products=products,
             least_level=least_level,
             state_dtype=state_dtype,

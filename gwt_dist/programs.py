@@ -21,13 +21,14 @@ EXP_AVG_SQ_ROW = Field("exp_avg_sq_row", Extent.ROW)
 EXP_AVG_SQ_COL = Field("exp_avg_sq_col", Extent.COLUMN)
 RESIDUAL = Field("exp_avg_res_row", Extent.ROW), Field("exp_avg_res_col", Extent.COLUMN)
 LIMITED_NORM = Field("limited_norm", Extent.TENSOR)
+_SQUARES = Sum("square_row", Extent.ROW), Sum("square_col", Extent.COLUMN)
 _NOT_NEGATIVE = (EXP_AVG_SQ,)
 # What compiled kernels read of a rule besides lr, in the order of their tables.
 ADAM = (
     *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
     *("correct_bias", "rounding_seed"),
 )
-FACTORED = *ADAM, "clip_threshold", "confidence_beta"
+FACTORED = *ADAM, "clip_threshold", "confidence_beta", "decay_rate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +137,28 @@ def _factored(options: Options, confidence: bool) -> Program:
 @lru_cache
 def _factored_program(second_moment: str, confidence: bool, least_level: int, common: _Common) -> Program:
     others = EXP_AVG_SQ_ROW, EXP_AVG_SQ_COL, *(RESIDUAL if confidence else ())
-    squares = Sum("square_row", Extent.ROW), Sum("square_col", Extent.COLUMN)
     update: tuple[Sum, ...] = (Sum("squared_u"),)
     if confidence:  # u*u, u*m, m*m
         update = Sum("residual_row", Extent.ROW, 3), Sum("residual_col", Extent.COLUMN, 3)
-    phases = Pass("squares", squares), Pass("normalized", update), Pass("write", writes=True)
+    phases = Pass("squares", _SQUARES), Pass("normalized", update), Pass("write", writes=True)
     name = f"{'came' if confidence else 'factored'}_{second_moment}"
     fields = common.fields(EXP_AVG, others=others)
     return Program(name, fields, phases, "", common.write, FACTORED, least_level, common.rounding)
 
 
+def adalomo(options: Options) -> Program:
+    """Rows and columns alone, and a rate that is relative to the weights."""
+    return _adalomo_program(options["least_level"], _Common.of(options))
+
+
+@lru_cache
+def _adalomo_program(least_level: int, common: _Common) -> Program:
+    fields = EXP_AVG_SQ_ROW, EXP_AVG_SQ_COL
+    squares = *_SQUARES, Sum("squared_w")
+    phases = Pass("squares", squares), Pass("normalized", (Sum("squared_u"),)), Pass("write", writes=True)
+    return Program("adalomo", fields, phases, "", common.write, FACTORED, least_level, common.rounding)
+
+
 def factored_numbers(options: Options) -> dict[str, float]:
-    """Adam's, of the tensors that are not factored too, and two more."""
-    return adam_numbers(options) | {key: options[key] for key in ("clip_threshold", "confidence_beta")}
+    """Adam's, for the tensors that are not factored too, and three more."""
+    return adam_numbers(options) | {key: options[key] for key in ("clip_threshold", "confidence_beta", "decay_rate")}

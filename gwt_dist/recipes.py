@@ -14,6 +14,7 @@ from gwt_dist.formats import CELL
 from gwt_dist.keys import COMMON, KEYS, Key, check_keys
 from gwt_dist.programs import (
     Options,
+    adalomo,
     adam,
     adam_numbers,
     adamw,
@@ -52,10 +53,8 @@ _COMMON_KEYS = (
     *("scale", "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"),
 )
 _ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_COMMON_KEYS
-_FACTORED_KEYS = (
-    *("second_moment", "detail_gain", "least_level"),
-    *(key for key in _COMMON_KEYS if key != "nesterov"),
-)
+_ROW_KEYS = *("clip_threshold", "decay_rate", "least_level"), *(key for key in _COMMON_KEYS if key != "nesterov")
+_FACTORED_KEYS = "second_moment", "detail_gain", *_ROW_KEYS
 _CLIPS = {"limiter": "clip_threshold limits every update of it, not its growth alone. Remove limiter"}
 
 RECIPES: dict[str, Recipe] = {
@@ -91,9 +90,20 @@ RECIPES: dict[str, Recipe] = {
     ),
     # A row and a column of numbers in place of the second moment, so a momentum and little else (Adafactor, arXiv
     # 1804.04235). It keeps the root mean square of its update below a limit, which is one number a tensor.
-    "factored": Recipe(factored, adamw, factored_numbers, ("clip_threshold", *_FACTORED_KEYS), why=_CLIPS),
+    "factored": Recipe(factored, adamw, factored_numbers, _FACTORED_KEYS, why=_CLIPS),
     # And the same of how far each update is from the momentum: it goes far where they agree (CAME, arXiv 2307.02047).
-    "came": Recipe(came, adamw, factored_numbers, ("clip_threshold", "confidence_beta", *_FACTORED_KEYS), why=_CLIPS),
+    "came": Recipe(came, adamw, factored_numbers, ("confidence_beta", *_FACTORED_KEYS), why=_CLIPS),
+    # Without a momentum there is nothing that a wavelet could compress, and next to nothing is kept (AdaLomo, arXiv
+    # 2310.10195). It is for `fuse_backward`, which frees each gradient at once.
+    "adalomo": Recipe(
+        *(adalomo, adamw, factored_numbers, _ROW_KEYS),
+        {"decay_rate": -0.8, "least_level": 0},
+        {
+            **_CLIPS,
+            "second_moment": "rows and columns of mean squares are all that it keeps. Remove it",
+            "detail_gain": "details are normalized as all of their unit, with no momentum beside them. Remove it",
+        },
+    ),
 }
 
 

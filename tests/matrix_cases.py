@@ -35,7 +35,7 @@ Weights = dict[str, Tensor]
 STEPS = 3
 COMBINATIONS = [
     *((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")),
-    *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "toy", "came")),
+    *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "toy", "came", "adalomo")),
     (0, "adafactor"),
 ]
 # Blocks of each kind of model, and what a block's name says beside a recipe.

@@ -77,7 +77,7 @@ def test_what_moments_of_a_group_mean() -> None:
         ({"recipe": "foam", "second_moment": "none"}, r'write recipe="orthogonal"'),
         (
             {"recipe": "foma"},
-            r"recipe='foma' in the arguments of GWTAdamW must be one of \['came', 'energy',",
+            r"recipe='foma' in the arguments of GWTAdamW must be one of \['adalomo', 'came',",
         ),
         ({"recipe": "orthogonal", "nor": 1.0}, r"nor=1.0 in .* must be in \[0, 1\)"),
         ({"nesterov": 1}, r"nesterov=1 in .* must be True, False or None"),
@@ -142,6 +142,7 @@ def test_layouts_without_sums_send_nothing_and_with_sums_once_a_phase() -> None:
         ("orthogonal", "coherence"): [4],
         ("factored", None): [4 + 2, 2],
         ("came", None): [4 + 2, 3 * (4 + 2)],
+        ("adalomo", None): [2 + 4 + 2, 2],
         ("toy", None): [2 + 2 * (4 + 2)],
     }
     assert prod(SHAPES["b"]) % 15 == 0, "rows are cut nowhere, and units neither"
@@ -160,7 +161,7 @@ DERIVED = (
 def test_nothing_that_is_derived_names_a_recipe() -> None:
     """Names stand in `recipes`, in the files of the formulas, and in documentation."""
     names = [name for name in RECIPES if name != "toy"]
-    assert names == ["paper", "energy", "foam", "orthogonal", "factored", "came"]
+    assert names == ["paper", "energy", "foam", "orthogonal", "factored", "came", "adalomo"]
     # Quoted anywhere, or as a word; "paper" and "came" have other meanings too.
     named = re.compile("|".join([rf"""["'`]+({name})["'`]+|\b(?!paper|came){name}\w*""" for name in names]))
     found = []

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gwt_dist.declare import Pass, Program
-from gwt_dist.formulas import normuon, orthogonal, weights
+from gwt_dist.formulas import adalomo, normuon, orthogonal, weights
 from gwt_dist.formulas.adam import DETAILS, Adam
 from gwt_dist.formulas.factored import Factored
 from gwt_dist.formulas.share import Share
@@ -28,6 +28,7 @@ FORMULAS: dict[str, Any] = {
     "factored_energy": Factored(energy=True, confidence=False),
     "came_approximation": Factored(energy=False, confidence=True),
     "came_energy": Factored(energy=True, confidence=True),
+    "adalomo": adalomo,
 }
 # How a weight takes its change.
 WRITES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"decay": weights.decay, "cautious": weights.cautious}

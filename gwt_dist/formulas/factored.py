@@ -7,6 +7,7 @@
     m    = b1*m + (1-b1)*u
     W   -= lr * scale * synthesis of m/(1-b1**t) and g * details / sqrt(V)
 
+With `decay_rate` b2 is 1 - t**decay_rate, which is 0 at the first step, and there is no bias to correct.
 With confidence, both are divided by sqrt(S), where S is to (u - m)**2 + 1e-16 and b3 what V is to e and b2; its vectors
 are exp_avg_res_row and exp_avg_res_col. The coherence in g is that of `weighed`, of m as it is: u is normalized.
 
@@ -45,17 +46,15 @@ class Factored:
     confidence: bool
 
     def squares(self, share: Share) -> dict[str, Tensor]:
-        """E of each coefficient, (N,) fp64, to be summed over rows and columns."""
+        """Of each coefficient e, (N,) fp64, to be summed over rows and columns."""
         if self.energy:
-            counts_N = share.piece.counts(share.x_NU[:, 0].repeat_interleave(share.piece.units.coefficients))
-            e_N = share.piece.transform.energy(share.x_NU, counts_N).double()
-        else:
-            e_N = share.piece.transform.approximation(share.x_NU).double().square()
+            return energies(share)
+        e_N = share.piece.transform.approximation(share.x_NU).double().square()
         return {"square_row": e_N, "square_col": e_N}
 
     def normalized(self, share: Share) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """Squares of u and, with confidence, its products with m, (N,) fp64; changes nothing."""
-        u_N = (share.piece.transform.approximation(share.x_NU) * _Second.of(share).inverse_N).double()
+        u_N = (share.piece.transform.approximation(share.x_NU) * Second.of(share).inverse_N).double()
         if not self.confidence:
             return {"squared_u": u_N.square()}
         m_N = share.state["exp_avg"].double()
@@ -65,7 +64,7 @@ class Factored:
     def write(self, share: Share) -> Tensor:
         """Update all state; what the weights lose, (N, U)."""
         rule, state, transform, t = share.rule, share.state, share.piece.transform, share.step.double()
-        second, beta1 = _Second.of(share), rule["beta1"]
+        second, beta1 = Second.of(share), rule["beta1"]
         squared = share.sums["residual_col"][0].sum() if self.confidence else share.sums["squared_u"]
         rho = 1 / ((squared / second.size).sqrt() / rule["clip_threshold"]).clamp(min=1.0)
         inverse_N = second.inverse_N * rho.to(second.inverse_N)
@@ -89,7 +88,7 @@ class Factored:
             gain_N = torch.maximum(gain_N, steady_N.clamp(max=1.0))
         return gain_N
 
-    def _confidence(self, share: Share, rho: Tensor, second: _Second, t: Tensor) -> Tensor:
+    def _confidence(self, share: Share, rho: Tensor, second: Second, t: Tensor) -> Tensor:
         """``1 / sqrt(S)``, (N,), its vectors updated."""
         rule, state, sums = share.rule, share.state, share.sums
         beta = rule["confidence_beta"]
@@ -104,8 +103,15 @@ class Factored:
         return inverse_root(share, means[0], means[1], correction)
 
 
+def energies(share: Share) -> dict[str, Tensor]:
+    """The mean square of the unit of each coefficient, (N,) fp64, to be summed over rows and columns."""
+    counts_N = share.piece.counts(share.x_NU.new_empty(share.piece.moments.numel))
+    e_N = share.piece.transform.energy(share.x_NU, counts_N).double()
+    return {"square_row": e_N, "square_col": e_N}
+
+
 @dataclass(frozen=True, slots=True)
-class _Second:
+class Second:
     """The second moment of this step."""
 
     row_P: Tensor  # r, fp64
@@ -120,9 +126,10 @@ class _Second:
         return self.rows * self.columns
 
     @classmethod
-    def of(cls, share: Share) -> _Second:
+    def of(cls, share: Share) -> Second:
         """From what is kept, which stays, and the sums of `squares`, which are complete."""
-        fragment, beta2 = share.piece.fragment, share.rule["beta2"]
+        fragment, t, rate = share.piece.fragment, share.step.double(), share.rule["decay_rate"]
+        beta2 = 1 - t**rate if rate else share.rule["beta2"]
         rows, columns = prod(fragment.shape) // fragment.columns, share.piece.moments.columns
         least = max(share.rule["eps"] ** 2, _LEAST)
         row_P, col_K = (
@@ -130,8 +137,7 @@ class _Second:
             + (1 - beta2) * (share.sums[f"square_{name}"] / length + least)
             for name, length in (("row", columns), ("col", rows))
         )
-        t = share.step.double()
-        correction = 1 - beta2**t if share.rule["correct_bias"] else torch.ones_like(t)
+        correction = 1 - beta2**t if share.rule["correct_bias"] and not rate else torch.ones_like(t)
         return cls(row_P, col_K, inverse_root(share, row_P, col_K, correction), rows, columns)
 
     def store(self, share: Share) -> None:

@@ -19,6 +19,7 @@ class Share:
     """
 
     x_NU: Tensor  # (N / coefficients of a unit, U) gradient, zeros where a unit is padded
+    weight: Tensor  # the elements of the weight that this rank holds, 1-D, in its own dtype; to be read alone
     # UNIT (N,), ROW (P,) of the rows touched, COLUMN (K,), TENSOR 0-d; updated in place, and UNIT then `keep`-ed
     state: Mapping[str, Tensor]
     sums: Mapping[str, Tensor]  # of the phases before: TENSOR 0-d or (numbers,), ROW (P,), COLUMN (K,)

@@ -132,7 +132,8 @@ def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share
             kept[name].write(state[name], noise.key(step, what, int(rule["rounding_seed"]), piece.salt), shift)
             changes[name] = state[name]._version
 
-    return Share(gather(part, tensors), state, known, step, rule, program, piece, store, changes)
+    weight = tensors.weights[part.parameter].view(-1).narrow(0, piece.fragment.offset, piece.fragment.numel)
+    return Share(gather(part, tensors), weight, state, known, step, rule, program, piece, store, changes)
 
 
 def _check_stored(its: Share, function: str) -> None:
@@ -181,10 +182,13 @@ def _take(part: Part, work: Work, tensors: Tensors, weight: Tensor, change: Tens
 
 
 def _add(part: Part, place: Place, values: Tensor | tuple[Tensor, ...], sums: Tensor) -> None:
-    """Add the values of coefficients that this rank owns, (N,) fp64 for each number, to their places."""
+    """Add the values of coefficients that this rank owns, (N,) fp64 for each number, to their places.
+
+    A value of 0 dimensions is one of what this rank holds, of which no other rank holds anything.
+    """
     piece = part.piece
     for number, values_N in enumerate(values if isinstance(values, tuple) else (values,)):
-        owned = piece.of_owned(values_N).double()
+        owned = piece.of_owned(values_N).double() if values_N.dim() else values_N
         if place.extent is Extent.TENSOR:
             sums[place.index[number]] += owned.sum()
             continue
