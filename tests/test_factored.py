@@ -85,6 +85,44 @@ def test_it_is_the_published_step_of_the_coefficients(
         assert np.linalg.norm(moved - expected) <= most * np.linalg.norm(expected), dtype
 
 
+@pytest.mark.parametrize(("recipe", "beta3"), [("came", 0.97), ("factored", 0.0)])
+@pytest.mark.parametrize("gain", ["coherence", 0.3])
+def test_it_is_the_step_of_its_docstring(recipe: str, beta3: float, gain: str | float) -> None:
+    """With bias corrected and details, whose rows have padding; gradients steady enough that some coherence is 1."""
+    (b1, b2), lr, (rows, columns), unit = (0.85, 0.98), 1e-3, (9, 27), 4
+    grads = [
+        (g + (1.5 * random(rows, columns, seed=1) if i > 8 else 0)).numpy()
+        for i, g in enumerate(gradients((rows, columns), 16))
+    ]
+    real = np.pad(np.ones((rows, columns)), ((0, 0), (0, 1))).reshape(rows, -1, unit).sum(-1)
+    m = np.zeros_like(real)
+    r, c, sr, sc = (np.zeros(n) for n in (*real.shape, *real.shape))
+    weight, steady_most = np.zeros((rows, columns)), 0.0
+    for t, g in enumerate(grads, 1):
+        units = np.pad(g, ((0, 0), (0, 1))).reshape(rows, -1, unit)
+        a, e = units.sum(-1) / 2, (units**2).sum(-1) / real + 1e-12
+        r, c = b2 * r + (1 - b2) * e.mean(1), b2 * c + (1 - b2) * e.mean(0)
+        inverse = 1 / np.sqrt(np.outer(r, c) / r.mean() / (1 - b2**t))
+        inverse /= max(1, np.sqrt(((a * inverse) ** 2).mean()) / 0.8)
+        weigh = (1 - b1 if gain == "coherence" else gain) / (1 - b1**t)
+        if gain == "coherence" and t > 1:
+            steady = np.minimum((m / (1 - b1 ** (t - 1))) ** 2, 1)
+            weigh, steady_most = np.maximum(weigh, steady), max(steady_most, steady.max())
+        u = a * inverse
+        m = b1 * m + (1 - b1) * u
+        s = (u - m) ** 2 + 1e-16
+        sr, sc = beta3 * sr + (1 - beta3) * s.mean(1), beta3 * sc + (1 - beta3) * s.mean(0)
+        sure = 1 / np.sqrt(np.outer(sr, sc) / sr.mean() / (1 - beta3**t)) if beta3 else np.ones_like(m)
+        mean, detail = m / (1 - b1**t) / 2, units - (a / 2)[..., None]
+        change = sure[..., None] * (mean[..., None] + (weigh * inverse)[..., None] * detail)
+        weight -= lr * 0.7 * change.reshape(rows, -1)[:, :columns]
+    options = {"lr": lr, "scale": 0.7, "recipe": recipe, "betas": (b1, b2), "clip_threshold": 0.8, "level": 2}
+    options |= {"detail_gain": gain} | ({"confidence_beta": beta3} if beta3 else {})
+    moved = stepped(torch.zeros(rows, columns, dtype=FP64), [torch.from_numpy(g) for g in grads], **options).numpy()
+    assert np.linalg.norm(moved - weight) <= 1e-12 * np.linalg.norm(weight)
+    assert (gain != "coherence") or 0.5 < steady_most <= 1
+
+
 def adalomo(weight: np.ndarray, grads: list[np.ndarray], lr: float, unit: int, clip: float) -> np.ndarray:
     """The weights after AdaLomo's steps, as in its paper, but that a column is one of units of `unit` elements."""
     w, (rows, columns) = weight.copy(), weight.shape
