@@ -69,13 +69,13 @@ class GWTAdamW(torch.optim.Optimizer):
             normalized gradient may be; more is scaled down.
         confidence_beta: Of ``"came"``: decay rate of the squares of how far updates are from their mean (CAME,
             arXiv 2307.02047; 0.9999 there, uncorrected).
-        decay_rate: Of the same three: second moments decay by ``1 - t**decay_rate`` instead of ``betas[1]``; -0.8 with
+        decay_rate: Of the same: second moments decay by ``1 - t**decay_rate`` instead of ``betas[1]``; -0.8 with
             ``"adalomo"``, 0, which is for ``betas[1]``, with the others.
         products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
-        least_level: Of ``"orthogonal"`` and the same three: 0 takes matrices of level 0 too, which is Muon, Adafactor,
-            CAME and AdaLomo; 1, the default but with ``"adalomo"``, leaves them to AdamW, as embeddings are. Vectors
-            are AdamW's always.
+        least_level: Of ``"orthogonal"``, ``"factored"`` and ``"came"``: 0 takes matrices of level 0 too, which is
+            Muon, Adafactor and CAME; 1, the default, leaves them to AdamW, as embeddings are. ``"adalomo"`` takes all
+            matrices. Vectors are AdamW's always.
         state_dtype: In which format moments are kept: ``"fp32"`` (fp64 for fp64 parameters), ``"bf16"``, or ``"int8"``
             with an fp32 scale for 64 neighbours of a row, ``exp_avg_scale``. See `formulas.codecs`. What is kept is
             what the update uses, and its bits are the same under every sharding.

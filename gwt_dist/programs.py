@@ -148,15 +148,15 @@ def _factored_program(second_moment: str, confidence: bool, least_level: int, co
 
 def adalomo(options: Options) -> Program:
     """Rows and columns alone, and a rate that is relative to the weights."""
-    return _adalomo_program(options["least_level"], _Common.of(options))
+    return _adalomo_program(_Common.of(options))
 
 
 @lru_cache
-def _adalomo_program(least_level: int, common: _Common) -> Program:
+def _adalomo_program(common: _Common) -> Program:
     fields = EXP_AVG_SQ_ROW, EXP_AVG_SQ_COL
     squares = *_SQUARES, Sum("squared_w")
     phases = Pass("squares", squares), Pass("normalized", (Sum("squared_u"),)), Pass("write", writes=True)
-    return Program("adalomo", fields, phases, "", common.write, FACTORED, least_level, common.rounding)
+    return Program("adalomo", fields, phases, "", common.write, FACTORED, 0, common.rounding)
 
 
 def factored_numbers(options: Options) -> dict[str, float]:

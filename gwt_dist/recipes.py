@@ -53,8 +53,8 @@ _COMMON_KEYS = (
     *("scale", "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"),
 )
 _ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_COMMON_KEYS
-_ROW_KEYS = *("clip_threshold", "decay_rate", "least_level"), *(key for key in _COMMON_KEYS if key != "nesterov")
-_FACTORED_KEYS = "second_moment", "detail_gain", *_ROW_KEYS
+_ROW_KEYS = *("clip_threshold", "decay_rate"), *(key for key in _COMMON_KEYS if key != "nesterov")
+_FACTORED_KEYS = "second_moment", "detail_gain", "least_level", *_ROW_KEYS
 _CLIPS = {"limiter": "clip_threshold limits every update of it, not its growth alone. Remove limiter"}
 
 RECIPES: dict[str, Recipe] = {
@@ -97,9 +97,10 @@ RECIPES: dict[str, Recipe] = {
     # 2310.10195). It is for `fuse_backward`, which frees each gradient at once.
     "adalomo": Recipe(
         *(adalomo, adamw, factored_numbers, _ROW_KEYS),
-        {"decay_rate": -0.8, "least_level": 0},
+        {"decay_rate": -0.8},
         {
             **_CLIPS,
+            "least_level": "it takes matrices of every level, and keeps no more of one than of another. Remove it",
             "second_moment": "rows and columns of mean squares are all that it keeps. Remove it",
             "detail_gain": "details are normalized as all of their unit, with no momentum beside them. Remove it",
         },

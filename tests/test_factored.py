@@ -194,7 +194,9 @@ def test_ranks_change_nothing(world, level, wavelet, recipe, least_level, second
     shapes, ranks = world
     start = {fqn: random(*shape, seed=i) for i, (fqn, shape) in enumerate(shapes.items())}
     options = dict(lr=0.01, level=level, recipe=recipe, wavelet=wavelet, weight_decay=0.1, least_level=least_level)
-    options["second_moment"] = None if recipe == "adalomo" else second_moment
+    if recipe == "adalomo":  # which reads neither
+        options["least_level"] = second_moment = None
+    options["second_moment"] = second_moment
     sharded = Sharded(start, ranks, **options)
     whole = {fqn: torch.nn.Parameter(tensor.clone()) for fqn, tensor in start.items()}
     optimizer = GWTAdamW(whole.values(), **options)  # type: ignore[arg-type]
@@ -272,7 +274,8 @@ def test_bytes_of_a_weight() -> None:
         (0, "adalomo", 0.0015),
         (2, "adalomo", 0.0010),
     ):
-        group = GroupSpec.of({"level": level, "recipe": recipe, "least_level": 0}, tensors)
+        least = {} if recipe == "adalomo" else {"least_level": 0}
+        group = GroupSpec.of({"level": level, "recipe": recipe, **least}, tensors)
         assert plan_zero([group], stage=1, world_size=1, rank=0).total / weights == pytest.approx(expected, abs=5e-5)
 
 
@@ -285,6 +288,7 @@ def test_bytes_of_a_weight() -> None:
         ({"clip_threshold": 0.0}, "clip_threshold=0.0 in .* must be a finite number > 0"),
         ({"confidence_beta": 1.0}, r"confidence_beta=1.0 in .* must be in \[0, 1\)"),
         ({"decay_rate": 0.8}, r"decay_rate=0.8 in .* must be in \[-1, 0\]"),
+        ({"recipe": "adalomo", "least_level": 0}, "least_level=0 in .* it takes matrices of every level"),
         ({"recipe": "adalomo", "detail_gain": 0.1}, "detail_gain=0.1 in .* 'adalomo': details are normalized"),
         ({"recipe": "factored", "confidence_beta": 0.9}, "confidence_beta=0.9 in .* 'factored': it is read by came"),
     ],

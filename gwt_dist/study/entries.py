@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gwt_dist.groups import keys_of_rest
-from gwt_dist.keys import of_recipes
+from gwt_dist.keys import KEYS, of_recipes
 from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, own_keys, resolved
 from gwt_dist.study.bare import class_in
 from gwt_dist.study.peers import foam, scale
@@ -133,9 +133,9 @@ def _check_gwt(options: Options) -> None:
 def _of_the_recipe(options: Options) -> Options:
     """What the recipe says of keys that are not given: a run that was made with another recipe is another run."""
     refuse_unknown_keys([options["recipe"]], RECIPES, "recipes")
-    group = {"recipe": options["recipe"]}
-    implied = resolved(group)[1]
-    return {key: implied[key] for key in sorted(own_keys()) if options.get(key) is None}
+    recipe, implied = resolved({"recipe": options["recipe"]})
+    its = [key for key in sorted(own_keys()) if KEYS[key].meaning or key in recipe.keys]
+    return {key: implied[key] for key in its if options.get(key) is None}
 
 
 class _Named(nn.Module):
