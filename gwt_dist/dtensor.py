@@ -58,6 +58,12 @@ def shard_of(parameter: DTensor, fqn: str) -> Shard:
     )
 
 
+def leaves_ranks_empty(parameter: DTensor) -> bool:
+    """Whether any rank of its mesh holds nothing of a parameter that has elements; the same on all of them."""
+    shape, axes = tuple(parameter.shape), range(parameter.device_mesh.ndim)
+    return prod(shape) > 0 and not all(f.numel for f in _fragments(parameter, shape, "", axes).values())
+
+
 def wrap(moments: Tensor, parameter: Tensor, shape: Sequence[int], units: Units) -> Tensor:
     """`moments` as a DTensor of global `shape`, placed as `parameter` is, where that is what they are.
 

@@ -30,7 +30,7 @@ def param_groups(
     rest: Mapping[str, Any] | None = None,
     **group_options: Any,
 ) -> list[Group]:
-    """Parameter groups of a model: Linear weights that match a target get a level, all others level 0 (AdamW).
+    """Parameter groups of a model: Linear weights that match a target get a level, all others level 0.
 
     What matches no target (embeddings, head, norms, biases) has the same options, but for what `rest` says of it:
     ``rest={"level": 1, "recipe": "energy", "state_dtype": "int8"}``.

@@ -15,8 +15,9 @@ TALL = 8  # rows for each column from which a matrix is likely to be an embeddin
 
 def rate_note(group: Group, where: str) -> str:
     """What to tell whose rate is one of the time when `scale` was 0.25 unless it was said; '' for others."""
-    lr, scale = group["lr"], resolved(group)[1]["scale"]
-    unchanged = group.get("scale") is not None or scale == _FORMER_SCALE
+    recipe, options = resolved(group)
+    lr, scale = group["lr"], options["scale"]
+    unchanged = not recipe.former_scale or group.get("scale") is not None or scale == _FORMER_SCALE
     scaled = group["level"] or group.get("least_level") == 0
     if unchanged or not scaled or not isinstance(lr, float) or lr < HIGH_RATE:
         return ""

@@ -50,9 +50,11 @@ class GWTAdamW(torch.optim.Optimizer):
             orthogonalized as Muon's, on one rank each, see `formulas.orthogonal`), ``"energy"`` (twice the state: a
             second moment of the unit's energy too, details weighted by their coherence, no product of matrices, no
             limiter, no collective), ``"foam"`` (the same moments, details bounded by their own squares, see
-            `formulas.residual`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01).
-            Tensors of level 0 are AdamW under all of them. A tensor that looks like an embedding, and would be
-            orthogonalized because no recipe was named, is told by a warning.
+            `formulas.residual`), ``"factored"``, ``"came"`` (a momentum, and rows and columns in place of a second
+            moment, see `formulas.factored`), ``"adalomo"`` (rows and columns alone, with a rate that is relative to
+            the weights) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01). Tensors
+            of level 0 are AdamW but under ``"adalomo"`` and with ``least_level=0``. A tensor that looks like an
+            embedding, and would be orthogonalized because no recipe was named, is told by a warning.
         scale: Factor on the update of tensors with level > 0, as matrices are under ``"orthogonal"``; None as the
             recipe says, so that AdamW's `lr` is theirs too (``"paper"`` has the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
@@ -301,8 +303,9 @@ class GWTAdamW(torch.optim.Optimizer):
         so that `load_state_dict` refuses those of another rank; and ``missed`` where any of their tensors are frozen.
 
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
-        checkpoint would keep one rank's as if they were everyone's. And for state of parameters that are in no group,
-        as those of ZeRO-3 between steps; and where a function of torch asks that would gather flat buffers.
+        checkpoint would keep one rank's as if they were everyone's. Likewise where fields over columns are kept and a
+        rank holds nothing of a matrix. And for state of parameters that are in no group, as those of ZeRO-3 between
+        steps; and where a function of torch asks that would gather flat buffers.
         """
         state.check_writable(self.state, self.param_groups, self._steps)
         state.refuse_gathering(self._steps.shards.values())

@@ -131,6 +131,11 @@ def came(options: Options) -> Program:
 def _factored(options: Options, confidence: bool) -> Program:
     if options["second_moment"] == "none":
         raise ValueError('second_moment="none" leaves nothing to factor; write recipe="orthogonal"')
+    if options["second_moment"] == "approximation" and options["detail_gain"] != 0:
+        raise ValueError(
+            f"second_moment='approximation' with detail_gain={options['detail_gain']!r}: details of a unit whose "
+            f"approximation is near 0 would grow without bound. Leave second_moment out, or write detail_gain=0"
+        )
     return _factored_program(options["second_moment"], confidence, options["least_level"], _Common.of(options))
 
 

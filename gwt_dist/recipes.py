@@ -47,6 +47,7 @@ class Recipe:
     keys: tuple[str, ...]  # those that it reads beside `keys.COMMON`; another that is set is refused
     defaults: Mapping[str, Any] = field(default_factory=dict)
     why: Mapping[str, str] = field(default_factory=dict)  # of keys that it does not read: why not, and what to do
+    former_scale: bool = True  # it was there when `scale` was 0.25 unless it was said
 
 
 _COMMON_KEYS = (
@@ -55,7 +56,7 @@ _COMMON_KEYS = (
 _ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_COMMON_KEYS
 _ROW_KEYS = *("clip_threshold", "decay_rate"), *(key for key in _COMMON_KEYS if key != "nesterov")
 _FACTORED_KEYS = "second_moment", "detail_gain", "least_level", *_ROW_KEYS
-_CLIPS = {"limiter": "clip_threshold limits every update of it, not its growth alone. Remove limiter"}
+_CLIPS = {"limiter": "clip_threshold limits every update, not the growth of updates. Remove limiter"}
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2501.07237: raw details, divided by a denominator that may vanish where they do not; hence the limiter.
@@ -90,9 +91,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     # A row and a column of numbers in place of the second moment, so a momentum and little else (Adafactor, arXiv
     # 1804.04235). It keeps the root mean square of its update below a limit, which is one number a tensor.
-    "factored": Recipe(factored, adamw, factored_numbers, _FACTORED_KEYS, why=_CLIPS),
+    "factored": Recipe(factored, adamw, factored_numbers, _FACTORED_KEYS, why=_CLIPS, former_scale=False),
     # And the same of how far each update is from the momentum: it goes far where they agree (CAME, arXiv 2307.02047).
-    "came": Recipe(came, adamw, factored_numbers, ("confidence_beta", *_FACTORED_KEYS), why=_CLIPS),
+    "came": Recipe(came, adamw, factored_numbers, ("confidence_beta", *_FACTORED_KEYS), why=_CLIPS, former_scale=False),
     # Without a momentum there is nothing that a wavelet could compress, and next to nothing is kept (AdaLomo, arXiv
     # 2310.10195). It is for `fuse_backward`, which frees each gradient at once.
     "adalomo": Recipe(
@@ -104,6 +105,7 @@ RECIPES: dict[str, Recipe] = {
             "second_moment": "rows and columns of mean squares are all that it keeps. Remove it",
             "detail_gain": "details are normalized as all of their unit, with no momentum beside them. Remove it",
         },
+        former_scale=False,
     ),
 }
 

@@ -53,6 +53,14 @@ def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], step
     for parameter, state in states.items():
         if not isinstance(parameter, DTensor) or parameter not in steps.plans:
             continue
+        columns = [f.name for f in steps.plans[parameter].fields if f.extent is Extent.COLUMN]
+        if columns and dtensor.leaves_ranks_empty(parameter):
+            raise ValueError(
+                f"some ranks hold nothing of a parameter of shape {tuple(parameter.shape)} with placements "
+                f"{parameter.placements} over {parameter.device_mesh.shape} ranks, so they have no {columns[0]}, which "
+                f"is whole on the others: torch.distributed.checkpoint would keep the empty one as everyone's. Use "
+                f"gwt_dist.save, which takes every layout, or give the parameter a group with another recipe"
+            )
         fields = [f for f in steps.plans[parameter].fields if f.extent in SHARDED and f.name in state]
         twice = [f for f in fields if not isinstance(state[f.name], DTensor)]
         if twice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gwt_dist import Fragment, GWTAdamW
 from gwt_dist.memory import GroupSpec, plan_zero
@@ -114,7 +118,7 @@ def test_it_is_the_step_of_its_docstring(recipe: str, beta3: float, gain: str | 
         sr, sc = beta3 * sr + (1 - beta3) * s.mean(1), beta3 * sc + (1 - beta3) * s.mean(0)
         sure = 1 / np.sqrt(np.outer(sr, sc) / sr.mean() / (1 - beta3**t)) if beta3 else np.ones_like(m)
         mean, detail = m / (1 - b1**t) / 2, units - (a / 2)[..., None]
-        change = sure[..., None] * (mean[..., None] + (weigh * inverse)[..., None] * detail)
+        change = (sure * mean)[..., None] + (weigh * inverse)[..., None] * detail
         weight -= lr * 0.7 * change.reshape(rows, -1)[:, :columns]
     options = {"lr": lr, "scale": 0.7, "recipe": recipe, "betas": (b1, b2), "clip_threshold": 0.8, "level": 2}
     options |= {"detail_gain": gain} | ({"confidence_beta": beta3} if beta3 else {})
@@ -196,7 +200,8 @@ def test_ranks_change_nothing(world, level, wavelet, recipe, least_level, second
     options = dict(lr=0.01, level=level, recipe=recipe, wavelet=wavelet, weight_decay=0.1, least_level=least_level)
     if recipe == "adalomo":  # which reads neither
         options["least_level"] = second_moment = None
-    options["second_moment"] = second_moment
+    if second_moment:
+        options |= {"second_moment": second_moment, "detail_gain": 0.0}
     sharded = Sharded(start, ranks, **options)
     whole = {fqn: torch.nn.Parameter(tensor.clone()) for fqn, tensor in start.items()}
     optimizer = GWTAdamW(whole.values(), **options)  # type: ignore[arg-type]
@@ -252,6 +257,25 @@ def test_gradients_that_vanish_or_explode(recipe: str) -> None:
     assert not bool(stepped(torch.zeros(6, 16), [bad], lr=1e-3, level=2, recipe=recipe).isfinite().all())
 
 
+@pytest.mark.parametrize("recipe", ["came", "factored", "adalomo"])
+def test_details_stay_bounded(recipe: str) -> None:
+    """Where means vanish and details do not (features x and -x side by side), and where units are short or padded."""
+    generator = torch.Generator().manual_seed(0)
+    for (rows, columns), level, mean in (((8, 32), 1, 0.0), ((8, 32), 1, 0.01), ((64, 2), 2, 1.0), ((64, 65), 6, 1.0)):
+        grads = []
+        for _ in range(20):
+            grad = torch.randn(rows, columns, generator=generator)
+            if mean < 1:
+                grad[:, 1::2] = -grad[:, ::2] + mean * grad[:, 1::2]
+            grads.append(grad)
+        weights = [
+            stepped(torch.zeros(rows, columns), grads[:n], lr=1.0, recipe=recipe, level=level) for n in range(21)
+        ]
+        lr = 1e-3 if recipe == "adalomo" else 1.0  # of weights that begin at 0
+        most = max(float((after - before).abs().max()) for before, after in pairwise(weights[: 2 if lr < 1 else 21]))
+        assert most < 8 * lr, (rows, columns, level, mean)
+
+
 @pytest.mark.parametrize("state_dtype", ["bf16", "int8"])
 def test_momentum_in_fewer_bits(state_dtype: str) -> None:
     grads = gradients((48, 256), 15)
@@ -283,7 +307,8 @@ def test_bytes_of_a_weight() -> None:
     ("options", "message"),
     [
         ({"second_moment": "none"}, "leaves nothing to factor"),
-        ({"limiter": 1.01}, "clip_threshold limits every update"),
+        ({"second_moment": "approximation"}, "detail_gain='coherence': details of a unit whose"),
+        ({"limiter": 1.01}, "clip_threshold limits every update, not"),
         ({"nesterov": True}, "nesterov=True in .* read by"),
         ({"clip_threshold": 0.0}, "clip_threshold=0.0 in .* must be a finite number > 0"),
         ({"confidence_beta": 1.0}, r"confidence_beta=1.0 in .* must be in \[0, 1\)"),
@@ -297,3 +322,25 @@ def test_bytes_of_a_weight() -> None:
 def test_keys_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GWTAdamW([torch.nn.Parameter(random(4, 6))], **{"recipe": "came", **options})
+
+
+def empty_rank_case() -> tuple[list[int], str]:
+    """A matrix of which the second rank holds no row: it is stepped, and not written as others'."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = torch.nn.Linear(8, 1, bias=False)
+    fully_shard(model, mesh=mesh)
+    optimizer = GWTAdamW(model.parameters(), level=1, recipe="came")
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    try:
+        get_optimizer_state_dict(model, optimizer)
+    except ValueError as error:
+        return list(model.weight.to_local().shape), str(error)
+    return [], ""
+
+
+def test_columns_that_a_rank_does_not_have_are_not_written_for_all(ranks) -> None:
+    results = ranks(2, empty_rank_case)
+    assert [shape for shape, _ in results] == [[1, 8], [0, 8]]
+    for _, error in results:
+        assert "some ranks hold nothing of a parameter of shape (1, 8)" in error and "exp_avg_sq_col" in error

@@ -50,7 +50,7 @@ def plan(
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     state_dtype: Annotated[str, typer.Option(help=f"Format of moments: {', '.join(STATE_DTYPES)}.")] = FP32,
     least_level: Annotated[
-        int | None, typer.Option(help='Of "orthogonal": 0 for matrices of level 0 too, which is Muon. [1]')
+        int | None, typer.Option(help="Of orthogonal, factored, came: 0 for matrices of level 0 too. [1]")
     ] = None,
     rest: Annotated[
         list[str] | None,

@@ -7,9 +7,12 @@
     m    = b1*m + (1-b1)*u
     W   -= lr * scale * synthesis of m/(1-b1**t) and g * details / sqrt(V)
 
-With `decay_rate` b2 is 1 - t**decay_rate, which is 0 at the first step, and there is no bias to correct.
-With confidence, both are divided by sqrt(S), where S is to (u - m)**2 + 1e-16 and b3 what V is to e and b2; its vectors
-are exp_avg_res_row and exp_avg_res_col. The coherence in g is that of `weighed`, of m as it is: u is normalized.
+With `decay_rate` b2 is 1 - t**decay_rate, which is 0 at the first step, and there is no bias to correct. The coherence
+in g is that of `weighed`, of m as it is: u is normalized.
+
+With confidence, m is divided by sqrt(S), where S is to (u - m)**2 + 1e-16 and b3 what V is to e and b2; its vectors are
+exp_avg_res_row and exp_avg_res_col. Details are not: of them S says nothing, and it is small where units have a small
+mean and large details, which would grow without bound.
 
 Sources: Adafactor (arXiv 1804.04235) for V and the limit on RMS(u); CAME (arXiv 2307.02047) for S. Without correction
 of bias, at level 0, it is theirs. Published CAME has two numbers for eps; here the first is eps**2, so that eps is to a
@@ -72,10 +75,10 @@ class Factored:
         state["exp_avg"].mul_(beta1).add_(transform.approximation(share.x_NU) * inverse_N, alpha=1 - beta1)
         share.keep("exp_avg")
         size_N = torch.ones_like(inverse_N) * scaled(uncorrected(t, rule), share)
-        if self.confidence:
-            size_N *= self._confidence(share, rho, second, t)
-        second.store(share)
         n_N = state["exp_avg"] * first_weight(t, rule, share.piece.level).reciprocal().to(inverse_N)
+        if self.confidence:
+            n_N *= self._confidence(share, rho, second, t)
+        second.store(share)
         return transform.synthesis(share.x_NU, n_N, size_N, gain_N * inverse_N)
 
     def _gain(self, share: Share, t: Tensor) -> Tensor:
