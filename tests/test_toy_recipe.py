@@ -19,7 +19,6 @@ KINDS, FP32 = ("fsdp2", "zero2", "zero3"), torch.float32
 FIELDS = {
     "toy": {"velocity", "row_sq", "place_sq"},
     "came": {"exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col"},
-    "adalomo": {"exp_avg_sq_row", "exp_avg_sq_col"},
 }
 
 
