@@ -50,7 +50,11 @@ def plan(
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     state_dtype: Annotated[str, typer.Option(help=f"Format of moments: {', '.join(STATE_DTYPES)}.")] = FP32,
     least_level: Annotated[
-        int | None, typer.Option(help="Of orthogonal, factored, came: 0 for matrices of level 0 too. [1]")
+        int | None,
+        typer.Option(
+            help=f"Of {', '.join(name for name, its in RECIPES.items() if 'least_level' in its.keys)}: 0 for matrices "
+            f"of level 0 too. [1]"
+        ),
     ] = None,
     rest: Annotated[
         list[str] | None,

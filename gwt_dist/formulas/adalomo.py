@@ -23,7 +23,7 @@ LEAST = 1e-3  # of RMS(W): weights of zeros move too
 
 
 def squares(share: Share) -> dict[str, Tensor]:
-    """E of each coefficient, (N,), and the squares of the weights that this rank holds, summed; fp64."""
+    """Of each coefficient e, (N,), and the squares of the weights that this rank holds, summed; fp64."""
     return factored.energies(share) | {"squared_w": share.weight.double().square().sum()}
 
 

@@ -18,8 +18,8 @@ Sources: Adafactor (arXiv 1804.04235) for V and the limit on RMS(u); CAME (arXiv
 of bias, at level 0, it is theirs. Published CAME has two numbers for eps; here the first is eps**2, so that eps is to a
 gradient what it is to Adam's, and the second is fixed.
 
-Two sums over ranks a step, whatever is cut. With rho what divides u, m' - u' = b1 * (m - rho*u), so the squares that S
-needs are known from u**2, u*m and m**2 before rho is.
+Two sums over ranks a step, whatever is cut. With rho the factor that limits u, m' - rho*u = b1 * (m - rho*u), so the
+sums of squares that S needs follow from those of u**2, u*m and m**2, which are known before rho is.
 
 Shapes: N coefficients, P rows and K columns of coefficients that a piece touches, see `share`. Sums and vectors are
 taken in fp64.
@@ -74,7 +74,7 @@ class Factored:
         gain_N = self._gain(share, t)  # of m before this step
         state["exp_avg"].mul_(beta1).add_(transform.approximation(share.x_NU) * inverse_N, alpha=1 - beta1)
         share.keep("exp_avg")
-        size_N = torch.ones_like(inverse_N) * scaled(uncorrected(t, rule), share)
+        size_N = scaled(uncorrected(t, rule), share).expand_as(inverse_N)
         n_N = state["exp_avg"] * first_weight(t, rule, share.piece.level).reciprocal().to(inverse_N)
         if self.confidence:
             n_N *= self._confidence(share, rho, second, t)
