@@ -249,8 +249,8 @@ def test_gradients_that_vanish_or_explode(recipe: str) -> None:
     grad = random(6, 16)
     grad[2] = 0.0
     grad[:, 8:12] = 0.0
-    for tiny in (1e-30, 1e-6, 1.0):
-        moved = stepped(torch.zeros(6, 16), [tiny * grad] * 3, lr=1e-3, level=2, recipe=recipe, eps=1e-25)
+    for size in (1e-30, 1e-6, 1.0, 1e6):
+        moved = stepped(torch.zeros(6, 16), [size * grad] * 3, lr=1e-3, level=2, recipe=recipe, eps=1e-25)
         assert bool(moved.isfinite().all()) and not moved[2].any() and not moved[:, 8:12].any()
     bad = grad.clone()
     bad[0, 0] = torch.inf
