@@ -14,7 +14,7 @@ neighbouring coefficients of a row that are stored together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -32,6 +32,18 @@ class Extent(Enum):
     ROW = "row"  # [R, 1]  a row: kept by every rank that touches it
     COLUMN = "column"  # [1, K]  a coefficient's place in a row: kept whole by every rank that touches the tensor
     TENSOR = "tensor"  # [1]  the tensor: kept by every rank that has the parameter
+    OWNED = "owned"  # of the sides that its field says: kept whole by the rank to which the matrix travels, and nowhere else
+
+
+# Dimensions of an OWNED field: the number of rows R, of columns C and the rank -> how many.
+SIDES: Mapping[str, Callable[[int, int, int], int]] = {
+    "rows": lambda rows, columns, rank: rows,
+    "columns": lambda rows, columns, rank: columns,
+    "long": lambda rows, columns, rank: max(rows, columns),
+    "short": lambda rows, columns, rank: min(rows, columns),
+    "rank": lambda rows, columns, rank: min(rows, columns, rank),
+    "one": lambda rows, columns, rank: 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +53,15 @@ class Field:
     name: str
     extent: Extent
     format: str = FP32  # of `formats.FORMATS`; only coefficients, UNIT, have another
+    sides: tuple[str, ...] = ()  # of OWNED: its dimensions, words of `SIDES`
+    rank: int = 0  # of OWNED: what "rank" stands for, but for matrices with a shorter side than that
 
     def __post_init__(self) -> None:
+        if (self.extent is Extent.OWNED) != bool(self.sides) or not set(self.sides) <= SIDES.keys():
+            raise ValueError(
+                f"field {self.name!r} over a {self.extent.value} has the sides {self.sides}: an owned one has some of "
+                f"{', '.join(SIDES)}, and others have none"
+            )
         if self.format not in FORMATS or (self.format != FP32 and self.extent is not Extent.UNIT):
             raise ValueError(
                 f"field {self.name!r} over a {self.extent.value} cannot have the format {self.format!r}: formats are "
@@ -83,8 +102,8 @@ class Travel:
     """A phase that takes each whole matrix to one rank and back, and ends the step. Functions of the formula."""
 
     send: str  # (Share) -> (N, U): what is sent of a part
-    # (matrices [n, R, C], {row field: [n, R]}, rules) on the rank that owns them, in place. There are rules for the
-    # first matrices alone, equal ones side by side; the others are zeros, and stay so.
+    # (matrices [n, R, C], {row field: [n, R]}, rules, seats) on the rank that owns them, in place. There are rules and
+    # seats, `formulas.Seat`, for the first matrices alone, equal rules side by side; the others are zeros, and stay so.
     work: str
     keep: str  # (elements of a part of what came back, shape of the tensor, rule) -> change of its weights
     rows: tuple[str, ...] = ()  # ROW fields that go along, are updated there in place, and come back
@@ -120,6 +139,10 @@ class Program:
             (ends != last, "its last phase, and no other, must write the weights or travel"),
             (lost, f"{', '.join(lost)} travel along and are no fields over rows"),
             (bare, f"{', '.join(bare)} have no fields over cells for their scales"),
+            (
+                () if self.travels else self.names(Extent.OWNED),
+                f"{', '.join(self.names(Extent.OWNED))} are kept by owners, and no matrix of it travels to any",
+            ),
             (self.rounding not in ("nearest", "stochastic"), f"rounding {self.rounding!r} is none"),
         ):
             if wrong:

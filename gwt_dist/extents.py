@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
-from gwt_dist.declare import Extent
+from gwt_dist.declare import SIDES, Extent, Field
 from gwt_dist.exchange import Whole
 from gwt_dist.layout import Fragment, Units, columns_of
 
@@ -53,6 +53,11 @@ def owned(extent: Extent, fragment: Fragment, units: Units) -> Fragment:
 def whole(extent: Extent, shape: tuple[int, ...], units: Units) -> tuple[int, ...]:
     """Shape of a whole field of a tensor of `shape`."""
     return kept(extent, Fragment("", shape, 0, prod(shape)), units).shape
+
+
+def of_owner(field: Field, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of an OWNED field of a tensor of `shape`, which has at least two dimensions."""
+    return tuple(SIDES[side](shape[0], columns_of(shape), field.rank) for side in field.sides)
 
 
 def summed(extent: Extent, tensor: Whole, units: Units) -> int:

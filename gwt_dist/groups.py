@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gwt_dist.keys import COMMON, KEYS, of_recipes, refuse_unknown
-from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, own_keys, program_of, spelled
+from gwt_dist.recipes import DEFAULT, RECIPES, check_group, level_of, own_keys, program_of, spelled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def param_groups(
     model: nn.Module,
-    level: int = LEVEL,
+    level: int | None = None,
     targets: str | Sequence[str] | Mapping[str, int] = ("attn", "mlp"),
     *,
     params: Iterable[Tensor] | Iterable[Group] | None = None,
@@ -42,7 +42,7 @@ def param_groups(
 
     Args:
         model: The model; under `deepspeed.zero.Init` too.
-        level: Level of the weights that match.
+        level: Level of the weights that match; None is what `GWTAdamW` has for the recipe.
         targets: Pattern or patterns, or a mapping from pattern to level.
         params: The parameters to consider, or groups of them whose own options stay; None means all of `model`.
         rest: Keys of the group of what matches no target, ``level`` among them (0). See `keys_of_rest`.
@@ -59,7 +59,7 @@ def param_groups(
     from torch import nn
 
     _check_options(group_options, rest or {})
-    patterns = levels_by_pattern(targets, level)
+    patterns = levels_by_pattern(targets, level_of(group_options.get("recipe")) if level is None else level)
     names = {id(p): name for name, p in model.named_parameters()}
     linear = {
         id(module.weight): name
@@ -126,8 +126,8 @@ class Grouped(Generic[T]):
 def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
     """Keys of the group of what matches no target, where the others have `options`.
 
-    They are `options` with level 0, and then what `rest` says. `least_level` is not taken over: what orthogonalizes
-    matrices of level 0 is not for embeddings. Where `rest` names another recipe, keys that this one does not read are
+    They are `options` with level 0, and then what `rest` says. `least_level` and `rank` are not taken over: what
+    takes matrices of level 0 is not for embeddings. Where `rest` names another recipe, keys that this one does not read are
     not taken over either, nor those of `recipes.own_keys`. Such keys are None, as the recipe says, so that defaults of
     the optimizer do not act in their place.
 
@@ -138,7 +138,7 @@ def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
     if not isinstance(rest, Mapping):
         raise ValueError(f'rest={rest!r} must be a mapping of keys, such as {{"level": 1, "recipe": "energy"}}')
     refuse_unknown(rest, "rest")
-    dropped = {"least_level"}
+    dropped = {"least_level", "rank"}
     if "recipe" in rest:
         read = RECIPES[rest["recipe"]].keys if rest["recipe"] in list(RECIPES) else ()
         own = own_keys()

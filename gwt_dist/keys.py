@@ -12,6 +12,7 @@ from gwt_dist.formats import FP32, STATE_DTYPES
 
 SECOND_MOMENTS = ("approximation", "energy", "none")
 SEEDS = 1 << 32
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")  # of galore-torch: see `formulas.low_rank`
 PRODUCTS = ("auto", "bf16", "fp32")  # of whole matrices: see `products.dtype_of`
 
 
@@ -51,6 +52,10 @@ def _level(value: object) -> bool:
     return value in (0, 1) and not isinstance(value, bool)
 
 
+def _whole(least: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _rate(value: object) -> bool:
     return within(value, -1, 0)
 
@@ -87,6 +92,12 @@ KEYS: dict[str, Key] = {
     "clip_threshold": Key(1.0, lambda v: _number(v) and v > 0, f"must be a finite number > 0 {_MEANT}"),
     "confidence_beta": Key(0.999, lambda v: within(v, 0, 1) and v < 1, f"must be in [0, 1) {_MEANT}"),
     "decay_rate": Key(0.0, _rate, f"must be in [-1, 0] {_MEANT}"),
+    "rank": Key(0, _whole(0), f"must be a whole number >= 0, 0 for none, {_MEANT}", meaning=True),
+    "update_proj_gap": Key(200, _whole(1), f"must be a whole number >= 1 {_MEANT}"),
+    "proj_type": Key("std", lambda v: v in PROJ_TYPES, f"must be one of {PROJ_TYPES} {_MEANT}", meaning=True),
+    "residual": Key(False, lambda v: isinstance(v, bool), _FLAG),
+    "randomized": Key(False, lambda v: isinstance(v, bool), _FLAG),
+    "spread_refresh": Key(False, lambda v: isinstance(v, bool), _FLAG),
     "products": Key("auto", lambda v: v in PRODUCTS, f"must be one of {PRODUCTS} {_MEANT}"),
     "least_level": Key(1, _level, f"must be 0, which takes matrices of level 0 too, or 1, {_MEANT}"),
     "state_dtype": Key(FP32, lambda v: v in list(STATE_DTYPES), f"must be one of {tuple(STATE_DTYPES)} {_MEANT}"),
@@ -115,9 +126,6 @@ def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
 
 # Group keys of galore-torch, apollo-torch and the published GWT: what to write here in their place.
 FOREIGN_KEYS = {
-    "rank": "level: moments shrink 2**level-fold whatever the shape, so level=2 keeps a quarter of AdamW's state",
-    "update_proj_gap": "nothing: there is no projection to renew; remove it",
-    "proj_type": "nothing: rows are transformed, whatever the shape; remove it",
     "proj": 'nothing, or wavelet="haar": there is no projection to draw or to decompose; remove it',
     "scale_type": "nothing: the update of each element has the denominator of its own unit; remove it",
     "scale_front": "nothing: the limiter always acts before scale; remove it",

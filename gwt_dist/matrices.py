@@ -37,6 +37,7 @@ class Matrix:
     shape: tuple[int, ...]
     held: Callable[[int], Sequence[Fragment]]  # of a rank: its parts, in the order in which it holds them
     group: int = 0  # matrices of one group are side by side in a stack
+    keeper: int | None = None  # the rank that keeps what belongs to it, and so works on it; None: whoever has least to do
 
     @property
     def rows_columns(self) -> tuple[int, int]:
@@ -88,7 +89,11 @@ def plan_rounds(
         {there: numel for there in range(world_size) if (numel := sum(f.numel for f in matrix.held(there)))}
         for matrix in matrices
     ]
-    owner_of = owners([matrix.shape for matrix in matrices], held, world_size)
+    free = [number for number, matrix in enumerate(matrices) if matrix.keeper is None]
+    found = owners([matrices[number].shape for number in free], [held[number] for number in free], world_size)
+    owner_of = [matrix.keeper or 0 for matrix in matrices]
+    for number, owner in zip(free, found, strict=True):
+        owner_of[number] = owner
     its = [list(_rounds(matrices, owner_of, there, stack_size, limit)) for there in range(world_size)]
     depth = max(map(len, its))
     return tuple(

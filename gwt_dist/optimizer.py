@@ -14,7 +14,7 @@ from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
 from gwt_dist.notes import rate_note, tall_note
 from gwt_dist.plan import Plan
-from gwt_dist.recipes import DEFAULT, LEVEL, check_group
+from gwt_dist.recipes import DEFAULT, check_group, level_of
 from gwt_dist.shards import is_flat
 from gwt_dist.steps import Group, Steps
 
@@ -44,7 +44,7 @@ class GWTAdamW(torch.optim.Optimizer):
         betas: Decay rates of the first and second moment.
         eps: Added to the uncorrected ``sqrt(exp_avg_sq)``, as in the published code.
         weight_decay: Decoupled, multiplied by ``lr``.
-        level: 0 (AdamW) to 16; moments shrink by ``2**level``.
+        level: 0 (AdamW) to 16; moments shrink by ``2**level``. None is 1, or 0 with ``"low-rank"``, which has none.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
         recipe: ``"orthogonal"``, which None stands for (momentum alone; the update of the whole matrix is
             orthogonalized as Muon's, on one rank each, see `formulas.orthogonal`), ``"energy"`` (twice the state: a
@@ -52,7 +52,8 @@ class GWTAdamW(torch.optim.Optimizer):
             limiter, no collective), ``"foam"`` (the same moments, details bounded by their own squares, see
             `formulas.residual`), ``"factored"``, ``"came"`` (a momentum, and rows and columns in place of a second
             moment, see `formulas.factored`), ``"adalomo"`` (rows and columns alone, with a rate that is relative to
-            the weights) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01). Tensors
+            the weights), ``"low-rank"`` (Adam in a subspace of each matrix, kept by the rank that owns it, see
+            `formulas.low_rank`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01). Tensors
             of level 0 are AdamW but under ``"adalomo"`` and with ``least_level=0``. A tensor that looks like an
             embedding, and would be orthogonalized because no recipe was named, is told by a warning.
         scale: Factor on the update of tensors with level > 0, as matrices are under ``"orthogonal"``; None as the
@@ -73,7 +74,16 @@ class GWTAdamW(torch.optim.Optimizer):
             arXiv 2307.02047; 0.9999 there, uncorrected).
         decay_rate: Of the same: second moments decay by ``1 - t**decay_rate`` instead of ``betas[1]``; -0.8 with
             ``"adalomo"``, 0, which is for ``betas[1]``, with the others.
-        products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
+        rank: Of ``"low-rank"``, as in the groups of galore-torch: vectors of the subspace; 0, as a group of galore-torch
+            that has none, is AdamW.
+        update_proj_gap: Of the same: steps from one subspace of a matrix to the next.
+        proj_type: Of the same: ``"std"`` (vectors along the shorter side), ``"reverse_std"``, ``"right"``, ``"left"`` or
+            ``"full"`` (both sides).
+        residual: Of the same: whether what the subspace leaves out goes along (Fira, arXiv 2410.01623).
+        randomized: Of the same: whether subspaces are found by products with random vectors, many times faster, and not
+            by a whole decomposition.
+        spread_refresh: Of the same: whether matrices renew their subspaces at different steps and not all at once.
+        products: Of ``"orthogonal"`` and ``"low-rank"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
         least_level: Of ``"orthogonal"``, ``"factored"`` and ``"came"``: 0 takes matrices of level 0 too, which is
             Muon, Adafactor and CAME; 1, the default, leaves them to AdamW, as embeddings are. ``"adalomo"`` takes all
@@ -100,7 +110,7 @@ class GWTAdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        level: int = LEVEL,
+        level: int | None = None,
         wavelet: str = "haar",
         recipe: str | None = None,
         scale: float | None = None,
@@ -114,6 +124,12 @@ class GWTAdamW(torch.optim.Optimizer):
         clip_threshold: float | None = None,
         confidence_beta: float | None = None,
         decay_rate: float | None = None,
+        rank: int | None = None,
+        update_proj_gap: int | None = None,
+        proj_type: str | None = None,
+        residual: bool | None = None,
+        randomized: bool | None = None,
+        spread_refresh: bool | None = None,
         products: str | None = None,
         least_level: int | None = None,
         state_dtype: str | None = None,
@@ -126,7 +142,7 @@ class GWTAdamW(torch.optim.Optimizer):
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            level=level,
+            level=level_of(recipe) if level is None else level,
             wavelet=wavelet,
             recipe=DEFAULT if recipe is None else recipe,
             scale=scale,
@@ -140,6 +156,12 @@ class GWTAdamW(torch.optim.Optimizer):
             clip_threshold=clip_threshold,
             confidence_beta=confidence_beta,
             decay_rate=decay_rate,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            proj_type=proj_type,
+            residual=residual,
+            randomized=randomized,
+            spread_refresh=spread_refresh,
             products=products,
             least_level=least_level,
             state_dtype=state_dtype,

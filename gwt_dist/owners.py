@@ -7,6 +7,7 @@ it, and only those that a boundary cuts have to travel. Where all ranks hold as 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -51,6 +52,28 @@ def owners(shapes: Sequence[Sequence[int]], held: Sequence[Mapping[int, int]], w
             return even
         busy[owner] += work
         found[number] = owner
+    return found
+
+
+def keeper(held: Mapping[int, int], turn: int) -> int:
+    """The rank that keeps what belongs to one whole matrix for as long as the layout lasts: one that holds most of it.
+
+    `held` has the elements that ranks hold, of those that hold any. Among ranks that hold as much the turn decides, a
+    number of the matrix, see `turns`: unlike the work of one step, what is kept cannot depend on what else is stepped.
+    """
+    most = max(held.values(), default=0)
+    ranks = sorted(rank for rank, numel in held.items() if numel == most)
+    return ranks[turn % len(ranks)] if ranks else 0
+
+
+def turns(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """A number for each matrix, such that those of one shape take turns, and shapes do not begin at the same rank."""
+    first: dict[tuple[int, ...], int] = {}
+    before: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for number, shape in enumerate(map(tuple, shapes)):
+        found.append(first.setdefault(shape, number) + before[shape])
+        before[shape] += 1
     return found
 
 

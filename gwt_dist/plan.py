@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from gwt_dist import dtensor, exchange, extents
+from gwt_dist import dtensor, exchange, extents, owners
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent, Field, Rule
 from gwt_dist.formats import FP32
@@ -67,15 +67,21 @@ class Plan:
     places: dict[str, int]  # fqn -> place in fields and sums that have one number a tensor
     fields: tuple[Field, ...]  # of any of its tensors, on whichever rank
     shapes: dict[str, tuple[int, ...]]  # of this rank's buffer of each field
+    turns: tuple[int, ...]  # of each tensor, see `owners.turns`
+    keepers: dict[str, int]  # fqn -> the place among the peers that keeps its OWNED fields, if it has any
+    owned: dict[str, dict[str, Fragment]]  # fqn -> what this rank keeps of each OWNED field, where it is the keeper
 
     @classmethod
-    def of(cls, shard: Shard, form: Form) -> Plan:
-        """The plan of a shard whose group has this form."""
+    def of(cls, shard: Shard, form: Form, turns: Sequence[int] | None = None) -> Plan:
+        """The plan of a shard whose group has this form; `turns` of its tensors, counted in it if none are given."""
         found = dict.fromkeys(f for tensor in shard.tensors for f in (*form.plain, *form.leveled)
                               if f in form.fields(tensor.shape))  # fmt: skip
         fields = tuple(sorted(found, key=lambda f: _ORDER.index(f.extent)))
         places = {tensor.fqn: i for i, tensor in enumerate(shard.tensors)}
         kept = _pack(shard.fragments, form, fields, places)
+        turns = owners.turns([tensor.shape for tensor in shard.tensors]) if turns is None else turns
+        keepers = _keepers(shard, form, turns)
+        owned = _owned(shard, form, fields, keepers)
         pieces = []
         for fragment, its in zip(shard.fragments, kept, strict=True):
             units = form.units(fragment.shape)
@@ -89,7 +95,10 @@ class Plan:
             exchange=exchange.plan_exchange(shard.tensors, shard.fragments, form.units),
             places=places,
             fields=fields,
-            shapes={field.name: _shape(shard, form, field, kept) for field in fields},
+            shapes={field.name: _shape(shard, form, field, [*kept, *owned.values()]) for field in fields},
+            turns=tuple(turns),
+            keepers=keepers,
+            owned=owned,
         )
 
     def fresh_state(self, parameter: Tensor, device: torch.device | str | None = None) -> dict[str, Tensor]:
@@ -121,7 +130,7 @@ def _pack(
     for field in fields:
         offset = 0
         for i in sorted(range(len(fragments)), key=lambda i: -coefficients[i]):
-            if field in its_fields[i]:
+            if field in its_fields[i] and field.extent is not Extent.OWNED:
                 fragment = fragments[i]
                 at = places[fragment.fqn] if field.extent is Extent.TENSOR else offset
                 kept[i][field.name] = extents.kept(field.extent, fragment, form.units(fragment.shape), at)
@@ -129,12 +138,44 @@ def _pack(
     return kept
 
 
+def _keepers(shard: Shard, form: Form, turns: Sequence[int]) -> dict[str, int]:
+    """Of each tensor with OWNED fields, who keeps them."""
+    held: dict[str, dict[int, int]] = {}
+    for tensor in shard.tensors:
+        if prod(tensor.shape) and any(field.extent is Extent.OWNED for field in form.fields(tensor.shape)):
+            held[tensor.fqn] = {}
+    for place in range(shard.peers.world_size) if held else ():
+        for fragment in shard.peers.fragments(place):
+            if fragment.numel and (its := held.get(fragment.fqn)) is not None:
+                its[place] = its.get(place, 0) + fragment.numel
+    turn = {tensor.fqn: its for tensor, its in zip(shard.tensors, turns, strict=True)}
+    return {fqn: owners.keeper(its, turn[fqn]) for fqn, its in held.items()}
+
+
+def _owned(
+    shard: Shard, form: Form, fields: Sequence[Field], keepers: Mapping[str, int]
+) -> dict[str, dict[str, Fragment]]:
+    """Of each tensor that this rank keeps, its OWNED fields, one after the other in one buffer a field."""
+    offsets: dict[str, int] = {}
+    found: dict[str, dict[str, Fragment]] = {}
+    for tensor in shard.tensors:
+        for field in fields if keepers.get(tensor.fqn) == shard.peers.here else ():
+            if field.extent is Extent.OWNED and field in form.fields(tensor.shape):
+                shape = extents.of_owner(field, tensor.shape)
+                its = Fragment(tensor.fqn, shape, 0, prod(shape), offsets.get(field.name, 0))
+                offsets[field.name] = its.offset + its.numel
+                found.setdefault(tensor.fqn, {})[field.name] = its
+    return found
+
+
 def _shape(shard: Shard, form: Form, field: Field, kept: Sequence[dict[str, Fragment]]) -> tuple[int, ...]:
     """Of this rank's buffer of a field: one vector for a flat parameter, else as the local part is."""
     if field.extent is Extent.TENSOR:
         return () if shard.local_shape is not None else (len(shard.tensors),)
     numbers = sum(its[field.name].numel for its in kept if field.name in its)
-    if shard.local_shape is None or field.extent is Extent.COLUMN:
+    if field.extent is Extent.OWNED and shard.local_shape is not None and numbers:
+        return extents.of_owner(field, shard.tensors[0].shape)
+    if shard.local_shape is None or field.extent in (Extent.COLUMN, Extent.OWNED):
         return (numbers,)
     local, shape = shard.local_shape, shard.tensors[0].shape
     whole = _whole(field.extent, shape, form)

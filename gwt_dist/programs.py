@@ -12,6 +12,7 @@ from typing import Any
 
 from gwt_dist.declare import Extent, Field, Pass, Program, Sum, Travel
 from gwt_dist.formats import FORMATS, STATE_DTYPES, scale_of
+from gwt_dist.keys import PROJ_TYPES
 from gwt_dist.units import check_haar
 
 Options = Mapping[str, Any]  # a parameter group, every key of it resolved
@@ -28,6 +29,7 @@ ADAM = (
     *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
     *("correct_bias", "rounding_seed"),
 )
+LOW_RANK = *ADAM, "residual", "randomized", "spread_refresh", "proj_type", "update_proj_gap"
 FACTORED = *ADAM, "clip_threshold", "confidence_beta", "decay_rate"
 
 
@@ -162,6 +164,44 @@ def _adalomo_program(common: _Common) -> Program:
     squares = *_SQUARES, Sum("squared_w")
     phases = Pass("squares", squares), Pass("normalized", (Sum("squared_u"),)), Pass("write", writes=True)
     return Program("adalomo", fields, phases, "", common.write, FACTORED, 0, common.rounding)
+
+
+def low_rank(options: Options) -> Program:
+    """Adam in a subspace of each matrix, on the rank that owns it; of rank 0 nothing is projected."""
+    if not options["rank"]:
+        return adamw(options)
+    return _low_rank_program(
+        options["rank"], options["proj_type"], options["residual"], options["products"], _Common.of(options)
+    )
+
+
+@lru_cache
+def _low_rank_program(rank: int, proj_type: str, residual: bool, products: str, common: _Common) -> Program:
+    # Sides of the subspace's vectors and of what is left of the gradient in it.
+    vectors, left = {
+        "std": ("short", "long"),
+        "reverse_std": ("long", "short"),
+        "right": ("columns", "rows"),
+        "left": ("rows", "columns"),
+        "full": ("columns", "rank"),
+    }[proj_type]
+
+    def owned(name: str, *sides: str) -> Field:
+        return Field(name, Extent.OWNED, sides=sides, rank=rank)
+
+    fields = [owned("projector", "rank", vectors)]
+    fields += [owned("projector_left", "rank", "rows")] if proj_type == "full" else []
+    fields += [owned("exp_avg_low", "rank", left), owned("exp_avg_sq_low", "rank", left)]
+    fields += [owned("residual_norm", "one")] if residual else []
+    travel = Travel("gradient", "update", "write", products=products)
+    return Program("low_rank", tuple(fields), (travel,), "", common.write, LOW_RANK, 0, common.rounding)
+
+
+def low_rank_numbers(options: Options) -> dict[str, float]:
+    """Adam's, and those of the subspace."""
+    flags = {key: float(options[key]) for key in ("residual", "randomized", "spread_refresh")}
+    proj_type = float(PROJ_TYPES.index(options["proj_type"]))
+    return adam_numbers(options) | flags | {"proj_type": proj_type, "update_proj_gap": options["update_proj_gap"]}
 
 
 def factored_numbers(options: Options) -> dict[str, float]:

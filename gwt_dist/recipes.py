@@ -21,6 +21,8 @@ from gwt_dist.programs import (
     came,
     factored,
     factored_numbers,
+    low_rank,
+    low_rank_numbers,
     orthogonal,
     orthogonal_numbers,
     residual,
@@ -47,6 +49,7 @@ class Recipe:
     keys: tuple[str, ...]  # those that it reads beside `keys.COMMON`; another that is set is refused
     defaults: Mapping[str, Any] = field(default_factory=dict)
     why: Mapping[str, str] = field(default_factory=dict)  # of keys that it does not read: why not, and what to do
+    is_leveled: bool = True  # its groups may have a level; else they have level 0
     former_scale: bool = True  # it was there when `scale` was 0.25 unless it was said
 
 
@@ -107,7 +110,31 @@ RECIPES: dict[str, Recipe] = {
         },
         former_scale=False,
     ),
+    # Adam in the subspace of the first singular vectors of each matrix (GaLore, arXiv 2403.03507). The groups of
+    # galore-torch say what they say there: those without a rank are AdamW.
+    "low-rank": Recipe(
+        *(low_rank, adamw, low_rank_numbers),
+        (
+            *("rank", "update_proj_gap", "proj_type", "residual", "randomized", "spread_refresh", "products", "scale"),
+            *("cautious", "correct_bias", "stochastic_rounding", "rounding_seed"),
+        ),
+        # In bf16 the gradient would be another one than that of one process.
+        {"scale": 0.25, "products": "fp32"},
+        {
+            "state_dtype": "the subspace and its moments are kept in fp32. Remove it",
+            "detail_gain": "there is no wavelet, so there are no details. Remove it",
+            "nesterov": "moments are Adam's own. Remove it",
+        },
+        is_leveled=False,
+        former_scale=False,
+    ),
 }
+
+
+def level_of(recipe: object) -> int:
+    """The level of a group of this recipe, or of the default for None, that says none."""
+    its = RECIPES.get(recipe) if isinstance(recipe, str) else None  # `check_group` refuses a name that is none
+    return LEVEL if its is None or its.is_leveled else 0
 
 
 def register(name: str, recipe: Recipe, keys: Mapping[str, Key] | None = None) -> None:
@@ -213,6 +240,11 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"recipe={group['recipe']!r} in {where} must be one of {sorted(RECIPES)}")
     name, said = spelled(group)
     recipe = RECIPES[name]
+    if group["level"] and not recipe.is_leveled:
+        raise ValueError(
+            f"level={group['level']} in {where}, where the recipe is {name!r}: nothing of it is in wavelet space, and "
+            f"its state would not shrink by 2**level. Write level=0"
+        )
     for key, about in KEYS.items():
         value = said.get(key)
         unread = about.of_recipe and key not in recipe.keys

@@ -13,7 +13,7 @@ one before come back. One process is a world of 1, whose parts land in its stack
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
@@ -24,7 +24,7 @@ from torch import Tensor
 from gwt_dist import products
 from gwt_dist.comm import Peers, begin, connected, needs_host
 from gwt_dist.declare import Program, Rule, Travel
-from gwt_dist.formulas import FORMULAS
+from gwt_dist.formulas import FORMULAS, Seat
 from gwt_dist.kernels import Kernel, Part, Tensors, Work
 from gwt_dist.layout import Fragment
 from gwt_dist.matrices import Matrix, Round, Route, plan_rounds
@@ -54,6 +54,16 @@ class _Call:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a matrix that this rank owns is among what a step is given."""
+
+    run: int
+    parameter: int  # of the run
+    fields: Mapping[str, Fragment]  # its OWNED fields
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Round:
     """A round of matrices that the same ranks hold, with one dtype of moments."""
 
@@ -62,6 +72,7 @@ class _Round:
     moments: torch.dtype
     products: torch.dtype  # in which matrices travel
     groups: tuple[tuple[int, ...], ...]  # of each stack, the parameter group of each of its matrices
+    seats: tuple[tuple[_Place | None, ...], ...]  # and where what belongs to it is; None of those that do not move
     calls: tuple[_Call, ...]
     rows: tuple[tuple[Part, int, int], ...]  # a part, its run, and where its rows land
 
@@ -147,7 +158,10 @@ class Rounds:
     ) -> list[_Round]:
         peers = connected(found[0][0].plan.shard.peers, self._device)
         held = {id(holder): _held(holder.plan.shard.peers) for holder, _, _ in found}
-        matrices = [Matrix(shape, partial(held[id(holder)], fqn), holder.group) for holder, fqn, shape in found]
+        matrices = [
+            Matrix(shape, partial(held[id(holder)], fqn), holder.group, holder.plan.keepers.get(fqn))
+            for holder, fqn, shape in found
+        ]
         message = products.dtype_of(self._phase.products, dtype, self._device)
         stack_size = partial(products.stack_size, device=self._device)
         its_parts: dict[tuple[int, str], list[Part]] = {}
@@ -162,12 +176,19 @@ class Rounds:
                 if (parts := its_parts.get((id(found[matrix][0]), found[matrix][1])))
             ]
             groups = tuple(tuple(found[matrix][0].group for matrix in stack.matrices) for stack in one.stacks)
+            seats = tuple(
+                tuple(
+                    _place(found[matrix][0], found[matrix][1], its_parts.get((id(found[matrix][0]), found[matrix][1])))
+                    for matrix in stack.matrices
+                )
+                for stack in one.stacks
+            )
             by_run: dict[int, list[Part]] = {}
             for run, part, _ in landed:
                 by_run.setdefault(run, []).append(part)
             calls = tuple(self._call(kernels[run], run, its) for run, its in by_run.items())
             rows = tuple((part, run, row) for run, part, row in landed) if self._phase.rows else ()
-            planned.append(_Round(peers, one, dtype, message, groups, calls, rows))
+            planned.append(_Round(peers, one, dtype, message, groups, seats, calls, rows))
         return planned
 
     def _call(self, kernel: Kernel, run: int, parts: Sequence[Part]) -> _Call:
@@ -187,7 +208,7 @@ class Rounds:
         for its in (*self._rounds, None, None):
             departed = self._depart(its, given, sums) if its else None
             if there:
-                self._work(there, rules)
+                self._work(there, given, rules)
             if back:
                 self._arrive(back, given)
             there, back = departed, there
@@ -209,7 +230,7 @@ class Rounds:
         letters = torch.empty(sum(route.receives), dtype=dtype, device=self._device)
         return _Way(route, torch.zeros(route.size, dtype=dtype, device=self._device), letters)
 
-    def _work(self, trip: _Trip, rules: Sequence[Rule]) -> None:
+    def _work(self, trip: _Trip, given: Sequence[Tensors], rules: Sequence[Rule]) -> None:
         """Put the stacks together of what arrived, work on them, and send them back."""
         trip.wait()
         for way in trip.ways:
@@ -217,7 +238,8 @@ class Rounds:
         for i, (stack, groups) in enumerate(zip(trip.its.plan.stacks, trip.its.groups, strict=True)):
             matrices = trip.elements.stack(i, stack.places, stack.rows, stack.columns)
             rows = {name: way.stack(i, stack.places, stack.rows) for name, way in trip.rows.items()}
-            getattr(self._formula, self._phase.work)(matrices, rows, [rules[group] for group in groups])
+            seats = [place and _seat(place, given[place.run]) for place in trip.its.seats[i]]
+            getattr(self._formula, self._phase.work)(matrices, rows, [rules[group] for group in groups], seats)
         for way in trip.ways:
             way.copy(back=True)
         trip.wait = begin([w.incoming() for w in trip.ways], [w.outgoing() for w in trip.ways], trip.its.peers)
@@ -245,6 +267,22 @@ def _of(call: _Call, given: Sequence[Tensors]) -> Tensors:
         [its.rules[i] for i in members],
         its.exchange,
     )
+
+
+def _place(holder: Holder, fqn: str, parts: Sequence[Part] | None) -> _Place | None:
+    """Of a matrix that this rank owns, `parts` of which it moves: who keeps anything for a matrix holds some of it."""
+    if not parts:
+        return None
+    turn = holder.plan.turns[holder.plan.places[fqn]]
+    return _Place(holder.run, parts[0].parameter, holder.plan.owned.get(fqn, {}), turn)
+
+
+def _seat(place: _Place, its: Tensors) -> Seat:
+    state = {
+        name: its.state[name][place.parameter].view(-1).narrow(0, kept.offset, kept.numel).view(kept.shape)
+        for name, kept in place.fields.items()
+    }
+    return Seat(state, its.steps[place.parameter], place.turn)
 
 
 def _rows(its: _Round, name: str, landing: Tensor, given: Sequence[Tensors]) -> tuple[list[Tensor], list[Tensor]]:

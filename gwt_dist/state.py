@@ -61,6 +61,14 @@ def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], step
                 f"is whole on the others: torch.distributed.checkpoint would keep the empty one as everyone's. Use "
                 f"gwt_dist.save, which takes every layout, or give the parameter a group with another recipe"
             )
+        kept = [f.name for f in steps.plans[parameter].fields if f.extent is Extent.OWNED]
+        if kept and steps.plans[parameter].shard.peers.world_size > 1:
+            raise ValueError(
+                f"{kept[0]} of a parameter of shape {tuple(parameter.shape)} is kept whole by one of the "
+                f"{steps.plans[parameter].shard.peers.world_size} ranks that share it, and others have nothing of it: "
+                f"torch.distributed.checkpoint would keep one rank's as everyone's. Use gwt_dist.save, which takes "
+                f"every layout"
+            )
         fields = [f for f in steps.plans[parameter].fields if f.extent in SHARDED and f.name in state]
         twice = [f for f in fields if not isinstance(state[f.name], DTensor)]
         if twice:
@@ -227,7 +235,8 @@ def _check_state(
     shard = shard_of(parameter, steps.shards, steps.given, where) if state else None
     if shard is None:  # nothing to load, or a buffer of an engine that is attached later
         return
-    plan = Plan.of(shard, Form.of(group["level"], group["wavelet"], rule_of(group)))
+    form = Form.of(group["level"], group["wavelet"], rule_of(group))
+    plan = Plan.of(shard, form, steps.turns(parameter, shard))
     if state.keys() != {STEP, *plan.shapes}:
         raise ValueError(
             f"a parameter in group {i} has {', '.join(state)} in the state to load and needs {STEP}, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gwt_dist import dtensor, replaced
+from gwt_dist import dtensor, owners, replaced
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Rule
 from gwt_dist.formats import FP32
@@ -46,6 +46,7 @@ class Steps:
         # What is in a step -> its parameters and its schedules
         self._schedules: dict[Any, tuple[list[Tensor], list[Scheduled]]] = {}
         self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
+        self._turns: dict[int, int] | None = None  # id of a parameter that was passed -> its turn
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
     def attach(self, parameter: Tensor, shard: Shard) -> None:
@@ -169,7 +170,7 @@ class Steps:
             shard = shard_of(parameter, self.shards, self.given, self._where(parameter, number, groups))
             if shard is None:
                 return None
-            plan = self.plans[parameter] = Plan.of(shard, form)
+            plan = self.plans[parameter] = Plan.of(shard, form, self.turns(parameter, shard))
             self._shapes.setdefault(parameter, tuple(dtensor.local(parameter.detach()).shape))
         self._check_dtype(parameter, rule, number, groups)
         if plan.form != form:
@@ -178,6 +179,20 @@ class Steps:
                 f"state cannot follow. Build a new optimizer"
             )
         return plan
+
+    def turns(self, parameter: Tensor, shard: Shard) -> list[int] | None:
+        """Of each tensor that a parameter stands for, see `owners.turns`: counted over all that the user passed.
+
+        Where an engine steps on other tensors in their place, the model's own say their turn. None for flat parameters
+        that the user passed, whose tensors nobody did.
+        """
+        if self._turns is None or len(self._turns) < len(self.given):
+            shapes = [tuple(getattr(its, "ds_shape", its.shape)) for its in self.given]
+            self._turns = dict(zip(map(id, self.given), owners.turns(shapes), strict=True))
+        mine = () if parameter in self.shards else (parameter,)
+        found = [self._turns.get(id(its)) for its in (shard.owners or mine)]
+        turns = [turn for turn in found if turn is not None]
+        return turns if len(turns) == len(shard.tensors) else None
 
     def refuse_dtypes(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> None:
         """Raise `ValueError` for the first of `parameters` whose dtype cannot have what its group says."""

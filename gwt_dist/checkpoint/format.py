@@ -42,6 +42,11 @@ def stored_of(fields: Iterable[Field]) -> list[str]:
     return [field.name for field in fields if field.extent is not Extent.TENSOR]
 
 
+def _field(field: Field) -> dict[str, Any]:
+    of_owner = {"sides": list(field.sides), "rank": field.rank} if field.sides else {}
+    return {"extent": field.extent.value, "format": field.format, **of_owner}
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One interval of a stored tensor: where its bytes are, and their checksum."""
@@ -166,7 +171,7 @@ def dump(index: Index) -> bytes:
                 "level": entry.level,
                 "wavelet": entry.wavelet,
                 "recipe": entry.recipe,
-                "fields": {f.name: {"extent": f.extent.value, "format": f.format} for f in entry.fields},
+                "fields": {f.name: _field(f) for f in entry.fields},
                 "step": entry.step,
                 "numbers": entry.numbers,
                 "parts": {kind: _dump_stored(part) for kind, part in entry.parts.items()},

@@ -151,6 +151,11 @@ class Run:
                     kept = piece.places[field.name]
                     owned = extents.owned(field.extent, piece.fragment, piece.units)
                     yield Holding(field.name, replace(kept, fqn=name), replace(owned, fqn=name), buffer)
+            for fqn, its in one.plan.owned.items():
+                if field.name in its:
+                    name = clean(fqn) if one.plan.shard.local_shape is None else one.names[0]
+                    kept = replace(its[field.name], fqn=name)
+                    yield Holding(field.name, kept, kept, buffer)
 
     def holdings(self, leave: Container[str] = ()) -> list[Holding]:
         """Everything that this rank could write, without the weights of these names."""

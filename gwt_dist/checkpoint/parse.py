@@ -264,12 +264,16 @@ class _Reader:
         if self.version < 4:
             self.fields(value, path, extent=str)
             value = lift_field(value)
-        extent, form = self.fields(value, path, extent=str, format=str)
+        said = dict(value) if isinstance(value, dict) else value
+        sides, rank = (said.pop("sides", []), said.pop("rank", 0)) if isinstance(said, dict) else ([], 0)
+        extent, form = self.fields(said, path, extent=str, format=str)
+        if not isinstance(sides, list) or not all(isinstance(side, str) for side in sides):
+            self.fail(f"{path}.sides", "are no names of dimensions")
         self.known(extent, [one.value for one in Extent], f"{path}.extent")
         if name == WEIGHT:
             self.fail(path, "is the name of what is no state")
         try:
-            return Field(name, Extent(extent), form)
+            return Field(name, Extent(extent), form, tuple(sides), self.natural(rank, f"{path}.rank"))
         except ValueError as error:
             self.fail(path, f"is none: {error}")
 

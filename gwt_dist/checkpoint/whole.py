@@ -64,7 +64,7 @@ def full_state(
         if field.extent is Extent.TENSOR:
             state[field.name] = torch.tensor(numbers[field.name], dtype=dtype)
             continue
-        kept = plan.pieces[0].places[field.name]
+        kept = (plan.owned[name] if field.extent is Extent.OWNED else plan.pieces[0].places)[field.name]
         whole = torch.zeros(kept.numel, dtype=dtype)
         for fragment, values in parts:
             for overlap in fragment.intersect(kept):

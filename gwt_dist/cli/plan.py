@@ -14,6 +14,7 @@ import typer
 from gwt_dist import ds_json
 from gwt_dist.cli.models import read_model
 from gwt_dist.formats import FP32, STATE_DTYPES
+from gwt_dist.keys import PROJ_TYPES
 from gwt_dist.memory import fill
 from gwt_dist.memory.deepspeed import setup_of
 from gwt_dist.memory.fit import LEVELS, WORLDS, Tried, size, smallest
@@ -21,13 +22,17 @@ from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import DEVICES, ENGINES, Setup
-from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of
 from gwt_dist.report.pages import check_free, write_page
 
 TARGETS = ["attn", "mlp"]
 ENGINE = "zero2"
 OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
 WITH_FILE = ("engine", "weights", "gradients", "offload")
+
+
+def _readers(key: str) -> str:
+    return ", ".join(name for name, its in RECIPES.items() if key in its.keys)
 
 
 def plan(
@@ -42,7 +47,9 @@ def plan(
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}, or hsdp: fsdp2 on a mesh.")] = ENGINE,
     world: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     mesh: Annotated[str, typer.Option(help="REPLICASxSHARDS for hsdp and HYBRID_SHARD, such as 8x8.")] = "",
-    level: Annotated[int, typer.Option(help="Level of the matrices that match a target.")] = LEVEL,
+    level: Annotated[
+        int | None, typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, 0 with a --rank]")
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
@@ -52,10 +59,16 @@ def plan(
     least_level: Annotated[
         int | None,
         typer.Option(
-            help=f"Of {', '.join(name for name, its in RECIPES.items() if 'least_level' in its.keys)}: 0 for matrices "
-            f"of level 0 too. [1]"
+            help=f"Of {_readers('least_level')}: 0 for matrices of level 0 too. [1]"
         ),
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help=f"Of {_readers('rank')}: vectors of the subspace of a matrix.")
+    ] = None,
+    proj_type: Annotated[
+        str | None, typer.Option(help=f"Of {_readers('proj_type')}: {', '.join(PROJ_TYPES)}. [{PROJ_TYPES[0]}]")
+    ] = None,
+    residual: Annotated[bool, typer.Option(help=f"Of {_readers('residual')}: what the subspace leaves out goes along.")] = False,
     rest: Annotated[
         list[str] | None,
         typer.Option(help="KEY=VALUE of what matches no target, such as level=1 or recipe=energy; once for each key."),
@@ -94,6 +107,9 @@ def plan(
         "limiter": None,
         "state_dtype": state_dtype,
         "least_level": least_level,
+        "rank": rank,
+        "proj_type": proj_type,
+        "residual": residual or None,
         "rest": _rest(rest or []),
     }
     batch = {"accumulation": accumulation, "micro_batch": micro_batch, "sequence": sequence}
@@ -129,6 +145,8 @@ def plan(
             offload=offload,
             use_orig_params=use_orig_params,
         )
+    if options["level"] is None:
+        options["level"] = level_of(options["recipe"])
 
     fixed = "world" in given or not fit
     if settings is not None and fixed:
@@ -184,7 +202,7 @@ def _fit(
     limit = size(fit) - size(reserve)
     if limit <= 0:
         raise ValueError(f"--reserve {reserve} leaves nothing of --fit {fit}")
-    levels = (level,) if "level" in given else LEVELS
+    levels = (level,) if "level" in given or not level else LEVELS
     # Ranks that all hold the same need no fewer bytes when they are more.
     fixed = "world" in given or base.engine in ("single", "ddp", "zero0")
     found, tried = smallest(make, limit, levels, (base.world_size,) if fixed else WORLDS)

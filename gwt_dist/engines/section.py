@@ -15,7 +15,7 @@ from torch import nn
 from gwt_dist import ds_json
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
-from gwt_dist.recipes import DEFAULT, LEVEL
+from gwt_dist.recipes import DEFAULT, level_of
 
 _OFFERED: WeakSet[nn.Module] = WeakSet()
 
@@ -47,7 +47,8 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
         built = GWTAdamW(param_groups(model, params=given, **by_name, **options), **options)
         built.is_default = unnamed
         return built
-    level, targets, rest = by_name.get("level", LEVEL), by_name.get("targets"), by_name.get("rest")
+    level = by_name.get("level", level_of(options["recipe"]))
+    targets, rest = by_name.get("targets"), by_name.get("rest")
     leveled = level == 0 or all(isinstance(group, dict) and "level" in group for group in given)
     if targets is not None or rest is not None or not leveled:
         raise ValueError(

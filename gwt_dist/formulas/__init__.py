@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from gwt_dist.declare import Pass, Program
-from gwt_dist.formulas import adalomo, normuon, orthogonal, weights
+from gwt_dist.formulas import adalomo, low_rank, normuon, orthogonal, weights
 from gwt_dist.formulas.adam import DETAILS, Adam
 from gwt_dist.formulas.factored import Factored
-from gwt_dist.formulas.share import Share
+from gwt_dist.formulas.share import Seat, Share
 
-__all__ = ["DETAILS", "FORMULAS", "WRITES", "Share", "check"]
+__all__ = ["DETAILS", "FORMULAS", "WRITES", "Seat", "Share", "check"]
 
 FORMULAS: dict[str, Any] = {
     "adam_approximation": Adam(energy=False),
@@ -29,6 +29,7 @@ FORMULAS: dict[str, Any] = {
     "came_approximation": Factored(energy=False, confidence=True),
     "came_energy": Factored(energy=True, confidence=True),
     "adalomo": adalomo,
+    "low_rank": low_rank,
 }
 # How a weight takes its change.
 WRITES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"decay": weights.decay, "cautious": weights.cautious}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gwt_dist.declare import Rule
 from gwt_dist.formulas.orthogonal import momentum, newton_schulz, norms, write
+from gwt_dist.formulas.share import Seat
 
 __all__ = ["momentum", "norms", "orthogonalize", "write"]
 
@@ -26,6 +27,7 @@ def orthogonalize(
     u_nRC: Tensor,  # (n, R, C)
     rows: Mapping[str, Tensor],  # "exp_avg_sq_row": w, (n, R), updated in place
     rules: Sequence[Rule],  # of each matrix but for places without one; equal ones side by side
+    seats: Sequence[Seat | None],  # of the same: there is nothing that an owner keeps
 ) -> None:
     """Put ``O'`` in the place of ``U``."""
     w_nR = rows["exp_avg_sq_row"]

@@ -31,7 +31,7 @@ from torch import Tensor
 from gwt_dist import products
 from gwt_dist.declare import Rule
 from gwt_dist.formulas.moments import first_weight, read
-from gwt_dist.formulas.share import Share
+from gwt_dist.formulas.share import Seat, Share
 from gwt_dist.layout import columns_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -84,6 +84,7 @@ def orthogonalize(
     u_nRC: Tensor,  # (n, R, C)
     rows: Mapping[str, Tensor],  # none
     rules: Sequence[Rule],  # of each matrix but for places without one
+    seats: Sequence[Seat | None],  # of the same: there is nothing that an owner keeps
 ) -> None:
     """Put ``O`` in the place of ``U``."""
     u_nRC.copy_(newton_schulz(u_nRC))

@@ -1,4 +1,4 @@
-"""What a function of a formula is given: one piece of one tensor at one step."""
+"""What a function of a formula is given: one piece of one tensor at one step, or one whole matrix on its owner."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from torch import Tensor
 
 from gwt_dist.declare import Program, Rule
 from gwt_dist.piece import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What belongs to one matrix of a stack that moves, on the rank that owns it."""
+
+    state: Mapping[str, Tensor]  # its OWNED fields in their shapes, updated in place
+    step: Tensor  # 0-d fp32, this step counted
+    turn: int  # of the matrix among all, the same under every engine: see `owners.turns`
 
 
 @dataclass(frozen=True, slots=True)

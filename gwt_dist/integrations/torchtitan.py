@@ -15,7 +15,7 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 
 from gwt_dist import GWTAdamW
 from gwt_dist.groups import keys_of_rest
-from gwt_dist.recipes import DEFAULT, LEVEL
+from gwt_dist.recipes import DEFAULT, level_of
 
 NAME = "GWTAdamW"
 
@@ -39,7 +39,7 @@ class GWTOptimizersContainer(OptimizersContainer[Any]):
 
 
 def optimizer_config(
-    level: int = LEVEL,
+    level: int | None = None,
     targets: Sequence[str] | Mapping[str, int] = (r"attention.*\.weight$", r"feed_forward.*\.weight$"),
     rest: Mapping[str, Any] | None = None,
     **options: Any,
@@ -52,7 +52,7 @@ def optimizer_config(
     are 1-D, which is level 0 whatever their group says.
 
     Args:
-        level: Level of the weights that match.
+        level: Level of the weights that match; None is what `GWTAdamW` has for the recipe.
         targets: Patterns, or a mapping from pattern to level.
         rest: Keys of what matches no target, ``level`` among them (0), as in `gwt_dist.param_groups`.
         options: Further keywords of `GWTAdamW`, for all groups.
@@ -60,6 +60,7 @@ def optimizer_config(
     Raises:
         ValueError: If a pattern is not a regular expression, or there is none, or `rest` makes no sense.
     """
+    level = level_of(options.get("recipe")) if level is None else level
     patterns = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(targets, level)
     if not patterns or isinstance(targets, str):
         raise ValueError(f"targets={targets!r} must be a sequence of patterns, or a mapping from pattern to level")

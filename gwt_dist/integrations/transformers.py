@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gwt_dist import GWTAdamW, ds_json, param_groups
 from gwt_dist.engines import section
 from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
-from gwt_dist.recipes import DEFAULT, LEVEL
+from gwt_dist.recipes import DEFAULT
 
 Targets = str | Sequence[str] | Mapping[str, int]
 _KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
@@ -138,7 +138,7 @@ class _Factory:
             if parameter.requires_grad:
                 groups[name not in decaying]["params"].append(parameter)
         groups = [group for group in groups if group["params"]]
-        level, unnamed = options.pop("level", LEVEL), "recipe" not in options
+        level, unnamed = options.pop("level", None), "recipe" not in options
         rest, options = options.pop("rest", None), {"recipe": DEFAULT, **options}
         built = GWTAdamW(param_groups(model, level, targets, params=groups, rest=rest, **options), **options)
         built.is_default = unnamed  # the name is written into all groups

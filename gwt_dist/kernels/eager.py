@@ -114,11 +114,12 @@ def share(part: Part, work: Work, tensors: Tensors, sums: list[Tensor]) -> Share
     """What a function of the formula is given; `sums` are those of the phases before, which are complete."""
     piece, program = part.piece, work.program
     stored = {}
-    for field in program.fields:
+    fields = [field for field in program.fields if field.extent is not Extent.OWNED]
+    for field in fields:
         place = piece.places[field.name]
         stored[field.name] = tensors.state[field.name][part.parameter].view(-1).narrow(0, place.offset, place.numel)
-    scales = {scale_of(f.name) for f in program.fields if FORMATS[f.format].scaled}
-    kept = {f.name: StoredField.of(f, piece, stored) for f in program.fields if f.name not in scales}
+    scales = {scale_of(f.name) for f in fields if FORMATS[f.format].scaled}
+    kept = {f.name: StoredField.of(f, piece, stored) for f in fields if f.name not in scales}
     state = {name: its.read() for name, its in kept.items()}
     state |= {name: state[name][0] for name in program.names(Extent.TENSOR)}
     known = {place.name: place.read(vector) for its, vector in zip(part.sums, sums, strict=False) for place in its}

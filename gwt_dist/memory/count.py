@@ -33,12 +33,18 @@ class Numbers(NamedTuple):
 
 
 def numbers(fields: Iterable[Field], fragment: Fragment, units: Units) -> list[tuple[Field, Numbers]]:
-    """Of each field, the numbers that go with `fragment` of a tensor of these units."""
+    """Of each field that is no owner's, the numbers that go with `fragment` of a tensor of these units."""
+    fields = [field for field in fields if field.extent is not Extent.OWNED]
     of = {
         extent: Numbers(extents.kept(extent, fragment, units).numel, extents.owned(extent, fragment, units).numel)
         for extent in {field.extent for field in fields}
     }
     return [(field, of[field.extent]) for field in fields]
+
+
+def of_owner(fields: Iterable[Field], shape: tuple[int, ...]) -> dict[Field, int]:
+    """The numbers of each OWNED field of a tensor of `shape`, which one rank keeps."""
+    return {field: prod(extents.of_owner(field, shape)) for field in fields if field.extent is Extent.OWNED}
 
 
 def per_tensor(programs: Iterable[Program]) -> tuple[Field, ...]:

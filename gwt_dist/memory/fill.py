@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 
+from gwt_dist import owners
 from gwt_dist.declare import Program
 from gwt_dist.formats import FP32
 from gwt_dist.memory import splits
 from gwt_dist.memory.count import bytes_of, count, per_tensor, summed
 from gwt_dist.memory.model import ModelSpec, TensorSpec
+from gwt_dist.memory.owned import Part, kept, turns
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import Setup
 from gwt_dist.memory.splits import Concatenation
 from gwt_dist.memory.state import STEP, GroupSpec
 from gwt_dist.memory.travel import Matrices
-
-Part = tuple[Concatenation, int]  # a tensor, by its number
 
 
 def plan(model: ModelSpec, groups: Sequence[GroupSpec], setup: Setup) -> MemoryPlan:
@@ -58,6 +58,7 @@ class _Filler:
         self.plan, self.setup, self.shards = found, found.setup, found.setup.shards
         self.groups = {name: group for group in found.groups for name, _ in group.tensors}
         self.frozen = [t for t in found.model.tensors if t.name not in self.groups]
+        self.turns = turns(tensor for group in found.groups for tensor in group.tensors)
         self.matrices = Matrices()  # of the step that is being planned
 
     def tensors(
@@ -91,29 +92,37 @@ class _Filler:
         if owner is None and self.shards > 1:
             found.exchange += times * counts.exchange
 
-    def parameter(self, group: GroupSpec, parts: Sequence[Part], owner: int | None = None) -> None:
+    def parameter(
+        self, group: GroupSpec, parts: Sequence[Part], its_turns: Sequence[int], owner: int | None = None
+    ) -> None:
         """What a parameter of these tensors has on every shard, or on `owner`, whatever is held of them."""
         programs = _programs(group, parts)
         once, first = [1] * (self.shards if owner is None else 1), owner or 0
         _add(self.plan.steps, once, STEP, first)
         for field in per_tensor(programs):
             _add(self.plan.fields[field], once, self.setup.state_bytes * len(parts), first)
-        if owner is None:
-            self.shared(group, parts)
+        self.shared(group, parts, its_turns, owner)
 
-    def shared(self, group: GroupSpec, parts: Sequence[Part]) -> None:
-        """A parameter's places in sums over ranks, those of each program for all of its tensors, and its matrices.
+    def shared(
+        self, group: GroupSpec, parts: Sequence[Part], its_turns: Sequence[int], owner: int | None = None
+    ) -> None:
+        """What owners keep, a parameter's places in sums over ranks, those of each program for all of its tensors, and
+        its matrices; `its_turns` of its tensors, see `owners.turns`.
 
         Parameters come in the order in which the optimizer has them.
         """
-        if self.shards == 1:
+        for shard, field, numbers in kept(group.fields_for, parts, its_turns):
+            place, size = shard if owner is None else owner, numbers * bytes_of(field, self.setup.state_bytes)
+            self.plan.fields[field][place] += size
+            self.plan.checkpoint[place] += size
+        if self.shards == 1 or owner is not None:
             return
         for one in (one for program in _programs(group, parts) for one in program.sums):
             for laid, i in parts:
                 places = summed(one.extent, laid.one(i), group.units_for(laid.shapes[i]))
                 self.plan.norms += one.numbers * places
-        for laid, i in parts:
-            self.matrices.add(group.program_for(laid.shapes[i]), laid, i)
+        for (laid, i), turn in zip(parts, its_turns, strict=True):
+            self.matrices.add(group.program_for(laid.shapes[i]), laid, i, turn)
 
     def step(self) -> None:
         """The parameters since the last one are those of one call of the optimizer's ``step``."""
@@ -143,7 +152,7 @@ def _whole(found: MemoryPlan) -> None:
         for name, shape in group.tensors:
             laid = splits.flat([shape], 1)
             filler.tensors(laid, [name])
-            filler.parameter(group, [(laid, 0)])
+            filler.parameter(group, [(laid, 0)], [filler.turns[name]])
             found.weights[0] += prod(shape) * setup.bytes_of("weights")
             found.gradients[0] += prod(shape) * setup.bytes_of("gradients")
             if setup.masters:
@@ -161,7 +170,7 @@ def _owners(found: MemoryPlan) -> None:
         for (name, shape), rank in zip(group.tensors, of_group, strict=True):
             laid = splits.flat([shape], 1)
             filler.tensors(laid, [name], owner=rank)
-            filler.parameter(group, [(laid, 0)], rank)
+            filler.parameter(group, [(laid, 0)], [filler.turns[name]], rank)
     trained = sum(prod(shape) for group in found.groups for _, shape in group.tensors)
     found.checkpoint_common += trained * setup.bytes_of("weights")
     filler.everywhere(found.weights, trained * setup.bytes_of("weights"))
@@ -178,7 +187,7 @@ def _zero_1_and_2(found: MemoryPlan) -> None:
         laid, order = splits.zero_1_and_2(shapes, filler.shards, round_robin=setup.round_robin, alignment=alignment)
         names = [group.tensors[i][0] for i in order]
         filler.tensors(laid, names)
-        filler.parameter(group, [(laid, i) for i in range(len(shapes))])
+        filler.parameter(group, [(laid, i) for i in range(len(shapes))], [filler.turns[name] for name in names])
         whole = sum(prod(shape) for shape in shapes)
         filler.everywhere(found.weights, laid.part * filler.shards * setup.bytes_of("weights"))
         filler.everywhere(found.masters, laid.part * 4)
@@ -200,7 +209,7 @@ def _zero_3(found: MemoryPlan) -> None:
         for buffer in splits.sub_groups(shapes, filler.shards, setup.sub_group_size):
             parts = [(splits.zero_3(shapes[i], filler.shards), 0) for i in buffer]
             slots = sum(laid.part for laid, _ in parts)
-            filler.parameter(group, parts)
+            filler.parameter(group, parts, [filler.turns[group.tensors[i][0]] for i in buffer])
             filler.everywhere(found.masters, slots * 4)
             filler.everywhere(found.gradients, slots * setup.bytes_of("gradients"))
             _largest(found.step_gradients, slots * 4)
@@ -226,8 +235,8 @@ def _fsdp2(found: MemoryPlan) -> None:
         _each(filler, group, lambda shape: splits.rows(shape, filler.shards))
         for s, (now, then) in enumerate(zip(found.elements, before, strict=True)):
             found.gradients[s] += (now - then) * gradient
-        for _, shape in group.tensors:
-            filler.parameter(group, [(splits.rows(shape, filler.shards), 0)])
+        for name, shape in group.tensors:
+            filler.parameter(group, [(splits.rows(shape, filler.shards), 0)], [filler.turns[name]])
     filler.step()
     _frozen_parts(filler, lambda tensor: splits.rows(tensor.shape, filler.shards))
 
@@ -286,7 +295,8 @@ def _flat_units(found: MemoryPlan) -> None:
         elif groups[0]:
             stepped.append((place[names[0]], groups[0], [(laid, i) for i in range(len(tensors))]))
     for _, group, held in sorted(stepped, key=lambda one: one[0]):
-        (filler.shared if parts else filler.parameter)(group, held)
+        # The user passed flat parameters, so what takes turns are the tensors of one.
+        (filler.shared if parts else filler.parameter)(group, held, owners.turns([laid.shapes[i] for laid, i in held]))
     filler.step()
     for tensor in filler.frozen:
         found.checkpoint_common += tensor.numel * weight

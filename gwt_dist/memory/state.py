@@ -8,10 +8,10 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from gwt_dist.declare import Extent, Program
+from gwt_dist.declare import Extent, Field, Program
 from gwt_dist.layout import Fragment, Units
-from gwt_dist.memory import splits
-from gwt_dist.memory.count import Kind, bytes_of, numbers, per_tensor
+from gwt_dist.memory import owned, splits
+from gwt_dist.memory.count import Kind, bytes_of, numbers, of_owner, per_tensor
 from gwt_dist.recipes import DEFAULT, check_group, program_of, rule_of
 from gwt_dist.units import takes, units_of
 
@@ -45,6 +45,10 @@ class GroupSpec:
         """What steps a tensor of `shape`."""
         return self.program if takes(shape, self.level, self.program.least_level) else self.plain
 
+    def fields_for(self, shape: Sequence[int]) -> tuple[Field, ...]:
+        """What the state of a tensor of `shape` is made of."""
+        return self.program_for(shape).fields
+
     @property
     def cell(self) -> int:
         """Coefficients of its tensors that are kept together."""
@@ -64,7 +68,8 @@ class GroupSpec:
         """Bytes of the state of a whole tensor that is a parameter by itself; `full` as in `bytes_of`."""
         fields = self.program_for(shape).fields
         its = numbers(fields, Fragment("", shape, 0, prod(shape)), self.units_for(shape))
-        return STEP + sum(bytes_of(one, full) * n.kept for one, n in its)
+        whole = of_owner(fields, shape)
+        return STEP + sum(bytes_of(one, full) * n.kept for one, n in its) + full * sum(whole.values())
 
     def units_for(self, shape: tuple[int, ...]) -> Units:
         """The units of a tensor of `shape`."""
@@ -115,24 +120,33 @@ def plan_zero(
     groups: Sequence[GroupSpec], *, stage: int, world_size: int, rank: int, sub_group_size: int = 1_000_000_000
 ) -> StateBytes:
     """State bytes of `rank` under DeepSpeed ZeRO stage 1, 2 or 3 over `world_size` ranks."""
-    buffers = []
+    buffers, whole = [], 0
+    turn = owned.turns(tensor for group in groups for tensor in group.tensors)
     for group in groups:
         names, shapes = [name for name, _ in group.tensors], [shape for _, shape in group.tensors]
+        parts: list[tuple[owned.Part, str]] = []
         if stage == 3:
             for buffer in splits.sub_groups(shapes, world_size, sub_group_size):
-                slots = [splits.zero_3(shapes[i], world_size).fragments([names[i]], rank)[0] for i in buffer]
-                buffers.append((group, slots))
+                slots = [splits.zero_3(shapes[i], world_size) for i in buffer]
+                buffers.append((group, [slot.fragments([names[i]], rank)[0] for slot, i in zip(slots, buffer, strict=True)]))
+                parts += [((slot, 0), names[i]) for slot, i in zip(slots, buffer, strict=True)]
         else:
-            buffers.append((group, splits.zero_1_and_2(shapes, world_size)[0].fragments(names, rank)))
-    return measure(buffers)
+            laid = splits.zero_1_and_2(shapes, world_size)[0]
+            buffers.append((group, laid.fragments(names, rank)))
+            parts += [((laid, i), name) for i, name in enumerate(names)]
+        its = owned.kept(group.fields_for, [part for part, _ in parts], [turn[name] for _, name in parts])
+        whole += sum(bytes_of(field) * numbers for shard, field, numbers in its if shard == rank)
+    return measure(buffers, whole)
 
 
-def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]]) -> StateBytes:
+def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]], whole: int = 0) -> StateBytes:
     """State bytes for flat buffers, each of which holds `fragments` of all tensors of one optimizer parameter.
 
     A tensor of which the rank holds nothing is an empty fragment: what there is one of a tensor, every rank keeps.
+    `whole` are the bytes that it keeps of whole matrices, in groups at level 0.
     """
-    wavelet = cut = wavelet_adamw = rest = rest_adamw = scalars = 0
+    wavelet = cut = wavelet_adamw = rest_adamw = scalars = 0
+    rest = whole
     for group, fragments in buffers:
         programs = {group.program_for(fragment.shape) for fragment in fragments}
         scalars += STEP + FP32 * len(per_tensor(programs)) * len(fragments)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gwt_dist.declare import Program, Travel
+from gwt_dist.declare import Extent, Program, Travel
 from gwt_dist.layout import Fragment
 from gwt_dist.matrices import rows_of
 from gwt_dist.memory.setup import Setup
 from gwt_dist.memory.splits import Concatenation
-from gwt_dist.owners import owners
+from gwt_dist.owners import keeper, owners
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +25,8 @@ class Held:
 
 
 @lru_cache(maxsize=4096)
-def _held(one: Concatenation) -> Held:
+def held(one: Concatenation) -> Held:
+    """What shards hold of the one tensor of `one`."""
     shape, elements, rows = one.shapes[0], {}, {}
     for shard, start, stop in one.intervals(0):
         elements[shard] = stop - start
@@ -37,18 +38,22 @@ class Matrices:
     """Those of one step of the optimizer, by program, in the order of its parameters."""
 
     def __init__(self) -> None:
-        self._by_program: dict[Program, list[Held]] = {}
+        self._by_program: dict[Program, list[tuple[Held, int]]] = {}
 
-    def add(self, program: Program, laid: Concatenation, number: int) -> None:
-        """A tensor by its number, stepped by `program`, which may leave it where it is."""
+    def add(self, program: Program, laid: Concatenation, number: int, turn: int) -> None:
+        """A tensor by its number, stepped by `program`, which may leave it where it is; its turn, see `owners.turns`."""
         if program.travels and 0 not in laid.shapes[number]:
-            self._by_program.setdefault(program, []).append(_held(laid.one(number)))
+            self._by_program.setdefault(program, []).append((held(laid.one(number)), turn))
 
     def sent(self, setup: Setup) -> list[int]:
         """Bytes that each shard sends: its parts of the matrices of others, and of its own the parts of others back."""
         found = [0] * setup.shards
-        for program, its in self._by_program.items():
-            owner_of = owners([one.shape for one in its], [one.elements for one in its], setup.shards)
+        for program, matrices in self._by_program.items():
+            its = [one for one, _ in matrices]
+            if program.names(Extent.OWNED):
+                owner_of = [keeper(one.elements, turn) for one, turn in matrices]
+            else:
+                owner_of = owners([one.shape for one in its], [one.elements for one in its], setup.shards)
             for phase in program.phases:
                 if isinstance(phase, Travel):
                     sizes = setup.bytes_of_products(phase.products), setup.state_bytes * len(phase.rows)
