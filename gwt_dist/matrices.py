@@ -37,7 +37,9 @@ class Matrix:
     shape: tuple[int, ...]
     held: Callable[[int], Sequence[Fragment]]  # of a rank: its parts, in the order in which it holds them
     group: int = 0  # matrices of one group are side by side in a stack
-    keeper: int | None = None  # the rank that keeps what belongs to it, and so works on it; None: whoever has least to do
+    keeper: int | None = (
+        None  # the rank that keeps what belongs to it, and so works on it; None: whoever has least to do
+    )
 
     @property
     def rows_columns(self) -> tuple[int, int]:

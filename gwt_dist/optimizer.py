@@ -83,7 +83,7 @@ class GWTAdamW(torch.optim.Optimizer):
         randomized: Of the same: whether subspaces are found by products with random vectors, many times faster, and not
             by a whole decomposition.
         spread_refresh: Of the same: whether matrices renew their subspaces at different steps and not all at once.
-        products: Of ``"orthogonal"`` and ``"low-rank"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
+        products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
         least_level: Of ``"orthogonal"``, ``"factored"`` and ``"came"``: 0 takes matrices of level 0 too, which is
             Muon, Adafactor and CAME; 1, the default, leaves them to AdamW, as embeddings are. ``"adalomo"`` takes all

@@ -170,13 +170,11 @@ def low_rank(options: Options) -> Program:
     """Adam in a subspace of each matrix, on the rank that owns it; of rank 0 nothing is projected."""
     if not options["rank"]:
         return adamw(options)
-    return _low_rank_program(
-        options["rank"], options["proj_type"], options["residual"], options["products"], _Common.of(options)
-    )
+    return _low_rank_program(options["rank"], options["proj_type"], options["residual"], _Common.of(options))
 
 
 @lru_cache
-def _low_rank_program(rank: int, proj_type: str, residual: bool, products: str, common: _Common) -> Program:
+def _low_rank_program(rank: int, proj_type: str, residual: bool, common: _Common) -> Program:
     # Sides of the subspace's vectors and of what is left of the gradient in it.
     vectors, left = {
         "std": ("short", "long"),
@@ -193,7 +191,8 @@ def _low_rank_program(rank: int, proj_type: str, residual: bool, products: str, 
     fields += [owned("projector_left", "rank", "rows")] if proj_type == "full" else []
     fields += [owned("exp_avg_low", "rank", left), owned("exp_avg_sq_low", "rank", left)]
     fields += [owned("residual_norm", "one")] if residual else []
-    travel = Travel("gradient", "update", "write", products=products)
+    # In bf16 the gradient would be another one than that of one process.
+    travel = Travel("gradient", "update", "write", products="fp32")
     return Program("low_rank", tuple(fields), (travel,), "", common.write, LOW_RANK, 0, common.rounding)
 
 

@@ -115,11 +115,10 @@ RECIPES: dict[str, Recipe] = {
     "low-rank": Recipe(
         *(low_rank, adamw, low_rank_numbers),
         (
-            *("rank", "update_proj_gap", "proj_type", "residual", "randomized", "spread_refresh", "products", "scale"),
+            *("rank", "update_proj_gap", "proj_type", "residual", "randomized", "spread_refresh", "scale"),
             *("cautious", "correct_bias", "stochastic_rounding", "rounding_seed"),
         ),
-        # In bf16 the gradient would be another one than that of one process.
-        {"scale": 0.25, "products": "fp32"},
+        {"scale": 0.25},
         {
             "state_dtype": "the subspace and its moments are kept in fp32. Remove it",
             "detail_gain": "there is no wavelet, so there are no details. Remove it",

@@ -58,9 +58,7 @@ def plan(
     state_dtype: Annotated[str, typer.Option(help=f"Format of moments: {', '.join(STATE_DTYPES)}.")] = FP32,
     least_level: Annotated[
         int | None,
-        typer.Option(
-            help=f"Of {_readers('least_level')}: 0 for matrices of level 0 too. [1]"
-        ),
+        typer.Option(help=f"Of {_readers('least_level')}: 0 for matrices of level 0 too. [1]"),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=0, help=f"Of {_readers('rank')}: vectors of the subspace of a matrix.")
@@ -68,7 +66,9 @@ def plan(
     proj_type: Annotated[
         str | None, typer.Option(help=f"Of {_readers('proj_type')}: {', '.join(PROJ_TYPES)}. [{PROJ_TYPES[0]}]")
     ] = None,
-    residual: Annotated[bool, typer.Option(help=f"Of {_readers('residual')}: what the subspace leaves out goes along.")] = False,
+    residual: Annotated[
+        bool, typer.Option(help=f"Of {_readers('residual')}: what the subspace leaves out goes along.")
+    ] = False,
     rest: Annotated[
         list[str] | None,
         typer.Option(help="KEY=VALUE of what matches no target, such as level=1 or recipe=energy; once for each key."),

@@ -120,7 +120,9 @@ def _side(shape: Sequence[int], rule: Rule) -> str:
     """Of which vectors of a matrix the subspace is: "right" for rows, which are of C numbers, "left", or "full"."""
     proj_type = PROJ_TYPES[int(rule["proj_type"])]
     is_tall = shape[0] >= shape[1]
-    return {"std": "right" if is_tall else "left", "reverse_std": "left" if is_tall else "right"}.get(proj_type, proj_type)
+    return {"std": "right" if is_tall else "left", "reverse_std": "left" if is_tall else "right"}.get(
+        proj_type, proj_type
+    )
 
 
 def _project(g_RC: Tensor, state: Mapping[str, Tensor], rule: Rule) -> Tensor:

@@ -128,7 +128,9 @@ def plan_zero(
         if stage == 3:
             for buffer in splits.sub_groups(shapes, world_size, sub_group_size):
                 slots = [splits.zero_3(shapes[i], world_size) for i in buffer]
-                buffers.append((group, [slot.fragments([names[i]], rank)[0] for slot, i in zip(slots, buffer, strict=True)]))
+                buffers.append(
+                    (group, [slot.fragments([names[i]], rank)[0] for slot, i in zip(slots, buffer, strict=True)])
+                )
                 parts += [((slot, 0), names[i]) for slot, i in zip(slots, buffer, strict=True)]
         else:
             laid = splits.zero_1_and_2(shapes, world_size)[0]

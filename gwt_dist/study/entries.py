@@ -130,11 +130,15 @@ def _check_gwt(options: Options) -> None:
     keys_of_rest(keys, options.get("rest") or {})
 
 
+# Runs were recorded with these before a recipe said which keys it reads.
+_RECORDED = "second_moment", "detail_gain", "limiter"
+
+
 def _of_the_recipe(options: Options) -> Options:
     """What the recipe says of keys that are not given: a run that was made with another recipe is another run."""
     refuse_unknown_keys([options["recipe"]], RECIPES, "recipes")
     recipe, implied = resolved({"recipe": options["recipe"]})
-    its = [key for key in sorted(own_keys()) if KEYS[key].meaning or key in recipe.keys]
+    its = [key for key in sorted(own_keys()) if key in (*_RECORDED, *recipe.keys)]
     return {key: implied[key] for key in its if options.get(key) is None}
 
 
