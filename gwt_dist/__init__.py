@@ -12,6 +12,7 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from gwt_dist.checkpoint import CheckpointError, full_state, load, save
     from gwt_dist.engines import attach, fuse_backward, initialize
+    from gwt_dist.galore import GaLoreAdamW
     from gwt_dist.groups import param_groups
     from gwt_dist.layout import Fragment, LayoutError
     from gwt_dist.optimizer import GWTAdamW
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "Fragment",
     "GWTAdamW",
+    "GaLoreAdamW",
     "LayoutError",
     "attach",
     "full_state",
@@ -34,6 +36,7 @@ _HOMES = {
     "CheckpointError": "checkpoint",
     "Fragment": "layout",
     "GWTAdamW": "optimizer",
+    "GaLoreAdamW": "galore",
     "LayoutError": "layout",
     "attach": "engines",
     "full_state": "checkpoint",

@@ -32,7 +32,7 @@ class Extent(Enum):
     ROW = "row"  # [R, 1]  a row: kept by every rank that touches it
     COLUMN = "column"  # [1, K]  a coefficient's place in a row: kept whole by every rank that touches the tensor
     TENSOR = "tensor"  # [1]  the tensor: kept by every rank that has the parameter
-    OWNED = "owned"  # of the sides that its field says: kept whole by the rank to which the matrix travels, and nowhere else
+    OWNED = "owned"  # of the sides that its field says: kept whole by the one rank to which the matrix travels
 
 
 # Dimensions of an OWNED field: the number of rows R, of columns C and the rank -> how many.
@@ -67,6 +67,10 @@ class Field:
                 f"field {self.name!r} over a {self.extent.value} cannot have the format {self.format!r}: formats are "
                 f"{', '.join(FORMATS)}, and only fields over coefficients have another than {FP32}"
             )
+
+    def __str__(self) -> str:
+        its_sides = f" [{', '.join(self.sides)}] of rank {self.rank}" if self.sides else ""
+        return self.name + its_sides + ("" if self.format == FP32 else f" in {self.format}")
 
 
 @dataclass(frozen=True, slots=True)

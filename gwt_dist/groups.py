@@ -126,8 +126,8 @@ class Grouped(Generic[T]):
 def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
     """Keys of the group of what matches no target, where the others have `options`.
 
-    They are `options` with level 0, and then what `rest` says. `least_level` and `rank` are not taken over: what
-    takes matrices of level 0 is not for embeddings. Where `rest` names another recipe, keys that this one does not read are
+    They are `options` with level 0, and then what `rest` says. `least_level` and `rank` are not taken over: what takes
+    matrices of level 0 is not for embeddings. Where `rest` names another recipe, keys that this one does not read are
     not taken over either, nor those of `recipes.own_keys`. Such keys are None, as the recipe says, so that defaults of
     the optimizer do not act in their place.
 

@@ -52,10 +52,10 @@ class GWTAdamW(torch.optim.Optimizer):
             limiter, no collective), ``"foam"`` (the same moments, details bounded by their own squares, see
             `formulas.residual`), ``"factored"``, ``"came"`` (a momentum, and rows and columns in place of a second
             moment, see `formulas.factored`), ``"adalomo"`` (rows and columns alone, with a rate that is relative to
-            the weights), ``"low-rank"`` (Adam in a subspace of each matrix, kept by the rank that owns it, see
-            `formulas.low_rank`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01). Tensors
-            of level 0 are AdamW but under ``"adalomo"`` and with ``least_level=0``. A tensor that looks like an
-            embedding, and would be orthogonalized because no recipe was named, is told by a warning.
+            the weights), ``"low-rank"`` (GaLore: Adam in a subspace of each matrix, kept by one rank, see
+            `formulas.low_rank`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01).
+            Tensors of level 0 are AdamW but under ``"adalomo"``, with a ``rank`` and with ``least_level=0``. A tensor
+            that looks like an embedding, and would be orthogonalized because no recipe was named, is told by a warning.
         scale: Factor on the update of tensors with level > 0, as matrices are under ``"orthogonal"``; None as the
             recipe says, so that AdamW's `lr` is theirs too (``"paper"`` has the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
@@ -74,11 +74,11 @@ class GWTAdamW(torch.optim.Optimizer):
             arXiv 2307.02047; 0.9999 there, uncorrected).
         decay_rate: Of the same: second moments decay by ``1 - t**decay_rate`` instead of ``betas[1]``; -0.8 with
             ``"adalomo"``, 0, which is for ``betas[1]``, with the others.
-        rank: Of ``"low-rank"``, as in the groups of galore-torch: vectors of the subspace; 0, as a group of galore-torch
-            that has none, is AdamW.
+        rank: Of ``"low-rank"``, as in the groups of galore-torch: vectors of the subspace; 0, as where no rank is said,
+            is AdamW. `GaLoreAdamW` has the arguments of that package.
         update_proj_gap: Of the same: steps from one subspace of a matrix to the next.
-        proj_type: Of the same: ``"std"`` (vectors along the shorter side), ``"reverse_std"``, ``"right"``, ``"left"`` or
-            ``"full"`` (both sides).
+        proj_type: Of the same: ``"std"`` (vectors along the shorter side), ``"reverse_std"``, ``"right"``, ``"left"``
+            or ``"full"`` (both sides).
         residual: Of the same: whether what the subspace leaves out goes along (Fira, arXiv 2410.01623).
         randomized: Of the same: whether subspaces are found by products with random vectors, many times faster, and not
             by a whole decomposition.

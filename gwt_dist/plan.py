@@ -12,7 +12,6 @@ from torch import Tensor
 from gwt_dist import dtensor, exchange, extents, owners
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent, Field, Rule
-from gwt_dist.formats import FP32
 from gwt_dist.layout import Fragment, Units
 from gwt_dist.piece import Piece, moments_shape, stored_dtype
 from gwt_dist.units import takes, units_of
@@ -52,7 +51,7 @@ class Form:
         return units_of(shape, self.level, self.wavelet, self.cell)
 
     def __str__(self) -> str:
-        names = ", ".join(f.name if f.format == FP32 else f"{f.name} in {f.format}" for f in self.leveled)
+        names = ", ".join(map(str, self.leveled))
         return f"level={self.level}, wavelet={self.wavelet!r} with {names} by {self.formula}"
 
 

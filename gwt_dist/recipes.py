@@ -6,11 +6,11 @@ A new recipe is a file of `formulas` and an entry here. Nothing else names one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gwt_dist.declare import RESERVED, Extent, Field, Program, Rule
-from gwt_dist.formats import CELL
+from gwt_dist.formats import CELL, FP32
 from gwt_dist.keys import COMMON, KEYS, Key, check_keys
 from gwt_dist.programs import (
     Options,
@@ -189,9 +189,9 @@ def program_of(group: Mapping[str, Any], level: int) -> Program:
 
 
 def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved keys without which moments mean something else."""
-    _, options = resolved(group)
-    return {key: options[key] for key, about in KEYS.items() if about.meaning}
+    """The resolved keys, of those that the recipe reads, without which moments mean something else."""
+    recipe, options = resolved(group)
+    return {key: options[key] for key, about in KEYS.items() if about.meaning and key in recipe.keys}
 
 
 def own_keys() -> set[str]:
@@ -225,9 +225,9 @@ def check_meaning(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, 
         )
 
 
-def _meant(fields: Iterable[Field]) -> list[tuple[str, Extent]]:
-    """Of fields, what they are whatever their formats."""
-    return [(f.name, f.extent) for f in fields if f.extent is not Extent.CELL]
+def _meant(fields: Iterable[Field]) -> list[Field]:
+    """Fields as they are whatever their formats."""
+    return [replace(field, format=FP32) for field in fields if field.extent is not Extent.CELL]
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
@@ -248,8 +248,9 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         value = said.get(key)
         unread = about.of_recipe and key not in recipe.keys
         if unread and value is not None and value != recipe.defaults.get(key, about.default):
-            readers = ", ".join(other for other, its in RECIPES.items() if key in its.keys)
-            why = recipe.why.get(key, f"it is read by {readers} alone. Remove it")
+            readers = [other for other, its in RECIPES.items() if key in its.keys]
+            others = " or ".join(f"recipe={other!r}" for other in readers)
+            why = recipe.why.get(key, f"it is read by {', '.join(readers)} alone. Remove it, or write {others}")
             raise ValueError(f"{key}={value!r} in {where}, where the recipe is {name!r}: {why}")
     try:
         rule = rule_of(group)

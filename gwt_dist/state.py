@@ -136,8 +136,8 @@ def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> 
             )
         if then.fields != now.fields:
             raise ValueError(
-                f"parameter group {i} has the state {', '.join(then.names())} in what is to be loaded (recipe "
-                f"{theirs.get('recipe')!r}) and {', '.join(now.names())} in this optimizer (recipe "
+                f"parameter group {i} has the state {', '.join(map(str, then.fields))} in what is to be loaded (recipe "
+                f"{theirs.get('recipe')!r}) and {', '.join(map(str, now.fields))} in this optimizer (recipe "
                 f"{mine['recipe']!r}); its moments would mean something else. Build the optimizer as it was"
             )
         if any(_is_taken(parameter, mine, steps) for parameter in mine["params"]):

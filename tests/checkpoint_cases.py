@@ -45,6 +45,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "normuon": {"recipe": "orthogonal", "nor": 0.95},
     "int8": {"recipe": "energy", "state_dtype": "int8", "rounding_seed": 7},
     "bf16": {"recipe": "energy", "state_dtype": "bf16", "rounding_seed": 7},
+    "low-rank": {"level": 0, "rank": 3, "update_proj_gap": 3, "residual": True},
     "orthogonal int8": {"recipe": "orthogonal", "products": "fp32", "state_dtype": "int8"},
 }
 

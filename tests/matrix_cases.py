@@ -35,7 +35,7 @@ STEPS = 3
 COMBINATIONS = [
     *((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")),
     *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "came", "adalomo")),
-    (0, "adafactor"),
+    *((0, recipe) for recipe in ("adafactor", "galore", "fira")),
 ]
 # Blocks of each kind of model, and what a block's name says beside a recipe.
 BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")]}
@@ -47,6 +47,8 @@ BLOCKS |= {"formats": FORMATTED, "rounded": [(level, f"rounded {name}") for leve
 DTYPES = {"formats": torch.float32, "rounded": torch.bfloat16}  # of weights; fp64, or fp32 under DeepSpeed, in others
 NAMED: dict[str, dict[str, Any]] = {"normuon": {"recipe": "orthogonal", "nor": 0.95}}
 NAMED["adafactor"] = {"recipe": "factored", "least_level": 0}
+NAMED["galore"] = {"recipe": "low-rank", "rank": 3, "update_proj_gap": 2, "spread_refresh": True}
+NAMED["fira"] = {"recipe": "low-rank", "rank": 4, "residual": True, "proj_type": "full", "randomized": True}
 NAMED["bf16"] = {**NAMED["normuon"], "products": "bf16"}
 NAMED |= {
     "energy8": {"recipe": "energy", "state_dtype": "int8"},

@@ -23,7 +23,7 @@ DECLARED = {"formats", "declare", "keys", "programs", "recipes", "notes", "exten
 MATH = {"units", "wavelet", "noise", "piece", "products", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
-RUNTIME |= {"replaced", "steps", "state", "optimizer"}
+RUNTIME |= {"replaced", "steps", "state", "optimizer", "galore"}
 STATE = {"checkpoint", "memory", "config", "ds_json"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": set(),
     "declare": {"formats"},
     "keys": {"formats"},
-    "programs": {"units", "formats", "declare"},
+    "programs": {"units", "formats", "declare", "keys"},
     "recipes": {"units", "formats", "declare", "keys", "programs"},
     "notes": {"recipes"},
     "ds_json": {"keys"},
@@ -41,14 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "noise": set(),
     "piece": {"layout", "units", "wavelet", "formats", "declare", "noise"},
     "products": set(),
-    "formulas": {"declare", "piece", "layout", "products"},
+    "formulas": {"declare", "keys", "noise", "piece", "layout", "products"},
     "owners": {"layout"},
     "matrices": {"layout", "owners"},
     "kernels": {"wavelet", "layout", "noise", "formats", "declare", "programs", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
     "groups": {"keys", "recipes"},
     "dtensor": {"layout", "exchange", "comm"},
-    "plan": {"units", "exchange", "formats", "declare", "extents", "piece", "layout", "comm", "dtensor"},
+    "plan": {"units", "exchange", "formats", "declare", "extents", "owners", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
     "rounds": {"units", "declare", "products", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
     "stages": {"declare", "exchange", "piece", "formulas", "kernels", "rounds", "sums"},
@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "formats",
         "frozen",
         "keys",
+        "owners",
         "plan",
         "recipes",
         "replaced",
@@ -83,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "shards",
         "steps",
     },
+    "galore": {"optimizer"},
     "optimizer": {"comm", "dtensor", "keys", "notes", "plan", "recipes", "replaced", "shards", "steps", "state"},
     "engines": MATH | RUNTIME | {"ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},

@@ -61,7 +61,8 @@ def test_nesterov_is_a_default_of_orthogonal_alone() -> None:
 def test_what_moments_of_a_group_mean() -> None:
     assert meaning({"recipe": "paper"}) == {"second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01}
     assert meaning({"recipe": "energy"}) == {"second_moment": "energy", "detail_gain": "coherence", "limiter": 0.0}
-    assert meaning({"recipe": "orthogonal"}) == {"second_moment": "none", "detail_gain": 1.0, "limiter": 0.0}
+    assert meaning({"recipe": "orthogonal"}) == {"detail_gain": 1.0}
+    assert meaning({"recipe": "low-rank", "rank": 3}) == {"rank": 3, "proj_type": "std"}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ DERIVED = (
 def test_nothing_that_is_derived_names_a_recipe() -> None:
     """Names stand in `recipes`, in the files of the formulas, and in documentation."""
     names = [name for name in RECIPES if name != "toy"]
-    assert names == ["paper", "energy", "foam", "orthogonal", "factored", "came", "adalomo"]
+    assert names == ["paper", "energy", "foam", "orthogonal", "factored", "came", "adalomo", "low-rank"]
     # Quoted anywhere, or as a word; "paper" and "came" have other meanings too.
     named = re.compile("|".join([rf"""["'`]+({name})["'`]+|\b(?!paper|came){name}\w*""" for name in names]))
     found = []

@@ -1,4 +1,4 @@
-"""State of rows and columns, a toy recipe's and a real one's: in one process, FSDP2, ZeRO, saved, planned, shown."""
+"""State of rows and columns, a toy recipe's and a real one's, and of owners: in one process, FSDP2, ZeRO, saved, planned, shown."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ KINDS, FP32 = ("fsdp2", "zero2", "zero3"), torch.float32
 FIELDS = {
     "toy": {"velocity", "row_sq", "place_sq"},
     "came": {"exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col"},
+    "low-rank": {"projector", "exp_avg_low", "exp_avg_sq_low", "residual_norm"},
 }
 
 
@@ -36,7 +37,7 @@ def planned_and_allocated(kind: str, recipe: str, rank: int, world_size: int) ->
     tensors = tuple((n, tuple(p.shape)) for n, p in trained.module.named_parameters() if p.requires_grad)
     if kind.startswith("zero"):
         tensors = tuple((t.fqn, t.shape) for s in trained.optimizer.shards.values() for t in s.tensors)
-    group = GroupSpec.of({"level": 2, "recipe": recipe}, tensors)
+    group = GroupSpec.of({"level": 2, "recipe": recipe, **KEYS.get(recipe, {})}, tensors)
     plan = plan_zero([group], stage=int(kind[-1]), world_size=world_size, rank=rank)
     state = [value for its in trained.optimizer.state.values() for value in its.values()]
     trained.close()

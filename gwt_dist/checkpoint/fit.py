@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def check(index: Index, run: Run, where: str, convert: bool = False) -> Fit:
                     f"wavelet={here[1]!r} in this optimizer; its moments would mean something else. "
                     f"{_AS_IT_WAS}"
                 )
-            if entry.level:
+            if entry.level or about.is_taken:
                 _check_keys(index.groups[entry.group], where)
                 check_meaning(index.groups[entry.group], run.optimizer.param_groups[about.group], repr(name), where)
             if entry.step is not None and _meant(entry.fields) != _meant(about.fields):
@@ -91,9 +91,9 @@ def check(index: Index, run: Run, where: str, convert: bool = False) -> Fit:
     return Fit(states, options, needed)
 
 
-def _meant(fields: Iterable[Field]) -> set[tuple[str, Extent]]:
-    """What fields are, whatever their formats."""
-    return {(field.name, field.extent) for field in fields if field.extent is not Extent.CELL}
+def _meant(fields: Iterable[Field]) -> set[Field]:
+    """Fields as they are whatever their formats."""
+    return {replace(field, format=FP32) for field in fields if field.extent is not Extent.CELL}
 
 
 def _state_dtype(group: Mapping[str, Any]) -> Any:
@@ -109,7 +109,7 @@ def _check_keys(group: Mapping[str, Any], where: str) -> None:
 
 
 def _shown(fields: Iterable[Field]) -> str:
-    said = [f"{field.name} ({field.extent.value})" for field in fields if field.extent is not Extent.CELL]
+    said = [f"{field} ({field.extent.value})" for field in fields if field.extent is not Extent.CELL]
     return ", ".join(said) or "of no field"
 
 

@@ -81,6 +81,7 @@ class Traits:
     wavelet: str
     recipe: str
     fields: tuple[Field, ...]
+    is_taken: bool  # by the recipe's own program
 
 
 class Run:
@@ -136,7 +137,14 @@ class Run:
             group = self.optimizer.param_groups[one.group]
             for i, (name, tensor) in enumerate(zip(one.names, one.plan.shard.tensors, strict=True)):
                 level = level_of(tensor.shape, group["level"])
-                found[name] = Traits(one.group, level, group["wavelet"], group["recipe"], one.fields(i))
+                found[name] = Traits(
+                    one.group,
+                    level,
+                    group["wavelet"],
+                    group["recipe"],
+                    one.fields(i),
+                    one.plan.form.takes(tensor.shape),
+                )
         return found
 
     def state_holdings(self, one: Stepped, state: Mapping[str, Tensor]) -> Iterator[Holding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from gwt_dist.checkpoint import CheckpointError, Index, NoCheckpoint, locate, re
 from gwt_dist.checkpoint.format import ITEM_BYTES, WEIGHT, Entry
 from gwt_dist.checkpoint.values import encode
 from gwt_dist.checkpoint.verify import Damage, damages
+from gwt_dist.declare import Extent, Field
+from gwt_dist.recipes import program_of
 
 GOOD, DAMAGED = 0, 1
 _WIDEST = 1000  # letters in a row of a table
@@ -121,7 +124,7 @@ def _tensor(entry: Entry) -> dict[str, Any]:
         "stored_dtype": weight.dtype,
         "level": entry.level if entry.group is not None else None,
         "wavelet": entry.wavelet if entry.level else None,
-        "recipe": entry.recipe if entry.level else None,
+        "recipe": entry.recipe if entry.level or (entry.fields and not _is_plain(entry.fields)) else None,
         "step": entry.step,
         "weight_bytes": 0 if entry.has_master else weight.bytes,
         "master_bytes": weight.bytes if entry.has_master else 0,
@@ -130,6 +133,11 @@ def _tensor(entry: Entry) -> dict[str, Any]:
         "moment_bytes": sum(part.bytes for part in state.values()),
         "adamw_moment_bytes": 2 * numel * item,  # two for each element
     }
+
+
+def _is_plain(fields: Iterable[Field]) -> bool:
+    """Whether these are AdamW's fields, in whatever format."""
+    return {f.name for f in fields if f.extent is not Extent.CELL} == set(program_of({}, 0).names())
 
 
 def _written(index: Index) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from weakref import WeakSet
 from torch import nn
 
 from gwt_dist import ds_json
+from gwt_dist.galore import GaLoreAdamW
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.recipes import DEFAULT, level_of
@@ -69,8 +70,9 @@ def support() -> None:
     """Tell DeepSpeed that ZeRO may have the optimizer, so that no `zero_allow_untested_optimizer` is asked for."""
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    if GWTAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(GWTAdamW)
+    for kind in (GWTAdamW, GaLoreAdamW):
+        if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 def _owns(model: nn.Module, given: list[Any]) -> bool:

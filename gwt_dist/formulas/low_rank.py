@@ -8,22 +8,22 @@
     W   -= lr * sqrt(1-b2**t)/(1-b1**t) * U
     W   *= 1 - lr * weight_decay
 
-`proj_type` says the side: the shorter one ("std"), the longer one ("reverse_std"), columns ("right"), rows ("left"), or
-both ("full": ``low = L G P^T`` and ``U = scale * L^T n P``). P is renewed at the first step of a matrix and then every
-`update_proj_gap` steps.
+`proj_type` says along which side vectors lie: the shorter one ("std"), the longer one ("reverse_std"), columns
+("right"), rows ("left"), or both ("full": ``low = L G P^T`` and ``U = scale * L^T n P``). P is renewed at the first
+step of a matrix and then every `update_proj_gap` steps.
 
 With `residual` what the subspace leaves out goes along, with the size that Adam gives to what is in it, and a limit on
 the growth of its norm:
 
-    D    = (G - scale * P^T low) * ||n|| / (||low|| + 1e-8)         norms of each of the O numbers, over r; "full": of all
+    D    = (G - scale * P^T low) * ||n|| / (||low|| + 1e-8)       norms over r of each of O numbers; "full": of all
     rho  = max(||D|| / (prev + 1e-8), 1.01) / 1.01,  prev = ||D|| / rho
     U   += D / rho
 
 Sources: GaLore (arXiv 2403.03507) as galore-torch 1.0 has it; the residual is Fira's (arXiv 2410.01623), whose code has
 the scale in what it subtracts too; randomized decomposition: Halko et al., arXiv 0909.4061, algorithm 4.4.
 
-Shapes: R rows and C columns of a matrix, r its rank. Mathematics is in the dtype of the state, which for fp64 weights is
-fp64 where galore-torch decomposes in fp32.
+Shapes: R rows and C columns of a matrix, r its rank. Mathematics is in the dtype of the state: fp64 for fp64 weights,
+where galore-torch decomposes in fp32.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ class _Filler:
         found.checkpoint_common += times * counts.common
         if alone:
             _add(found.steps, counts.tensors, STEP, first)
-        for field, kept in counts.kept.items():
-            _add(found.fields[field], kept, times * bytes_of(field, size), first)
+        for field, numbers in counts.kept.items():
+            _add(found.fields[field], numbers, times * bytes_of(field, size), first)
         if owner is None and self.shards > 1:
             found.exchange += times * counts.exchange
 
@@ -106,9 +106,9 @@ class _Filler:
     def shared(
         self, group: GroupSpec, parts: Sequence[Part], its_turns: Sequence[int], owner: int | None = None
     ) -> None:
-        """What owners keep, a parameter's places in sums over ranks, those of each program for all of its tensors, and
-        its matrices; `its_turns` of its tensors, see `owners.turns`.
+        """What owners keep of a parameter, its places in sums over ranks, and its matrices.
 
+        Its places are those of each program for all of its tensors; `its_turns` are theirs, see `owners.turns`.
         Parameters come in the order in which the optimizer has them.
         """
         for shard, field, numbers in kept(group.fields_for, parts, its_turns):

@@ -41,7 +41,7 @@ class Matrices:
         self._by_program: dict[Program, list[tuple[Held, int]]] = {}
 
     def add(self, program: Program, laid: Concatenation, number: int, turn: int) -> None:
-        """A tensor by its number, stepped by `program`, which may leave it where it is; its turn, see `owners.turns`."""
+        """A tensor by its number and turn, see `owners.turns`, stepped by `program`, which may leave it where it is."""
         if program.travels and 0 not in laid.shapes[number]:
             self._by_program.setdefault(program, []).append((held(laid.one(number)), turn))
 

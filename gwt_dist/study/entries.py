@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gwt_dist.groups import keys_of_rest
-from gwt_dist.keys import KEYS, of_recipes
+from gwt_dist.keys import of_recipes
 from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, own_keys, resolved
 from gwt_dist.study.bare import class_in
 from gwt_dist.study.peers import foam, scale
