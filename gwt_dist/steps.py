@@ -46,7 +46,7 @@ class Steps:
         # What is in a step -> its parameters and its schedules
         self._schedules: dict[Any, tuple[list[Tensor], list[Scheduled]]] = {}
         self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
-        self._turns: dict[int, int] | None = None  # id of a parameter that was passed -> its turn
+        self._turns: dict[int, list[int]] | None = None  # id of a parameter that was passed -> of its tensors
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
     def attach(self, parameter: Tensor, shard: Shard) -> None:
@@ -183,16 +183,15 @@ class Steps:
     def turns(self, parameter: Tensor, shard: Shard) -> list[int] | None:
         """Of each tensor that a parameter stands for, see `owners.turns`: counted over all that the user passed.
 
-        Where an engine steps on other tensors in their place, the model's own say their turn. None for flat parameters
-        that the user passed, whose tensors nobody did.
+        Where an engine steps on other tensors in their place, the model's own say their turn. None for what nobody
+        passed.
         """
         if self._turns is None or len(self._turns) < len(self.given):
-            shapes = [tuple(getattr(its, "ds_shape", its.shape)) for its in self.given]
-            self._turns = dict(zip(map(id, self.given), owners.turns(shapes), strict=True))
-        mine = () if parameter in self.shards else (parameter,)
-        found = [self._turns.get(id(its)) for its in (shard.owners or mine)]
-        turns = [turn for turn in found if turn is not None]
-        return turns if len(turns) == len(shard.tensors) else None
+            its = {p: self.shards[p].tensors if p in self.shards else (p,) for p in self.given}
+            turns = iter(owners.turns([getattr(t, "ds_shape", t.shape) for tensors in its.values() for t in tensors]))
+            self._turns = {id(p): [next(turns) for _ in tensors] for p, tensors in its.items()}
+        found = [turn for its in (shard.owners or (parameter,)) for turn in self._turns.get(id(its), ())]
+        return found if len(found) == len(shard.tensors) else None
 
     def refuse_dtypes(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> None:
         """Raise `ValueError` for the first of `parameters` whose dtype cannot have what its group says."""

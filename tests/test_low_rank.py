@@ -272,7 +272,7 @@ def test_state_of_another_rank_is_refused() -> None:
     saved = GWTAdamW([parameter], **OPTIONS)
     saved.step()
     other = GWTAdamW([parameter], **OPTIONS | {"rank": 5})
-    with pytest.raises(ValueError, match="of rank 6 in what .* of rank 5 in this optimizer"):
+    with pytest.raises(ValueError, match=r"of rank 6 in what .* of rank 5 in this optimizer"):
         other.load_state_dict(saved.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""State of rows and columns, a toy recipe's and a real one's, and of owners: in one process, FSDP2, ZeRO, saved, planned, shown."""
+"""State of rows and columns, a toy recipe's and a real one's, and of owners: saved, planned and shown, under ZeRO and FSDP2."""
 
 from __future__ import annotations
 

@@ -9,10 +9,9 @@ from math import prod
 from gwt_dist import owners
 from gwt_dist.declare import Program
 from gwt_dist.formats import FP32
-from gwt_dist.memory import splits
+from gwt_dist.memory import owned, splits
 from gwt_dist.memory.count import bytes_of, count, per_tensor, summed
 from gwt_dist.memory.model import ModelSpec, TensorSpec
-from gwt_dist.memory.owned import Part, kept, turns
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import Setup
 from gwt_dist.memory.splits import Concatenation
@@ -58,7 +57,7 @@ class _Filler:
         self.plan, self.setup, self.shards = found, found.setup, found.setup.shards
         self.groups = {name: group for group in found.groups for name, _ in group.tensors}
         self.frozen = [t for t in found.model.tensors if t.name not in self.groups]
-        self.turns = turns(tensor for group in found.groups for tensor in group.tensors)
+        self.turns = owned.turns(tensor for group in found.groups for tensor in group.tensors)
         self.matrices = Matrices()  # of the step that is being planned
 
     def tensors(
@@ -93,7 +92,7 @@ class _Filler:
             found.exchange += times * counts.exchange
 
     def parameter(
-        self, group: GroupSpec, parts: Sequence[Part], its_turns: Sequence[int], owner: int | None = None
+        self, group: GroupSpec, parts: Sequence[owned.Part], its_turns: Sequence[int], owner: int | None = None
     ) -> None:
         """What a parameter of these tensors has on every shard, or on `owner`, whatever is held of them."""
         programs = _programs(group, parts)
@@ -104,14 +103,14 @@ class _Filler:
         self.shared(group, parts, its_turns, owner)
 
     def shared(
-        self, group: GroupSpec, parts: Sequence[Part], its_turns: Sequence[int], owner: int | None = None
+        self, group: GroupSpec, parts: Sequence[owned.Part], its_turns: Sequence[int], owner: int | None = None
     ) -> None:
         """What owners keep of a parameter, its places in sums over ranks, and its matrices.
 
         Its places are those of each program for all of its tensors; `its_turns` are theirs, see `owners.turns`.
         Parameters come in the order in which the optimizer has them.
         """
-        for shard, field, numbers in kept(group.fields_for, parts, its_turns):
+        for shard, field, numbers in owned.kept(group.fields_for, parts, its_turns):
             place, size = shard if owner is None else owner, numbers * bytes_of(field, self.setup.state_bytes)
             self.plan.fields[field][place] += size
             self.plan.checkpoint[place] += size
@@ -140,7 +139,7 @@ class _Filler:
         self.plan.checkpoint_common += numel * self.setup.bytes_of("weights")
 
 
-def _programs(group: GroupSpec, parts: Sequence[Part]) -> set[Program]:
+def _programs(group: GroupSpec, parts: Sequence[owned.Part]) -> set[Program]:
     return {group.program_for(laid.shapes[i]) for laid, i in parts}
 
 
@@ -268,7 +267,7 @@ def _flat_units(found: MemoryPlan) -> None:
         units.setdefault(tensor.name if alone else tensor.unit, []).append(tensor)
     parts = setup.engine == "fsdp1" and setup.use_orig_params  # each tensor's part is a parameter by itself
     place = {name: i for i, name in enumerate(name for group in found.groups for name, _ in group.tensors)}
-    stepped: list[tuple[int, GroupSpec, list[Part]]] = []
+    stepped: list[tuple[int, GroupSpec, list[owned.Part]]] = []
     for unit, tensors in units.items():
         names, shapes = [t.name for t in tensors], [t.shape for t in tensors]
         if setup.engine == "fsdp1":
@@ -294,9 +293,11 @@ def _flat_units(found: MemoryPlan) -> None:
             stepped += [(place[name], group, [(laid, i)]) for i, (name, group) in its if group]
         elif groups[0]:
             stepped.append((place[names[0]], groups[0], [(laid, i) for i in range(len(tensors))]))
-    for _, group, held in sorted(stepped, key=lambda one: one[0]):
-        # The user passed flat parameters, so what takes turns are the tensors of one.
-        (filler.shared if parts else filler.parameter)(group, held, owners.turns([laid.shapes[i] for laid, i in held]))
+    stepped.sort(key=lambda one: one[0])
+    # Of what the user passed, which are the units.
+    turns = iter(owners.turns([laid.shapes[i] for _, _, held in stepped for laid, i in held]))
+    for _, group, held in stepped:
+        (filler.shared if parts else filler.parameter)(group, held, [next(turns) for _ in held])
     filler.step()
     for tensor in filler.frozen:
         found.checkpoint_common += tensor.numel * weight
