@@ -12,6 +12,7 @@ from gwt_dist.formats import FP32, STATE_DTYPES
 
 SECOND_MOMENTS = ("approximation", "energy", "none")
 SEEDS = 1 << 32
+CRITICAL_FORMS = ("mean", "sum")  # of a gradient and those that are kept: see `formulas.critical`
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")  # of galore-torch: see `formulas.low_rank`
 PRODUCTS = ("auto", "bf16", "fp32")  # of whole matrices: see `products.dtype_of`
 
@@ -92,6 +93,9 @@ KEYS: dict[str, Key] = {
     "clip_threshold": Key(1.0, lambda v: _number(v) and v > 0, f"must be a finite number > 0 {_MEANT}"),
     "confidence_beta": Key(0.999, lambda v: within(v, 0, 1) and v < 1, f"must be in [0, 1) {_MEANT}"),
     "decay_rate": Key(0.0, _rate, f"must be in [-1, 0] {_MEANT}"),
+    "critical": Key(0, _whole(0), f"must be a whole number >= 0, 0 for none, {_MEANT}"),
+    "critical_decay": Key(0.7, lambda v: within(v, 0, 1), f"must be in [0, 1] {_MEANT}"),
+    "critical_form": Key("mean", lambda v: v in CRITICAL_FORMS, f"must be one of {CRITICAL_FORMS} {_MEANT}"),
     "rank": Key(0, _whole(0), f"must be a whole number >= 0, 0 for none, {_MEANT}", meaning=True),
     "update_proj_gap": Key(200, _whole(1), f"must be a whole number >= 1 {_MEANT}"),
     "proj_type": Key("std", lambda v: v in PROJ_TYPES, f"must be one of {PROJ_TYPES} {_MEANT}", meaning=True),

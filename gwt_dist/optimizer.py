@@ -74,6 +74,11 @@ class GWTAdamW(torch.optim.Optimizer):
             arXiv 2307.02047; 0.9999 there, uncorrected).
         decay_rate: Of the same: second moments decay by ``1 - t**decay_rate`` instead of ``betas[1]``; -0.8 with
             ``"adalomo"``, 0, which is for ``betas[1]``, with the others.
+        critical: Of ``"paper"``, ``"energy"``, ``"foam"`` and ``"orthogonal"``: how many gradients of large norm, by
+            their coefficients, stay for each tensor and join those that follow (Memory-Augmented Optimizers, ICLR
+            2022; see `formulas.critical`); 0 for none. Each costs as much as a moment in fp32.
+        critical_decay: Of the same: what their priorities are multiplied by at each step.
+        critical_form: Of the same: ``"mean"`` of the fresh one and all of them, or the ``"sum"`` of it and their mean.
         rank: Of ``"low-rank"``, as in the groups of galore-torch: vectors of the subspace; 0, as where no rank is said,
             is AdamW. `GaLoreAdamW` has the arguments of that package.
         update_proj_gap: Of the same: steps from one subspace of a matrix to the next.
@@ -124,6 +129,9 @@ class GWTAdamW(torch.optim.Optimizer):
         clip_threshold: float | None = None,
         confidence_beta: float | None = None,
         decay_rate: float | None = None,
+        critical: int | None = None,
+        critical_decay: float | None = None,
+        critical_form: str | None = None,
         rank: int | None = None,
         update_proj_gap: int | None = None,
         proj_type: str | None = None,
@@ -156,6 +164,9 @@ class GWTAdamW(torch.optim.Optimizer):
             clip_threshold=clip_threshold,
             confidence_beta=confidence_beta,
             decay_rate=decay_rate,
+            critical=critical,
+            critical_decay=critical_decay,
+            critical_form=critical_form,
             rank=rank,
             update_proj_gap=update_proj_gap,
             proj_type=proj_type,

@@ -62,7 +62,8 @@ def adamw(options: Options) -> Program:
 
 def adam(options: Options) -> Program:
     """Adam's moments; two phases where a limiter is on."""
-    return _adam_program(options["second_moment"], "weighed", options["limiter"] > 0, _Common.of(options))
+    limited = options["limiter"] > 0
+    return _critical(_adam_program(options["second_moment"], "weighed", limited, _Common.of(options)), options)
 
 
 def residual(options: Options) -> Program:
@@ -70,7 +71,7 @@ def residual(options: Options) -> Program:
     if options["second_moment"] == "none":
         raise ValueError('second_moment="none" leaves nothing to divide by; write recipe="orthogonal"')
     check_haar(options["wavelet"], "the denominator of an element has the residual of its Haar unit in it")
-    return _adam_program(options["second_moment"], "residual", False, _Common.of(options))
+    return _critical(_adam_program(options["second_moment"], "residual", False, _Common.of(options)), options)
 
 
 @lru_cache
@@ -87,7 +88,8 @@ def _adam_program(second_moment: str, detail: str, limited: bool, common: _Commo
 def orthogonal(options: Options) -> Program:
     """A momentum whose matrices travel to be orthogonalized."""
     rows, coherent = options["nor"] > 0, isinstance(options["detail_gain"], str)
-    return _orthogonal_program(rows, coherent, options["products"], options["least_level"], _Common.of(options))
+    program = _orthogonal_program(rows, coherent, options["products"], options["least_level"], _Common.of(options))
+    return _critical(program, options)
 
 
 @lru_cache
@@ -100,6 +102,24 @@ def _orthogonal_program(rows: bool, coherent: bool, products: str, least_level: 
     return Program(name, state, phases, "", common.write, ADAM, least_level, common.rounding)
 
 
+def _critical(program: Program, options: Options) -> Program:
+    """A program whose gradients are joined by those that are kept."""
+    return _critical_program(program, options["critical"]) if options["critical"] else program
+
+
+@lru_cache
+def _critical_program(program: Program, number: int) -> Program:
+    fields = [Field(f"critical_{i}", Extent.UNIT) for i in range(number)]
+    fields += [Field(f"priority_{i}", Extent.TENSOR) for i in range(number)]
+    return replace(
+        program,
+        formula=f"critical_{program.formula}",
+        fields=(*program.fields, *fields),
+        phases=(Pass("norm", (Sum("squared_a"),), then="ranked"), *program.phases),
+        numbers=(*program.numbers, "critical_decay", "critical_mean"),
+    )
+
+
 def adam_numbers(options: Options) -> dict[str, float]:
     """What functions of Adam's read of a rule."""
     (beta1, beta2), gain = options["betas"], options["detail_gain"]
@@ -110,6 +130,8 @@ def adam_numbers(options: Options) -> dict[str, float]:
         "coherent": float(isinstance(gain, str)),
         **{key: options[key] for key in ("eps", "weight_decay", "scale", "limiter")},
         **{key: float(options[key]) for key in ("nesterov", "correct_bias", "rounding_seed")},
+        "critical_decay": options["critical_decay"],
+        "critical_mean": float(options["critical_form"] == "mean"),
     }
 
 

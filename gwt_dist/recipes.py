@@ -56,7 +56,8 @@ class Recipe:
 _COMMON_KEYS = (
     *("scale", "nesterov", "cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"),
 )
-_ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_COMMON_KEYS
+_CRITICAL_KEYS = "critical", "critical_decay", "critical_form"
+_ADAM_KEYS = "second_moment", "detail_gain", "limiter", *_CRITICAL_KEYS, *_COMMON_KEYS
 _ROW_KEYS = *("clip_threshold", "decay_rate"), *(key for key in _COMMON_KEYS if key != "nesterov")
 _FACTORED_KEYS = "second_moment", "detail_gain", "least_level", *_ROW_KEYS
 _CLIPS = {"limiter": "clip_threshold limits every update, not the growth of updates. Remove limiter"}
@@ -73,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
     # The residual of an element is a gradient of its own beside its unit's momentum (FOAM, arXiv 2512.07112), bounded
     # by its square in the denominator, so it needs no gain.
     "foam": Recipe(
-        *(residual, adamw, adam_numbers, ("second_moment", *_COMMON_KEYS)),
+        *(residual, adamw, adam_numbers, ("second_moment", *_CRITICAL_KEYS, *_COMMON_KEYS)),
         {"detail_gain": 0.0},
         {
             "detail_gain": "a residual is bounded by its own square in the denominator and has no gain. Remove it",
@@ -82,7 +83,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Momentum alone, orthogonalized as Muon's: half of the state, and matrices travel to a rank each and back.
     "orthogonal": Recipe(
-        *(orthogonal, adamw, orthogonal_numbers, ("detail_gain", "nor", "products", "least_level", *_COMMON_KEYS)),
+        *(orthogonal, adamw, orthogonal_numbers),
+        ("detail_gain", "nor", "products", "least_level", *_CRITICAL_KEYS, *_COMMON_KEYS),
         # With half of it the best rate was AdamW's own, of 1.25 and of 60 million weights (docs/quality.md).
         # Details that enter the iteration whole ended lower than those by coherence, more so in larger batches.
         # Nesterov's step ended 0.010 lower at level 0 and no higher at level 1 (three seeds, 20 tokens a weight).

@@ -34,7 +34,7 @@ Weights = dict[str, Tensor]
 STEPS = 3
 COMBINATIONS = [
     *((level, recipe) for level in (1, 2, 3) for recipe in ("paper", "energy")),
-    *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "came", "adalomo")),
+    *((2, recipe) for recipe in ("orthogonal", "normuon", "foam", "critical", "came", "adalomo")),
     *((0, recipe) for recipe in ("adafactor", "galore", "fira")),
 ]
 # Blocks of each kind of model, and what a block's name says beside a recipe.
@@ -49,6 +49,7 @@ NAMED: dict[str, dict[str, Any]] = {"normuon": {"recipe": "orthogonal", "nor": 0
 NAMED["adafactor"] = {"recipe": "factored", "least_level": 0}
 NAMED["galore"] = {"recipe": "low-rank", "rank": 3, "update_proj_gap": 2, "spread_refresh": True}
 NAMED["fira"] = {"recipe": "low-rank", "rank": 4, "residual": True, "proj_type": "full", "randomized": True}
+NAMED["critical"] = {"recipe": "energy", "critical": 2}
 NAMED["bf16"] = {**NAMED["normuon"], "products": "bf16"}
 NAMED |= {
     "energy8": {"recipe": "energy", "state_dtype": "int8"},

@@ -170,14 +170,17 @@ def test_it_is_adalomo_of_pytorch_optimizer() -> None:
         assert float((mine - its).norm()) <= 1e-6 * float((its - start).norm())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_optimizer") is None, reason="pytorch_optimizer is not installed")
+@pytest.mark.parametrize("package", ["came_pytorch", "pytorch_optimizer"])
 @pytest.mark.parametrize(("dtype", "most"), [(FP64, 1e-12), (torch.float32, 1e-6)])
-def test_it_is_came_of_pytorch_optimizer(dtype: torch.dtype, most: float) -> None:
-    came = importlib.import_module("pytorch_optimizer").CAME
+def test_it_is_came_of_others(package: str, dtype: torch.dtype, most: float) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    came = importlib.import_module(package).CAME
+    more = {"lr": 1e-3} | ({"foreach": False} if package == "pytorch_optimizer" else {})
     for shape in ((66, 97), (16, 341), (3, 7)):
         start, grads = random(*shape).to(dtype), gradients(shape, 20)
         other = torch.nn.Parameter(start.clone())
-        optimizer = came([other], lr=1e-3, foreach=False)
+        optimizer = came([other], **more)
         for grad in grads:
             other.grad = grad.to(dtype)
             optimizer.step()

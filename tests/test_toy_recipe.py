@@ -1,4 +1,4 @@
-"""State of rows and columns, a toy recipe's and a real one's, and of owners: saved, planned and shown, under ZeRO and FSDP2."""
+"""State of rows, columns and owners, of a toy recipe and real ones: saved, planned and shown, in FSDP2 and ZeRO."""
 
 from __future__ import annotations
 

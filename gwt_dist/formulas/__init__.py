@@ -14,14 +14,15 @@ from torch import Tensor
 from gwt_dist.declare import Pass, Program
 from gwt_dist.formulas import adalomo, low_rank, normuon, orthogonal, weights
 from gwt_dist.formulas.adam import DETAILS, Adam
+from gwt_dist.formulas.critical import KEPT, Critical
 from gwt_dist.formulas.factored import Factored
 from gwt_dist.formulas.share import Seat, Share
 
 __all__ = ["DETAILS", "FORMULAS", "WRITES", "Seat", "Share", "check"]
 
+_ADAM = {"adam_approximation": Adam(energy=False), "adam_energy": Adam(energy=True)}
 FORMULAS: dict[str, Any] = {
-    "adam_approximation": Adam(energy=False),
-    "adam_energy": Adam(energy=True),
+    **_ADAM,
     "orthogonal": orthogonal,
     "normuon": normuon,
     "factored_approximation": Factored(energy=False, confidence=False),
@@ -31,6 +32,7 @@ FORMULAS: dict[str, Any] = {
     "adalomo": adalomo,
     "low_rank": low_rank,
 }
+FORMULAS |= {f"{KEPT}_{name}": Critical(FORMULAS[name]) for name in (*_ADAM, "orthogonal", "normuon")}
 # How a weight takes its change.
 WRITES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"decay": weights.decay, "cautious": weights.cautious}
 
