@@ -240,17 +240,16 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Muon(model.parameters(), lr=LR)
 
 
-def gwt(model: nn.Module, recipe: str) -> torch.optim.Optimizer:
+def gwt(model: nn.Module, recipe: str, **options: Any) -> torch.optim.Optimizer:
     """The optimizer of this project, at level 2."""
-    return GWTAdamW(model.parameters(), lr=LR, level=2, recipe=recipe)
+    return GWTAdamW(model.parameters(), lr=LR, level=2, recipe=recipe, **options)
 
 
-def galore(model: nn.Module) -> torch.optim.Optimizer:
-    """GaLore of rank 4, otherwise as its documentation has it."""
-    from galore_torch import GaLoreAdamW
-
+def galore(model: nn.Module, package: str, **options: Any) -> torch.optim.Optimizer:
+    """GaLore of rank 4, otherwise as its documentation has it; of galore-torch or of this project."""
+    kind = importlib.import_module(package).GaLoreAdamW
     group = {"params": list(model.parameters()), "rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    optimizer: torch.optim.Optimizer = GaLoreAdamW([group], lr=LR)
+    optimizer: torch.optim.Optimizer = kind([group | options], lr=LR)
     return optimizer
 
 
@@ -328,7 +327,15 @@ CANDIDATES = {
     "muon": Candidate("torch Muon", muon),
     "gwt-paper": Candidate("GWTAdamW, paper", partial(gwt, recipe="paper")),
     "gwt-energy": Candidate("GWTAdamW, energy", partial(gwt, recipe="energy")),
-    "galore": Candidate("GaLore (galore-torch)", galore, "galore-torch", "galore_torch"),
+    "gwt-orthogonal": Candidate("GWTAdamW, orthogonal", partial(gwt, recipe="orthogonal")),
+    "gwt-critical": Candidate("GWTAdamW, energy, critical=3", partial(gwt, recipe="energy", critical=3)),
+    "gwt-came": Candidate("GWTAdamW, came", partial(gwt, recipe="came")),
+    "gwt-adalomo": Candidate("GWTAdamW, adalomo", partial(gwt, recipe="adalomo")),
+    "gwt-galore": Candidate("GaLoreAdamW of gwt_dist", partial(galore, package="gwt_dist")),
+    "gwt-fira": Candidate("the same with residual=True", partial(galore, package="gwt_dist", residual=True)),
+    "galore": Candidate(
+        "GaLore (galore-torch)", partial(galore, package="galore_torch"), "galore-torch", "galore_torch"
+    ),
     "apollo": Candidate(
         "APOLLO (apollo-torch)", partial(apollo, rank=4, scale_type="channel", scale=1), "apollo-torch", "apollo_torch"
     ),

@@ -15,7 +15,8 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from gwt_dist import exchange, layout
@@ -58,10 +59,24 @@ def shard_of(parameter: DTensor, fqn: str) -> Shard:
     )
 
 
-def leaves_ranks_empty(parameter: DTensor) -> bool:
-    """Whether any rank of its mesh holds nothing of a parameter that has elements; the same on all of them."""
-    shape, axes = tuple(parameter.shape), range(parameter.device_mesh.ndim)
-    return prod(shape) > 0 and not all(f.numel for f in _fragments(parameter, shape, "", axes).values())
+def of_some(values: Tensor, parameter: Tensor, shape: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    """`values`, which these `ranks` keep alike and whole, and others have nothing of, as a DTensor of these alone.
+
+    torch.distributed.checkpoint then writes those of one of them, and reads them on whichever ranks have them there.
+    Nothing is ever sent over the mesh, so it gets no process group.
+    """
+    if not isinstance(parameter, DTensor):
+        return values
+    mesh = DeviceMesh(parameter.device_mesh.device_type, list(ranks), _init_backend=False)
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(values, mesh, [Replicate()], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def is_of_some(values: object, parameter: Tensor) -> bool:
+    """Whether these are what `of_some` makes for a parameter."""
+    if not isinstance(values, DTensor) or not isinstance(parameter, DTensor):
+        return False
+    return values.device_mesh.size() < parameter.device_mesh.size()
 
 
 def wrap(moments: Tensor, parameter: Tensor, shape: Sequence[int], units: Units) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
+from gwt_dist.keys import COMMON, of_recipes
 from gwt_dist.notes import rate_note, tall_note
 from gwt_dist.plan import Plan
 from gwt_dist.recipes import DEFAULT, check_group, level_of
@@ -144,41 +145,11 @@ class GWTAdamW(torch.optim.Optimizer):
         stochastic_rounding: bool | None = None,
         rounding_seed: int | None = None,
     ) -> None:
+        said = dict(locals())
         self._forget_layout()
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            level=level_of(recipe) if level is None else level,
-            wavelet=wavelet,
-            recipe=DEFAULT if recipe is None else recipe,
-            scale=scale,
-            second_moment=second_moment,
-            detail_gain=detail_gain,
-            limiter=limiter,
-            nesterov=nesterov,
-            cautious=cautious,
-            correct_bias=correct_bias,
-            nor=nor,
-            clip_threshold=clip_threshold,
-            confidence_beta=confidence_beta,
-            decay_rate=decay_rate,
-            critical=critical,
-            critical_decay=critical_decay,
-            critical_form=critical_form,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            proj_type=proj_type,
-            residual=residual,
-            randomized=randomized,
-            spread_refresh=spread_refresh,
-            products=products,
-            least_level=least_level,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-        )
+        defaults = {key: said[key] for key in (*COMMON, *of_recipes()) if key in said}
+        defaults |= {"recipe": DEFAULT if recipe is None else recipe}
+        defaults |= {"level": level_of(recipe) if level is None else level}
         self._is_recipe_named = recipe is not None
         check_group(defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
@@ -336,12 +307,12 @@ class GWTAdamW(torch.optim.Optimizer):
         so that `load_state_dict` refuses those of another rank; and ``missed`` where any of their tensors are frozen.
 
         Raises `ValueError` for parameters whose columns are cut within a unit: their moments are no DTensor, and a
-        checkpoint would keep one rank's as if they were everyone's. Likewise where fields over columns are kept and a
-        rank holds nothing of a matrix. And for state of parameters that are in no group, as those of ZeRO-3 between
-        steps; and where a function of torch asks that would gather flat buffers.
+        checkpoint would keep one rank's as if they were everyone's. And for state of parameters that are in no group,
+        as those of ZeRO-3 between steps; and where a function of torch asks that would gather flat buffers, or what
+        only some of the ranks keep.
         """
         state.check_writable(self.state, self.param_groups, self._steps)
-        state.refuse_gathering(self._steps.shards.values())
+        state.refuse_gathering(self._steps.shards.values(), self.state)
         told = state.layouts(self.param_groups, self._steps)
         missed = state.missed(self.param_groups, self._steps)
         return super().state_dict() | {key: its for key, its in ((state.LAYOUTS, told), (state.MISSED, missed)) if its}

@@ -13,7 +13,7 @@ from math import prod
 
 from gwt_dist.layout import columns_of
 
-SLACK = 0.1  # how much more than evenly shared work a rank may have for the sake of what it holds
+SLACK = 0.1  # how much more than evenly shared work a rank may have for the sake of what it holds; and see `keeper`
 
 
 def cost(shape: Sequence[int]) -> int:
@@ -58,11 +58,12 @@ def owners(shapes: Sequence[Sequence[int]], held: Sequence[Mapping[int, int]], w
 def keeper(held: Mapping[int, int], turn: int) -> int:
     """The rank that keeps what belongs to one whole matrix for as long as the layout lasts: one that holds most of it.
 
-    `held` has the elements that ranks hold, of those that hold any. Among ranks that hold as much the turn decides, a
-    number of the matrix, see `turns`: unlike the work of one step, what is kept cannot depend on what else is stepped.
+    `held` has the elements that ranks hold, of those that hold any. Among ranks that hold as much, but for `SLACK`, the
+    turn decides, a number of the matrix, see `turns`: unlike the work of one step, what is kept cannot depend on what
+    else is stepped.
     """
-    most = max(held.values(), default=0)
-    ranks = sorted(rank for rank, numel in held.items() if numel == most)
+    least = max(held.values(), default=0) * (1 - SLACK)
+    ranks = sorted(rank for rank, numel in held.items() if numel >= least)
     return ranks[turn % len(ranks)] if ranks else 0
 
 

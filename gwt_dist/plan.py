@@ -110,9 +110,21 @@ class Plan:
             zeros = torch.zeros(self.shapes[field.name], dtype=dtype, device=device)
             if field.extent in extents.SHARDED and self.shard.local_shape is not None:
                 units = extents.units_along(field.extent, shape, self.form.units(shape))
-                zeros = dtensor.wrap(zeros, parameter, _whole(field.extent, shape, self.form), units)
+                zeros = dtensor.wrap(zeros, parameter, _whole(field, shape, self.form), units)
+            elif field.extent in (Extent.COLUMN, Extent.OWNED) and self.shard.local_shape is not None:
+                keep = self._keep(field)
+                if len(keep) < self.shard.peers.world_size:
+                    zeros = dtensor.of_some(zeros, parameter, _whole(field, shape, self.form), keep)
             state[field.name] = zeros
         return state
+
+    def _keep(self, field: Field) -> list[int]:
+        """The ranks that keep all of a field that is not sharded, of the one tensor that there is."""
+        peers, fqn = self.shard.peers, self.shard.tensors[0].fqn
+        if field.extent is Extent.OWNED and fqn in self.keepers:
+            return [peers.ranks[self.keepers[fqn]]]
+        held = [any(fragment.numel for fragment in peers.fragments(place)) for place in range(peers.world_size)]
+        return [rank for rank, is_held in zip(peers.ranks, held, strict=True) if is_held or not any(held)]
 
 
 def _pack(
@@ -172,12 +184,12 @@ def _shape(shard: Shard, form: Form, field: Field, kept: Sequence[dict[str, Frag
     if field.extent is Extent.TENSOR:
         return () if shard.local_shape is not None else (len(shard.tensors),)
     numbers = sum(its[field.name].numel for its in kept if field.name in its)
-    if field.extent is Extent.OWNED and shard.local_shape is not None and numbers:
-        return extents.of_owner(field, shard.tensors[0].shape)
-    if shard.local_shape is None or field.extent in (Extent.COLUMN, Extent.OWNED):
+    if shard.local_shape is None or (field.extent in (Extent.COLUMN, Extent.OWNED) and not numbers):
         return (numbers,)
     local, shape = shard.local_shape, shard.tensors[0].shape
-    whole = _whole(field.extent, shape, form)
+    whole = _whole(field, shape, form)
+    if field.extent in (Extent.COLUMN, Extent.OWNED):
+        return whole
     # Level 0, or rows of one element, of which no cell is cut.
     if field.extent is Extent.UNIT and whole == tuple(shape) and numbers == prod(local):
         return tuple(local)
@@ -188,9 +200,12 @@ def _shape(shard: Shard, form: Form, field: Field, kept: Sequence[dict[str, Frag
     return local[0], numbers // local[0] if numbers else whole[1]
 
 
-def _whole(extent: Extent, shape: tuple[int, ...], form: Form) -> tuple[int, ...]:
+def _whole(field: Field, shape: tuple[int, ...], form: Form) -> tuple[int, ...]:
     """Of the whole field of a tensor of `shape`."""
-    if extent is Extent.UNIT:
+    if field.extent is Extent.UNIT:
         return moments_shape(shape, form.level, form.wavelet)
-    whole = extents.whole(extent, shape, form.units(shape))
-    return whole[1:] if extent is Extent.CELL and len(shape) < 2 else whole  # as coefficients of a vector are
+    if field.extent is Extent.OWNED:
+        return extents.of_owner(field, shape)
+    whole = extents.whole(field.extent, shape, form.units(shape))
+    # Vectors, as coefficients of a vector are.
+    return whole[1:] if field.extent is Extent.COLUMN or (field.extent is Extent.CELL and len(shape) < 2) else whole

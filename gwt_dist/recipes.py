@@ -191,9 +191,10 @@ def program_of(group: Mapping[str, Any], level: int) -> Program:
 
 
 def meaning(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved keys, of those that the recipe reads, without which moments mean something else."""
+    """The resolved keys, of those that the recipe reads or decides, without which moments mean something else."""
     recipe, options = resolved(group)
-    return {key: options[key] for key, about in KEYS.items() if about.meaning and key in recipe.keys}
+    its = (*recipe.keys, *recipe.defaults)
+    return {key: options[key] for key, about in KEYS.items() if about.meaning and key in its}
 
 
 def own_keys() -> set[str]:

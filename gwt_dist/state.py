@@ -53,22 +53,6 @@ def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], step
     for parameter, state in states.items():
         if not isinstance(parameter, DTensor) or parameter not in steps.plans:
             continue
-        columns = [f.name for f in steps.plans[parameter].fields if f.extent is Extent.COLUMN]
-        if columns and dtensor.leaves_ranks_empty(parameter):
-            raise ValueError(
-                f"some ranks hold nothing of a parameter of shape {tuple(parameter.shape)} with placements "
-                f"{parameter.placements} over {parameter.device_mesh.shape} ranks, so they have no {columns[0]}, which "
-                f"is whole on the others: torch.distributed.checkpoint would keep the empty one as everyone's. Use "
-                f"gwt_dist.save, which takes every layout, or give the parameter a group with another recipe"
-            )
-        kept = [f.name for f in steps.plans[parameter].fields if f.extent is Extent.OWNED]
-        if kept and steps.plans[parameter].shard.peers.world_size > 1:
-            raise ValueError(
-                f"{kept[0]} of a parameter of shape {tuple(parameter.shape)} is kept whole by one of the "
-                f"{steps.plans[parameter].shard.peers.world_size} ranks that share it, and others have nothing of it: "
-                f"torch.distributed.checkpoint would keep one rank's as everyone's. Use gwt_dist.save, which takes "
-                f"every layout"
-            )
         fields = [f for f in steps.plans[parameter].fields if f.extent in SHARDED and f.name in state]
         twice = [f for f in fields if not isinstance(state[f.name], DTensor)]
         if twice:
@@ -87,22 +71,33 @@ def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], step
             )
 
 
-def refuse_gathering(shards: Iterable[Shard]) -> None:
+def refuse_gathering(shards: Iterable[Shard], states: Mapping[Tensor, Group]) -> None:
     """Raise `ValueError` if a function of torch is asking that gathers the state of flat parameters.
 
-    It cuts moments by the sizes of the weights, and fails on some of the ranks while others wait. That it is asking can
-    be seen from the stack alone, and what it does cannot be hooked into.
+    It cuts moments by the sizes of the weights, and fails on some of the ranks while others wait. Likewise if one asks
+    that makes whole tensors of DTensors for rank 0, and state is on some ranks alone: it would be lost. That they are
+    asking can be seen from the stack alone, and what they do cannot be hooked into.
     """
-    if all(shard.local_shape is not None for shard in shards):
+    flat = any(shard.local_shape is None for shard in shards)
+    its = ((name, value, parameter) for parameter, state in states.items() for name, value in state.items())
+    some = next((name for name, value, parameter in its if dtensor.is_of_some(value, parameter)), None)
+    if not flat and some is None:
         return
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_globals.get("__name__") in _GATHERERS:
+        is_torch = frame.f_globals.get("__name__") in _GATHERERS
+        if is_torch and flat:
             raise ValueError(
                 f"{frame.f_code.co_name} of torch gathers the state of flat parameters and takes it to be as large as "
                 f"the weights, and moments of GWTAdamW are smaller. Use gwt_dist.save and gwt_dist.load (or torch.save "
                 f"of state_dict() on each rank, for the same engine and number of ranks); gwt_dist.full_state returns "
                 f"the state of one tensor"
+            )
+        if is_torch and getattr(frame.f_locals.get("info"), "full_state_dict", False):
+            raise ValueError(
+                f"{frame.f_code.co_name} of torch makes whole tensors for rank 0, and {some} is kept by other ranks "
+                f"alone, so it would be lost. Leave full_state_dict out, which torch.distributed.checkpoint writes "
+                f"without, or use gwt_dist.save and gwt_dist.load"
             )
         frame = frame.f_back
 

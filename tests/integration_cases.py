@@ -193,6 +193,18 @@ def example_case(case: str, folder: str) -> dict[str, Any]:
     }
 
 
+def own_loop_case(name: str) -> dict[str, Any]:
+    """The loop without frameworks: its losses, subspaces that this rank keeps, gradients after a backward pass."""
+    sys.path.insert(0, str(EXAMPLES))
+    import own_loop  # type: ignore[import-not-found]
+
+    model, optimizer, losses = own_loop.train(name)
+    model(**{key: value[None] for key, value in own_loop.Text()[0].items()}).loss.backward()
+    left = sum(p.grad is not None for p in model.parameters()) if name == "adalomo" else 0
+    kept = sum("projector" in state and state["projector"].to_local().numel() > 0 for state in optimizer.state.values())
+    return {"losses": losses, "gradients": left, "kept": kept}
+
+
 def main(case: str, folder: str) -> None:
     result = example_case(case, folder)
     Path(folder, f"result-{dist.get_rank()}.json").write_text(json.dumps(result))

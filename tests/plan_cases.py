@@ -26,7 +26,7 @@ from gwt_dist.sums import lay_out
 from matrix_cases import FAMILIES, Model
 from zero_cases import gradients, shapes_of
 
-ONCE = ("step", "limited_norm")  # state that there is one number of a tensor or a parameter
+ONCE = ("step", "limited_norm", "priority_0", "priority_1")  # state that there is one number of a tensor or a parameter
 
 
 def size(tensor: Tensor) -> int:

@@ -248,6 +248,25 @@ def fused_dcp_case(folder: str, fused: bool, kind: str) -> float:
     return off(whole(second[0]), expected_of(BEFORE + AFTER))
 
 
+def some_ranks_dcp_case(folder: str, options: dict[str, Any], saving: bool) -> float:
+    """What is on some ranks alone goes through `dcp.save` and, on other ranks, `dcp.load`; no whole tensors of it."""
+    trained = fsdp2(**options)
+    if saving:
+        train(trained, 0, BEFORE)
+        model, state = get_state_dict(*trained)
+        dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+        if dist.get_world_size() > 1:
+            told = refusal(lambda: get_optimizer_state_dict(*trained, options=StateDictOptions(full_state_dict=True)))
+            assert "is kept by other ranks alone, so it would be lost" in told, told
+    else:
+        model, state = get_state_dict(*trained)
+        dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder)
+        set_state_dict(*trained, model_state_dict=model, optim_state_dict=state)
+        train(trained, BEFORE, BEFORE + AFTER)
+        return off(whole(trained[0]), expected_of(BEFORE + AFTER, **options))
+    return 0.0
+
+
 def fused_by_hand_case(kind: str) -> dict[str, float]:
     """Gradients set by hand, before and after fused steps."""
     trained: Trained

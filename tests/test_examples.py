@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from forks import Forks
-from integration_cases import example_case
+from integration_cases import example_case, own_loop_case
 from ranks import run_ranks
 
 TESTS = Path(__file__).parent
@@ -95,6 +95,20 @@ def check(run: Run, case: str, folder: Path, engaged: str, sharded: bool, steps:
     assert last < first - 0.5
     assert results[0]["error"] < 1e-6
     return results
+
+
+@pytest.mark.matrix
+@pytest.mark.support("FSDP2", "a loop of one's own with `GaLoreAdamW`, and with `adalomo` and `fuse_backward`")
+@pytest.mark.parametrize("name", ["galore", "adalomo"])
+def test_own_loop(forked: Run, tmp_path: Path, name: str) -> None:
+    """Without frameworks: the loss falls, each matrix has one keeper, and what is fused leaves no gradient."""
+    results = run_ranks(own_loop_case, 2, name)
+    for result in results:
+        first, *_, last = result["losses"]
+        assert last < first - 2
+        assert result["gradients"] == 0
+    kept = [result["kept"] for result in results]
+    assert kept == ([7, 7] if name == "galore" else [0, 0])
 
 
 @pytest.mark.support("DeepSpeed", "transformers' Trainer, ZeRO-2")

@@ -13,9 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from gwt_dist import Fragment, GWTAdamW
 from gwt_dist.memory import GroupSpec, plan_zero
@@ -325,25 +322,3 @@ def test_bytes_of_a_weight() -> None:
 def test_keys_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GWTAdamW([torch.nn.Parameter(random(4, 6))], **{"recipe": "came", **options})
-
-
-def empty_rank_case() -> tuple[list[int], str]:
-    """A matrix of which the second rank holds no row: it is stepped, and not written as others'."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    model = torch.nn.Linear(8, 1, bias=False)
-    fully_shard(model, mesh=mesh)
-    optimizer = GWTAdamW(model.parameters(), level=1, recipe="came")
-    model(torch.ones(2, 8)).sum().backward()
-    optimizer.step()
-    try:
-        get_optimizer_state_dict(model, optimizer)
-    except ValueError as error:
-        return list(model.weight.to_local().shape), str(error)
-    return [], ""
-
-
-def test_columns_that_a_rank_does_not_have_are_not_written_for_all(ranks) -> None:
-    results = ranks(2, empty_rank_case)
-    assert [shape for shape, _ in results] == [[1, 8], [0, 8]]
-    for _, error in results:
-        assert "some ranks hold nothing of a parameter of shape (1, 8)" in error and "exp_avg_sq_col" in error

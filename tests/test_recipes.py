@@ -61,7 +61,7 @@ def test_nesterov_is_a_default_of_orthogonal_alone() -> None:
 def test_what_moments_of_a_group_mean() -> None:
     assert meaning({"recipe": "paper"}) == {"second_moment": "approximation", "detail_gain": 1.0, "limiter": 1.01}
     assert meaning({"recipe": "energy"}) == {"second_moment": "energy", "detail_gain": "coherence", "limiter": 0.0}
-    assert meaning({"recipe": "orthogonal"}) == {"detail_gain": 1.0}
+    assert meaning({"recipe": "orthogonal"}) == {"second_moment": "none", "detail_gain": 1.0}
     assert meaning({"recipe": "low-rank", "rank": 3}) == {"rank": 3, "proj_type": "std"}
 
 

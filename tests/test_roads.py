@@ -32,6 +32,7 @@ from roads_cases import (
     off,
     optimizer_of,
     other_mesh_case,
+    some_ranks_dcp_case,
     torchs_roads_case,
     train,
     whole,
@@ -228,6 +229,20 @@ def test_a_fused_optimizer_goes_through_distributed_checkpoints(ranks, fused, tm
 
 def test_a_fused_optimizer_of_one_process_does_too(ranks, tmp_path) -> None:
     assert max(ranks(1, fused_dcp_case, str(tmp_path), True, "one")) == 0.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe": "came", "level": 1},  # of 4 rows some ranks of 5 have none, so they have no columns
+        {"recipe": "low-rank", "level": 0, "rank": 2, "update_proj_gap": 2, "residual": True},
+    ],
+    ids=["columns", "owners"],
+)
+def test_what_some_ranks_keep_goes_through_distributed_checkpoints(ranks, options, tmp_path) -> None:
+    ranks(5, some_ranks_dcp_case, str(tmp_path), options, True)
+    for world_size in (2, 1):
+        assert max(ranks(world_size, some_ranks_dcp_case, str(tmp_path), options, False)) < 1e-5
 
 
 @pytest.mark.support("FSDP2", "`fuse_backward` and gradients set by hand")
