@@ -52,7 +52,7 @@ class Field:
 
     name: str
     extent: Extent
-    format: str = FP32  # of `formats.FORMATS`; only coefficients, UNIT, have another
+    format: str = FP32  # of `formats.FORMATS`; only coefficients, UNIT, have another, and OWNED one without scales
     sides: tuple[str, ...] = ()  # of OWNED: its dimensions, words of `SIDES`
     rank: int = 0  # of OWNED: what "rank" stands for, but for matrices with a shorter side than that
 
@@ -62,10 +62,13 @@ class Field:
                 f"field {self.name!r} over a {self.extent.value} has the sides {self.sides}: an owned one has some of "
                 f"{', '.join(SIDES)}, and others have none"
             )
-        if self.format not in FORMATS or (self.format != FP32 and self.extent is not Extent.UNIT):
+        may = [FP32]
+        if self.extent in (Extent.UNIT, Extent.OWNED):
+            may = [name for name, form in FORMATS.items() if self.extent is Extent.UNIT or not form.scaled]
+        if self.format not in may:
             raise ValueError(
-                f"field {self.name!r} over a {self.extent.value} cannot have the format {self.format!r}: formats are "
-                f"{', '.join(FORMATS)}, and only fields over coefficients have another than {FP32}"
+                f"field {self.name!r} over a {self.extent.value} cannot have the format {self.format!r}, only "
+                f"{', '.join(may)}"
             )
 
     def __str__(self) -> str:

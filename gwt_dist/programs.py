@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from gwt_dist.declare import Extent, Field, Pass, Program, Sum, Travel
-from gwt_dist.formats import FORMATS, STATE_DTYPES, scale_of
+from gwt_dist.formats import FORMATS, FP32, STATE_DTYPES, scale_of
 from gwt_dist.keys import PROJ_TYPES
 from gwt_dist.units import check_haar
 
@@ -192,11 +192,17 @@ def low_rank(options: Options) -> Program:
     """Adam in a subspace of each matrix, on the rank that owns it; of rank 0 nothing is projected."""
     if not options["rank"]:
         return adamw(options)
-    return _low_rank_program(options["rank"], options["proj_type"], options["residual"], _Common.of(options))
+    form, scaled = STATE_DTYPES[options["state_dtype"]][0], FORMATS[STATE_DTYPES[options["state_dtype"]][0]].scaled
+    if scaled:
+        raise ValueError(
+            f"state_dtype={options['state_dtype']!r} has a scale for cells of coefficients, and a subspace has none: "
+            f"write state_dtype='bf16', or rank=0 for AdamW in that format"
+        )
+    return _low_rank_program(options["rank"], options["proj_type"], options["residual"], form, _Common.of(options))
 
 
 @lru_cache
-def _low_rank_program(rank: int, proj_type: str, residual: bool, common: _Common) -> Program:
+def _low_rank_program(rank: int, proj_type: str, residual: bool, form: str, common: _Common) -> Program:
     # Sides of the subspace's vectors and of what is left of the gradient in it.
     vectors, left = {
         "std": ("short", "long"),
@@ -207,7 +213,7 @@ def _low_rank_program(rank: int, proj_type: str, residual: bool, common: _Common
     }[proj_type]
 
     def owned(name: str, *sides: str) -> Field:
-        return Field(name, Extent.OWNED, sides=sides, rank=rank)
+        return Field(name, Extent.OWNED, form if sides != ("one",) else FP32, sides, rank)
 
     fields = [owned("projector", "rank", vectors)]
     fields += [owned("projector_left", "rank", "rows")] if proj_type == "full" else []

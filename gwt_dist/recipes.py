@@ -118,11 +118,10 @@ RECIPES: dict[str, Recipe] = {
         *(low_rank, adamw, low_rank_numbers),
         (
             *("rank", "update_proj_gap", "proj_type", "residual", "randomized", "spread_refresh", "scale"),
-            *("cautious", "correct_bias", "stochastic_rounding", "rounding_seed"),
+            *("cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"),
         ),
         {"scale": 0.25},
         {
-            "state_dtype": "the subspace and its moments are kept in fp32. Remove it",
             "detail_gain": "there is no wavelet, so there are no details. Remove it",
             "nesterov": "moments are Adam's own. Remove it",
         },

@@ -13,7 +13,7 @@ one before come back. One process is a world of 1, whose parts land in its stack
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
@@ -24,11 +24,12 @@ from torch import Tensor
 from gwt_dist import products
 from gwt_dist.comm import Peers, begin, connected, needs_host
 from gwt_dist.declare import Program, Rule, Travel
-from gwt_dist.formulas import FORMULAS, Seat
+from gwt_dist.formulas import FORMULAS
 from gwt_dist.kernels import Kernel, Part, Tensors, Work
 from gwt_dist.layout import Fragment
 from gwt_dist.matrices import Matrix, Round, Route, plan_rounds
 from gwt_dist.plan import Plan
+from gwt_dist.seats import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +55,6 @@ class _Call:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a matrix that this rank owns is among what a step is given."""
-
-    run: int
-    parameter: int  # of the run
-    fields: Mapping[str, Fragment]  # its OWNED fields
-    turn: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Round:
     """A round of matrices that the same ranks hold, with one dtype of moments."""
 
@@ -72,7 +63,7 @@ class _Round:
     moments: torch.dtype
     products: torch.dtype  # in which matrices travel
     groups: tuple[tuple[int, ...], ...]  # of each stack, the parameter group of each of its matrices
-    seats: tuple[tuple[_Place | None, ...], ...]  # and where what belongs to it is; None of those that do not move
+    seats: tuple[tuple[Place | None, ...], ...]  # and where what belongs to it is; None of those that do not move
     calls: tuple[_Call, ...]
     rows: tuple[tuple[Part, int, int], ...]  # a part, its run, and where its rows land
 
@@ -178,8 +169,8 @@ class Rounds:
             groups = tuple(tuple(found[matrix][0].group for matrix in stack.matrices) for stack in one.stacks)
             seats = tuple(
                 tuple(
-                    _place(found[matrix][0], found[matrix][1], its_parts.get((id(found[matrix][0]), found[matrix][1])))
-                    for matrix in stack.matrices
+                    Place.of(holder.plan, fqn, holder.run, its_parts.get((id(holder), fqn), ()))
+                    for holder, fqn, _ in (found[matrix] for matrix in stack.matrices)
                 )
                 for stack in one.stacks
             )
@@ -238,8 +229,12 @@ class Rounds:
         for i, (stack, groups) in enumerate(zip(trip.its.plan.stacks, trip.its.groups, strict=True)):
             matrices = trip.elements.stack(i, stack.places, stack.rows, stack.columns)
             rows = {name: way.stack(i, stack.places, stack.rows) for name, way in trip.rows.items()}
-            seats = [place and _seat(place, given[place.run]) for place in trip.its.seats[i]]
-            getattr(self._formula, self._phase.work)(matrices, rows, [rules[group] for group in groups], seats)
+            places, its_rules = trip.its.seats[i], [rules[group] for group in groups]
+            seats = [place.seat(given[place.run]) if place else None for place in places]
+            getattr(self._formula, self._phase.work)(matrices, rows, its_rules, seats)
+            for place, seat, rule in zip(places, seats, its_rules, strict=True):
+                if place and seat:
+                    place.store(seat, rule, given[place.run])
         for way in trip.ways:
             way.copy(back=True)
         trip.wait = begin([w.incoming() for w in trip.ways], [w.outgoing() for w in trip.ways], trip.its.peers)
@@ -267,22 +262,6 @@ def _of(call: _Call, given: Sequence[Tensors]) -> Tensors:
         [its.rules[i] for i in members],
         its.exchange,
     )
-
-
-def _place(holder: Holder, fqn: str, parts: Sequence[Part] | None) -> _Place | None:
-    """Of a matrix that this rank owns, `parts` of which it moves: who keeps anything for a matrix holds some of it."""
-    if not parts:
-        return None
-    turn = holder.plan.turns[holder.plan.places[fqn]]
-    return _Place(holder.run, parts[0].parameter, holder.plan.owned.get(fqn, {}), turn)
-
-
-def _seat(place: _Place, its: Tensors) -> Seat:
-    state = {
-        name: its.state[name][place.parameter].view(-1).narrow(0, kept.offset, kept.numel).view(kept.shape)
-        for name, kept in place.fields.items()
-    }
-    return Seat(state, its.steps[place.parameter], place.turn)
 
 
 def _rows(its: _Round, name: str, landing: Tensor, given: Sequence[Tensors]) -> tuple[list[Tensor], list[Tensor]]:

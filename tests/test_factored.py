@@ -286,11 +286,22 @@ def test_momentum_in_fewer_bits(state_dtype: str) -> None:
     assert 0 < float((exact - coded).norm()) < 0.05 * float(exact.norm())
 
 
+LLAMA_7B = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]  # the matrices of a block, of which there are 32
+LLAMA_7B_TENSORS = tuple((f"{i}.{j}", shape) for i in range(32) for j, shape in enumerate(LLAMA_7B))
+LLAMA_7B_WEIGHTS = sum(prod(shape) for _, shape in LLAMA_7B_TENSORS)
+
+
+def allocated_on_meta(options: dict[str, Any]) -> int:
+    """Bytes of the state of LLaMA-7B's matrices as one process allocates it, but on the meta device."""
+    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for _, shape in LLAMA_7B_TENSORS]
+    optimizer = GWTAdamW(parameters, **options)
+    plans = [(optimizer.plan_of(parameter, 0), parameter) for parameter in parameters]
+    return sum(value.nbytes for plan, its in plans if plan for value in plan.fresh_state(its).values())
+
+
 def test_bytes_of_a_weight() -> None:
     """Of LLaMA-7B's matrices, which are 6.48 G weights: one momentum a unit, and vectors that are next to nothing."""
-    shapes = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]
-    tensors = tuple((f"{i}.{j}", shape) for i in range(32) for j, shape in enumerate(shapes))
-    weights = sum(prod(shape) for _, shape in tensors)
+    tensors, weights = LLAMA_7B_TENSORS, LLAMA_7B_WEIGHTS
     for level, recipe, expected in (
         (2, "came", 1.0020),
         (2, "factored", 1.0010),
@@ -299,8 +310,10 @@ def test_bytes_of_a_weight() -> None:
         (2, "adalomo", 0.0010),
     ):
         least = {} if recipe == "adalomo" else {"least_level": 0}
-        group = GroupSpec.of({"level": level, "recipe": recipe, **least}, tensors)
-        assert plan_zero([group], stage=1, world_size=1, rank=0).total / weights == pytest.approx(expected, abs=5e-5)
+        options = {"level": level, "recipe": recipe, **least}
+        planned = plan_zero([GroupSpec.of(options, tensors)], stage=1, world_size=1, rank=0).total
+        assert planned / weights == pytest.approx(expected, abs=5e-5)
+        assert allocated_on_meta(options) == planned + 4 * (len(tensors) - 1)  # each its own count of steps
 
 
 @pytest.mark.parametrize(

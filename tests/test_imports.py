@@ -22,7 +22,7 @@ LINES = 400  # aim at 300; at this length a module does two things
 DECLARED = {"formats", "declare", "keys", "programs", "recipes", "notes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "noise", "piece", "products", "formulas", *DECLARED}
 LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
-RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "rounds", "stages", "schedule", "shards", "frozen"}
+RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "seats", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer", "galore"}
 STATE = {"checkpoint", "memory", "config", "ds_json"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dtensor": {"layout", "exchange", "comm"},
     "plan": {"units", "exchange", "formats", "declare", "extents", "owners", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
-    "rounds": {"units", "declare", "products", "formulas", "kernels", "layout", "matrices", "comm", "plan"},
+    "seats": {"declare", "formulas", "kernels", "layout", "noise", "plan"},
+    "rounds": {"units", "declare", "products", "formulas", "kernels", "layout", "matrices", "comm", "plan", "seats"},
     "stages": {"declare", "exchange", "piece", "formulas", "kernels", "rounds", "sums"},
     "schedule": {"units", "declare", "kernels", "comm", "dtensor", "plan", "sums", "stages"},
     "shards": {"comm", "dtensor"},

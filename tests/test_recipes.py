@@ -154,7 +154,20 @@ def test_layouts_without_sums_send_nothing_and_with_sums_once_a_phase() -> None:
 
 
 DERIVED = (
-    *("declare", "extents", "plan", "sums", "rounds", "stages", "schedule", "steps", "state", "shards", "piece"),
+    *(
+        "declare",
+        "extents",
+        "plan",
+        "sums",
+        "seats",
+        "rounds",
+        "stages",
+        "schedule",
+        "steps",
+        "state",
+        "shards",
+        "piece",
+    ),
     *("memory", "checkpoint", "kernels", "engines"),
 )
 

@@ -15,7 +15,8 @@ from gwt_dist.piece import Piece
 class Seat:
     """What belongs to one matrix of a stack that moves, on the rank that owns it."""
 
-    state: Mapping[str, Tensor]  # its OWNED fields in their shapes, updated in place
+    # Its OWNED fields in their shapes, updated in place; fp32 of those that are stored in another format.
+    state: Mapping[str, Tensor]
     step: Tensor  # 0-d fp32, this step counted
     turn: int  # of the matrix among all, the same under every engine: see `owners.turns`
 

@@ -69,7 +69,8 @@ class GroupSpec:
         fields = self.program_for(shape).fields
         its = numbers(fields, Fragment("", shape, 0, prod(shape)), self.units_for(shape))
         whole = of_owner(fields, shape)
-        return STEP + sum(bytes_of(one, full) * n.kept for one, n in its) + full * sum(whole.values())
+        of_owner_too = [*((one, n.kept) for one, n in its), *whole.items()]
+        return STEP + sum(bytes_of(one, full) * number for one, number in of_owner_too)
 
     def units_for(self, shape: tuple[int, ...]) -> Units:
         """The units of a tensor of `shape`."""
