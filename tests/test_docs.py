@@ -56,6 +56,8 @@ ELSEWHERE = {
         "accelerate launch": "test_examples.py::test_accelerate_launched_by_the_file",
         EXAMPLE + "lightning_module.py --strategy fsdp2": "test_examples.py::test_lightning_fsdp2",
         EXAMPLE + "torchtitan_container.py": "test_examples.py::test_torchtitan",
+        EXAMPLE + "own_loop.py --optimizer galore": "test_examples.py::test_own_loop",
+        EXAMPLE + "own_loop.py --optimizer adalomo": "test_examples.py::test_own_loop",
     },
     "configs/README.md": {"accelerate launch": "test_examples.py::test_accelerate_launched_by_the_file"},
     "docs/compare.md": {
