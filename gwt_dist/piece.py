@@ -109,10 +109,31 @@ class Piece:
         column = torch.arange(moments.start, moments.stop, device=device) % max(1, moments.columns)
         return column.repeat(moments.rows)
 
-    def of_owned(self, values_N: Tensor) -> Tensor:
-        """Those of the coefficients that count in sums, dense, of one value a coefficient, ``[N]``."""
-        low, high = self.owned
-        return values_N.view(self.moments.rows, -1)[:, low:high].contiguous()
+    @property
+    def window(self) -> tuple[int, int, int]:
+        """First place in a row, places W and lead: coefficients are those of a ``[P, W]`` from the lead on, dense."""
+        moments = self.moments
+        if moments.rows > 1:
+            return moments.start % moments.columns, moments.stop - moments.start, 0
+        return 0, moments.columns, moments.start % max(1, moments.columns)
+
+    def of_matrix(self, values_PW: Tensor) -> Tensor:
+        """Of numbers by row and place in a row, of which one dimension may be 1, those of the coefficients, ``[N]``."""
+        _, width, lead = self.window
+        return values_PW.expand(self.rows, width).reshape(-1)[lead : lead + self.moments.numel]
+
+    def owned_matrix(self, values_N: Tensor) -> Tensor:
+        """One value of each coefficient by row and place in a row, ``[P, W]``: zeros where another rank counts."""
+        (low, high), (_, width, lead) = self.owned, self.window
+        values = values_N.view(self.moments.rows, -1)
+        if self.moments.rows == 1 and (lead, low, high) == (0, 0, self.rows * width):
+            return values.view(self.rows, width)
+        found_PW = values_N.new_zeros(self.rows, width)
+        if self.moments.rows > 1:
+            found_PW[:, low:high] = values[:, low:high]
+        else:
+            found_PW.view(-1)[lead + low : lead + high] = values[0, low:high]
+        return found_PW
 
     def counts(self, like: Tensor) -> Tensor:
         """Elements behind each coefficient that are not padding, ``[N]`` in dtype and device of `like`."""

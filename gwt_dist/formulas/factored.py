@@ -161,4 +161,4 @@ def inverse_root(
     """
     rows_P = (row_P / col_K.mean()).rsqrt().to(share.x_NU)
     cols_K = (col_K / correction).rsqrt().to(share.x_NU)
-    return (share.spread_rows(rows_P) * share.spread_columns(cols_K)).clamp_(max=MOST)
+    return share.outer(rows_P, cols_K).clamp_(max=MOST)

@@ -52,8 +52,14 @@ class Share:
 
     def spread_rows(self, values_P: Tensor) -> Tensor:
         """A number for each row touched, (P,), as one for each coefficient, (N,)."""
-        return values_P[self.piece.rows_of(values_P.device)]
+        return self.piece.of_matrix(values_P[:, None])
 
     def spread_columns(self, values_K: Tensor) -> Tensor:
         """A number for each place in a row, (K,), as one for each coefficient, (N,)."""
-        return values_K[self.piece.columns_of(values_K.device)]
+        first, width, _ = self.piece.window
+        return self.piece.of_matrix(values_K[None, first : first + width])
+
+    def outer(self, values_P: Tensor, values_K: Tensor) -> Tensor:
+        """The product of a number for each row touched, (P,), and one for each place in a row, (K,), as (N,)."""
+        first, width, _ = self.piece.window
+        return self.piece.of_matrix(values_P[:, None] * values_K[None, first : first + width])

@@ -188,10 +188,14 @@ def _add(part: Part, place: Place, values: Tensor | tuple[Tensor, ...], sums: Te
     A value of 0 dimensions is one of what this rank holds, of which no other rank holds anything.
     """
     piece = part.piece
+    first, width, _ = piece.window
     for number, values_N in enumerate(values if isinstance(values, tuple) else (values,)):
-        owned = piece.of_owned(values_N).double() if values_N.dim() else values_N
+        owned = piece.owned_matrix(values_N) if values_N.dim() else values_N
         if place.extent is Extent.TENSOR:
             sums[place.index[number]] += owned.sum()
             continue
-        along = piece.rows_of(sums.device) if place.extent is Extent.ROW else piece.columns_of(sums.device)
-        sums.index_add_(0, place.places(number, sums.device)[piece.of_owned(along).view(-1)], owned.view(-1))
+        places = place.places(number, sums.device)
+        if place.extent is Extent.ROW:
+            sums.index_add_(0, places, owned.sum(1))
+        else:
+            sums.index_add_(0, places[first : first + width], owned.sum(0))
