@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gwt_dist.keys import COMMON, KEYS, of_recipes, refuse_unknown
-from gwt_dist.recipes import DEFAULT, RECIPES, check_group, level_of, own_keys, program_of, spelled
+from gwt_dist.recipes import DEFAULT, RECIPES, check_group, level_of, own_keys, program_of, refuse_plain, spelled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,6 +109,8 @@ class Grouped(Generic[T]):
 
     def __init__(self, options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
         self._options, self._rest = options, keys_of_rest(options, rest)
+        if options.get("recipe") in list(RECIPES):  # what is none is refused with the groups
+            refuse_plain(options)
         self._by_level: dict[int, list[T]] = {}
         self._others: list[T] = []
 

@@ -137,6 +137,24 @@ def level_of(recipe: object) -> int:
     return LEVEL if its is None or its.is_leveled else 0
 
 
+def readers(key: str) -> str:
+    """The recipes that read a key of their own, as text."""
+    return ", ".join(name for name, its in RECIPES.items() if key in its.keys)
+
+
+def refuse_plain(group: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for keys of matrices of which the recipe takes none, as it lacks one, or has a wrong one."""
+    recipe, options = resolved(group)
+    if recipe.is_leveled:
+        return
+    check_keys(group, "the options of all groups")
+    if recipe.program(options) == recipe.plain(options):
+        raise ValueError(
+            f"recipe={group['recipe']!r} and no {recipe.keys[0]}: what matches a target would be AdamW in silence. "
+            f"Write {recipe.keys[0]}, or the recipe 'energy' with level=0, which is AdamW"
+        )
+
+
 def register(name: str, recipe: Recipe, keys: Mapping[str, Key] | None = None) -> None:
     """Make a recipe known, with keys of its own; its formula goes into `formulas.FORMULAS`.
 

@@ -429,7 +429,7 @@ def test_what_is_sent_in_a_step() -> None:
     assert sent(Setup("fsdp2", 8, 2))[-1] == ("gradients", 2 * (2 * numel // 4 // 2))
     found = fill.plan(model, groups, Setup("zero1", 7))
     ours = {t.name: t.bytes for t in traffic(found) if t.ours}
-    assert ours == {"norms": 2 * (found.norms * 8 * 6 // 7), "cut units": 2 * (found.exchange * 4 * 6 // 7)}
+    assert ours == {"sums": 2 * (found.norms * 8 * 6 // 7), "cut units": 2 * (found.exchange * 4 * 6 // 7)}
     assert found.norms == 14 and 0 < found.exchange <= 6 * 4
     whole = groups_by_name(model, 2, ("attn", "mlp"), recipe="orthogonal")
     found = fill.plan(model, whole, Setup("zero1", 7))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gwt_dist.formats import FP32, STATE_DTYPES
-from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of, readers
 
 
 def doctor(
@@ -20,14 +20,17 @@ def doctor(
         typer.Option(help="A model to examine, as in `gwt-dist plan`: built on the meta device, nothing is allocated."),
     ] = "",
     level: Annotated[
-        int, typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, or as the JSON says]")
-    ] = LEVEL,
+        int | None, typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, or as the JSON says]")
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
     state_dtype: Annotated[str, typer.Option(help=f"Format of moments: {', '.join(STATE_DTYPES)}.")] = FP32,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help=f"Of {readers('rank')}: vectors of the subspace of a matrix.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
@@ -36,11 +39,12 @@ def doctor(
     from gwt_dist.cli.models import meta_model
 
     values = {
-        "level": level,
+        "level": level_of(recipe) if level is None else level,
         "targets": target or ["attn", "mlp"],
         "wavelet": wavelet,
         "recipe": recipe,
         "state_dtype": state_dtype,
+        "rank": rank,
     }
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
     settings = None if deepspeed_config is None else ds_json.read(deepspeed_config)

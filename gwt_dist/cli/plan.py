@@ -22,17 +22,13 @@ from gwt_dist.memory.model import ModelSpec, groups_of
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import DEVICES, ENGINES, Setup
-from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of, readers
 from gwt_dist.report.pages import check_free, write_page
 
 TARGETS = ["attn", "mlp"]
 ENGINE = "zero2"
 OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
 WITH_FILE = ("engine", "weights", "gradients", "offload")
-
-
-def _readers(key: str) -> str:
-    return ", ".join(name for name, its in RECIPES.items() if key in its.keys)
 
 
 def plan(
@@ -58,16 +54,16 @@ def plan(
     state_dtype: Annotated[str, typer.Option(help=f"Format of moments: {', '.join(STATE_DTYPES)}.")] = FP32,
     least_level: Annotated[
         int | None,
-        typer.Option(help=f"Of {_readers('least_level')}: 0 for matrices of level 0 too. [1]"),
+        typer.Option(help=f"Of {readers('least_level')}: 0 for matrices of level 0 too. [1]"),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help=f"Of {_readers('rank')}: vectors of the subspace of a matrix.")
+        int | None, typer.Option(min=0, help=f"Of {readers('rank')}: vectors of the subspace of a matrix.")
     ] = None,
     proj_type: Annotated[
-        str | None, typer.Option(help=f"Of {_readers('proj_type')}: {', '.join(PROJ_TYPES)}. [{PROJ_TYPES[0]}]")
+        str | None, typer.Option(help=f"Of {readers('proj_type')}: {', '.join(PROJ_TYPES)}. [{PROJ_TYPES[0]}]")
     ] = None,
     residual: Annotated[
-        bool, typer.Option(help=f"Of {_readers('residual')}: what the subspace leaves out goes along.")
+        bool, typer.Option(help=f"Of {readers('residual')}: what the subspace leaves out goes along.")
     ] = False,
     rest: Annotated[
         list[str] | None,

@@ -51,7 +51,7 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
         ("masters", "fp32", on_host, plan.masters),
         ("gradients of the masters", "fp32", on_host, plan.step_gradients),
         *((f.name, formats[f], on_host, values) for f, values in plan.fields.items() if f.extent is not Extent.TENSOR),
-        ("steps, limiter norms", "fp32" if setup.state_bytes == 4 else "fp32, fp64", on_host, plan.scalars),
+        ("steps, numbers a tensor", "fp32" if setup.state_bytes == 4 else "fp32, fp64", on_host, plan.scalars),
     ]
     elements, kept = sum(plan.elements), {(field.name, formats[field]) for field in plan.fields}
     rank = quarter(plan.groups, targeted) if low_rank is None else low_rank

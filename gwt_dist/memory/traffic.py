@@ -58,7 +58,7 @@ def _ours(plan: MemoryPlan) -> Iterator[Traffic]:
     setup = plan.setup
     exchange = plan.exchange * setup.state_bytes
     yield Traffic("cut units", "all-reduce", 2 * _ring(exchange, setup.shards), ours=True)
-    yield Traffic("norms", "all-reduce", 2 * _ring(plan.norms * NORM, setup.shards), ours=True)
+    yield Traffic("sums", "all-reduce", 2 * _ring(plan.norms * NORM, setup.shards), ours=True)
     yield Traffic("matrices", "to their owners and back, the rank that sends most", max(plan.travelling), ours=True)
 
 
