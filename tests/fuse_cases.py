@@ -27,6 +27,11 @@ from gwt_dist import GWTAdamW, param_groups
 from zero_cases import options
 
 LAYERS, STEPS = 5, 4
+# Recipes with keys of their own, by the names that the cases have for them.
+KEYS: dict[str, dict[str, Any]] = {
+    "low-rank": {"level": 0, "rank": 5, "update_proj_gap": 2, "residual": True},
+    "critical": {"recipe": "energy", "critical": 2},
+}
 
 
 class Block(nn.Module):
@@ -69,7 +74,7 @@ def trained(fused: bool, recipe: str, accumulation: int) -> tuple[nn.Module, GWT
     """Some steps; the most groups that had gradients at once, and the number of collectives of each step."""
     torch.manual_seed(0)
     model = shard(Chain(), "rows") if dist.is_initialized() else Chain()
-    optimizer = GWTAdamW(param_groups(model, targets=TARGETS, **options(2, recipe)))
+    optimizer = GWTAdamW(param_groups(model, targets=TARGETS, **options(2, recipe) | KEYS.get(recipe, {})))
     watch = GradientWatch(model)
     if fused:
         gwt_dist.fuse_backward(optimizer, model)

@@ -14,7 +14,7 @@ IN_BYTES = "energy in int8"  # whose vectors have cut cells, so that a step comp
 
 
 @pytest.mark.support("FSDP2", "`fuse_backward`, accumulation 1 and 4")
-@pytest.mark.parametrize("recipe", [*RECIPES, IN_BYTES, "came", "adalomo"])
+@pytest.mark.parametrize("recipe", [*RECIPES, IN_BYTES, "came", "adalomo", "low-rank", "critical"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_it_is_step_with_one_group_of_gradients_at_a_time(ranks, accumulation, recipe) -> None:
     for result in ranks(2, fuse_case, recipe, accumulation):
@@ -23,7 +23,7 @@ def test_it_is_step_with_one_group_of_gradients_at_a_time(ranks, accumulation, r
         if accumulation == 1:
             assert result["groups"] == (LAYERS, 1)
         plain, fused = result["collectives"]
-        sums = {"paper": 1, IN_BYTES: 1, "came": 2, "adalomo": 2}.get(recipe, 0)
+        sums = {"paper": 1, IN_BYTES: 1, "critical": 1, "came": 2, "adalomo": 2}.get(recipe, 0)
         assert plain == [sums] * STEPS
         assert fused == [LAYERS * sums] * STEPS
 
