@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
+    from gwt_dist.activations import compress_activations
     from gwt_dist.checkpoint import CheckpointError, full_state, load, save
     from gwt_dist.engines import attach, fuse_backward, initialize
     from gwt_dist.galore import GaLoreAdamW
@@ -25,6 +26,7 @@ __all__ = [
     "GaLoreAdamW",
     "LayoutError",
     "attach",
+    "compress_activations",
     "full_state",
     "fuse_backward",
     "initialize",
@@ -39,6 +41,7 @@ _HOMES = {
     "GaLoreAdamW": "galore",
     "LayoutError": "layout",
     "attach": "engines",
+    "compress_activations": "activations",
     "full_state": "checkpoint",
     "fuse_backward": "engines",
     "initialize": "engines",
