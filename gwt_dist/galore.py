@@ -15,7 +15,7 @@ class GaLoreAdamW(GWTAdamW):
 
     Groups with a ``rank`` have ``update_proj_gap``, ``scale`` and ``proj_type`` beside it, as there; those without are
     AdamW. Every other key of `GWTAdamW` is one of a group here too, such as ``residual`` (Fira), ``randomized`` and
-    ``spread_refresh``. Everything else is as `GWTAdamW` has it: `attach`, `save`, `load`.
+    ``refresh_offset``. Everything else is as `GWTAdamW` has it: `attach`, `save`, `load`.
 
     Args:
         params: Parameters or parameter groups.

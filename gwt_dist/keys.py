@@ -101,7 +101,7 @@ KEYS: dict[str, Key] = {
     "proj_type": Key("std", lambda v: v in PROJ_TYPES, f"must be one of {PROJ_TYPES} {_MEANT}", meaning=True),
     "residual": Key(False, lambda v: isinstance(v, bool), _FLAG),
     "randomized": Key(False, lambda v: isinstance(v, bool), _FLAG),
-    "spread_refresh": Key(False, lambda v: isinstance(v, bool), _FLAG),
+    "refresh_offset": Key(0, _whole(0), f"must be a whole number of steps >= 0 {_MEANT}"),
     "products": Key("auto", lambda v: v in PRODUCTS, f"must be one of {PRODUCTS} {_MEANT}"),
     "least_level": Key(1, _level, f"must be 0, which takes matrices of level 0 too, or 1, {_MEANT}"),
     "state_dtype": Key(FP32, lambda v: v in list(STATE_DTYPES), f"must be one of {tuple(STATE_DTYPES)} {_MEANT}"),
@@ -128,7 +128,7 @@ def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
             raise ValueError(f"{where} has the unknown key {name!r}{hint} Known keys: {', '.join(known)}")
 
 
-# Group keys of galore-torch, apollo-torch and the published GWT: what to write here in their place.
+# Group keys of apollo-torch and the published GWT: what to write here in their place.
 FOREIGN_KEYS = {
     "proj": 'nothing, or wavelet="haar": there is no projection to draw or to decompose; remove it',
     "scale_type": "nothing: the update of each element has the denominator of its own unit; remove it",

@@ -57,8 +57,8 @@ class GWTAdamW(torch.optim.Optimizer):
             `formulas.low_rank`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01).
             Tensors of level 0 are AdamW but under ``"adalomo"``, with a ``rank`` and with ``least_level=0``. A tensor
             that looks like an embedding, and would be orthogonalized because no recipe was named, is told by a warning.
-        scale: Factor on the update of tensors with level > 0, as matrices are under ``"orthogonal"``; None as the
-            recipe says, so that AdamW's `lr` is theirs too (``"paper"`` has the published 0.25).
+        scale: Factor on the update of tensors that the recipe takes, as matrices are under ``"orthogonal"``; None as
+            the recipe says, so that AdamW's `lr` is theirs too (``"paper"``, ``"low-rank"``: the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
         detail_gain: Factor on the details, 0 to 1, as 1 with ``"orthogonal"``, or ``"coherence"``: more for units
             whose gradients are steady, see `formulas.weighed`; None as the recipe says.
@@ -88,7 +88,8 @@ class GWTAdamW(torch.optim.Optimizer):
         residual: Of the same: whether what the subspace leaves out goes along (Fira, arXiv 2410.01623).
         randomized: Of the same: whether subspaces are found by products with random vectors, many times faster, and not
             by a whole decomposition.
-        spread_refresh: Of the same: whether matrices renew their subspaces at different steps and not all at once.
+        refresh_offset: Of the same: by how many steps a group renews its subspaces earlier, so that those of all groups
+            are not renewed at once.
         products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
         least_level: Of ``"orthogonal"``, ``"factored"`` and ``"came"``: 0 takes matrices of level 0 too, which is
@@ -105,6 +106,7 @@ class GWTAdamW(torch.optim.Optimizer):
         ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
     """
 
+    _is_level_named = True  # by the arguments, so that it is that of groups which name another recipe
     _is_recipe_named = True  # by the arguments; of a copy nobody knows, so it tells nothing
     is_default = False  # whether a group has the default recipe because nobody named one
 
@@ -138,7 +140,7 @@ class GWTAdamW(torch.optim.Optimizer):
         proj_type: str | None = None,
         residual: bool | None = None,
         randomized: bool | None = None,
-        spread_refresh: bool | None = None,
+        refresh_offset: int | None = None,
         products: str | None = None,
         least_level: int | None = None,
         state_dtype: str | None = None,
@@ -150,6 +152,7 @@ class GWTAdamW(torch.optim.Optimizer):
         defaults = {key: said[key] for key in (*COMMON, *of_recipes()) if key in said}
         defaults |= {"recipe": DEFAULT if recipe is None else recipe}
         defaults |= {"level": level_of(recipe) if level is None else level}
+        self._is_level_named = level is not None
         self._is_recipe_named = recipe is not None
         check_group(defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
@@ -160,6 +163,8 @@ class GWTAdamW(torch.optim.Optimizer):
         Raises `ValueError` for values out of range, and parameters of a dtype for which a key of the group is not.
         """
         where = f"parameter group {len(self.param_groups)}"
+        if "level" not in param_group and "recipe" in param_group and not self._is_level_named:
+            param_group = {**param_group, "level": level_of(param_group["recipe"])}
         check_group({**self.defaults, **param_group}, where)
         unnamed = not self._is_recipe_named and "recipe" not in param_group
         super().add_param_group(param_group)

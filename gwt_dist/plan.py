@@ -66,20 +66,19 @@ class Plan:
     places: dict[str, int]  # fqn -> place in fields and sums that have one number a tensor
     fields: tuple[Field, ...]  # of any of its tensors, on whichever rank
     shapes: dict[str, tuple[int, ...]]  # of this rank's buffer of each field
-    turns: tuple[int, ...]  # of each tensor, see `owners.turns`
     keepers: dict[str, int]  # fqn -> the place among the peers that keeps its OWNED fields, if it has any
     owned: dict[str, dict[str, Fragment]]  # fqn -> what this rank keeps of each OWNED field, where it is the keeper
 
     @classmethod
-    def of(cls, shard: Shard, form: Form, turns: Sequence[int] | None = None) -> Plan:
-        """The plan of a shard whose group has this form; `turns` of its tensors, counted in it if none are given."""
+    def of(cls, shard: Shard, form: Form, turn: int = 0) -> Plan:
+        """The plan of a shard whose group has this form; `turn` of its first tensor, see `owners.turns`."""
         found = dict.fromkeys(f for tensor in shard.tensors for f in (*form.plain, *form.leveled)
                               if f in form.fields(tensor.shape))  # fmt: skip
         fields = tuple(sorted(found, key=lambda f: _ORDER.index(f.extent)))
         places = {tensor.fqn: i for i, tensor in enumerate(shard.tensors)}
         kept = _pack(shard.fragments, form, fields, places)
-        turns = owners.turns([tensor.shape for tensor in shard.tensors]) if turns is None else turns
-        keepers = _keepers(shard, form, turns)
+        turns = owners.turns([tensor.shape for tensor in shard.tensors])
+        keepers = _keepers(shard, form, [turn + its for its in turns])
         owned = _owned(shard, form, fields, keepers)
         pieces = []
         for fragment, its in zip(shard.fragments, kept, strict=True):
@@ -95,7 +94,6 @@ class Plan:
             places=places,
             fields=fields,
             shapes={field.name: _shape(shard, form, field, [*kept, *owned.values()]) for field in fields},
-            turns=tuple(turns),
             keepers=keepers,
             owned=owned,
         )

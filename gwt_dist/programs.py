@@ -29,7 +29,7 @@ ADAM = (
     *("beta1", "beta2", "eps", "weight_decay", "scale", "detail_gain", "coherent", "limiter", "nesterov"),
     *("correct_bias", "rounding_seed"),
 )
-LOW_RANK = *ADAM, "residual", "randomized", "spread_refresh", "proj_type", "update_proj_gap"
+LOW_RANK = *ADAM, "residual", "randomized", "refresh_offset", "proj_type", "update_proj_gap"
 FACTORED = *ADAM, "clip_threshold", "confidence_beta", "decay_rate"
 
 
@@ -226,9 +226,8 @@ def _low_rank_program(rank: int, proj_type: str, residual: bool, form: str, comm
 
 def low_rank_numbers(options: Options) -> dict[str, float]:
     """Adam's, and those of the subspace."""
-    flags = {key: float(options[key]) for key in ("residual", "randomized", "spread_refresh")}
-    proj_type = float(PROJ_TYPES.index(options["proj_type"]))
-    return adam_numbers(options) | flags | {"proj_type": proj_type, "update_proj_gap": options["update_proj_gap"]}
+    numbers = {key: float(options[key]) for key in LOW_RANK[len(ADAM) :] if key != "proj_type"}
+    return adam_numbers(options) | numbers | {"proj_type": float(PROJ_TYPES.index(options["proj_type"]))}
 
 
 def factored_numbers(options: Options) -> dict[str, float]:

@@ -43,7 +43,9 @@ _CELLS = (
 class Recipe:
     """Programs and numbers of a resolved group, and what its keys are where they are None."""
 
-    program: Callable[[Options], Program]  # of tensors with level > 0; raises `ValueError` for what it cannot be
+    program: Callable[
+        [Options], Program
+    ]  # of tensors of its least level or more; raises `ValueError` for what it cannot be
     plain: Callable[[Options], Program]  # of all others
     numbers: Callable[[Options], dict[str, float]]
     keys: tuple[str, ...]  # those that it reads beside `keys.COMMON`; another that is set is refused
@@ -117,7 +119,7 @@ RECIPES: dict[str, Recipe] = {
     "low-rank": Recipe(
         *(low_rank, adamw, low_rank_numbers),
         (
-            *("rank", "update_proj_gap", "proj_type", "residual", "randomized", "spread_refresh", "scale"),
+            *("rank", "update_proj_gap", "proj_type", "residual", "randomized", "refresh_offset", "scale"),
             *("cautious", "correct_bias", "state_dtype", "stochastic_rounding", "rounding_seed"),
         ),
         {"scale": 0.25},
@@ -220,7 +222,7 @@ def own_keys() -> set[str]:
 
 
 def check_meaning(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, where: str) -> None:
-    """Raise `ValueError` if moments of level > 0 that were made in group `saved` mean something else in group `mine`.
+    """Raise `ValueError` if moments of tensors that a recipe takes mean something else in group `mine` than in `saved`.
 
     `what` was trained in `saved`, which was found in `where`. Every road on which state comes back asks this.
     """

@@ -13,7 +13,7 @@ one before come back. One process is a world of 1, whose parts land in its stack
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
@@ -196,13 +196,23 @@ class Rounds:
         """Update state and weights."""
         there: _Trip | None = None
         back: _Trip | None = None
+        known = self._known(given)
         for its in (*self._rounds, None, None):
             departed = self._depart(its, given, sums) if its else None
             if there:
-                self._work(there, given, rules)
+                self._work(there, given, rules, known)
             if back:
                 self._arrive(back, given)
             there, back = departed, there
+
+    def _known(self, given: Sequence[Tensors]) -> dict[int, tuple[int, bool]]:
+        """By identity of each place, its steps and whether its matrix is new: one read of the device for all."""
+        places = [place for its in self._rounds for stack in its.seats for place in stack if place]
+        read = [place.known(given[place.run]) for place in places if place.fields]
+        if not read:  # nothing is kept, and nobody asks
+            return dict.fromkeys(map(id, places), (0, False))
+        steps, is_set = torch.stack([torch.stack([x.float() for x in its]) for its in zip(*read, strict=True)]).tolist()
+        return {id(p): (int(t), not s) for p, t, s in zip(places, steps, is_set, strict=True)}
 
     def _depart(self, its: _Round, given: Sequence[Tensors], sums: list[Tensor]) -> _Trip:
         elements = self._way(its.plan.elements, its.products)
@@ -221,7 +231,9 @@ class Rounds:
         letters = torch.empty(sum(route.receives), dtype=dtype, device=self._device)
         return _Way(route, torch.zeros(route.size, dtype=dtype, device=self._device), letters)
 
-    def _work(self, trip: _Trip, given: Sequence[Tensors], rules: Sequence[Rule]) -> None:
+    def _work(
+        self, trip: _Trip, given: Sequence[Tensors], rules: Sequence[Rule], known: Mapping[int, tuple[int, bool]]
+    ) -> None:
         """Put the stacks together of what arrived, work on them, and send them back."""
         trip.wait()
         for way in trip.ways:
@@ -230,7 +242,7 @@ class Rounds:
             matrices = trip.elements.stack(i, stack.places, stack.rows, stack.columns)
             rows = {name: way.stack(i, stack.places, stack.rows) for name, way in trip.rows.items()}
             places, its_rules = trip.its.seats[i], [rules[group] for group in groups]
-            seats = [place.seat(given[place.run]) if place else None for place in places]
+            seats = [place.seat(given[place.run], *known[id(place)]) if place else None for place in places]
             getattr(self._formula, self._phase.work)(matrices, rows, its_rules, seats)
             for place, seat, rule in zip(places, seats, its_rules, strict=True):
                 if place and seat:

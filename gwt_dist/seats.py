@@ -24,7 +24,6 @@ class Place:
     run: int
     parameter: int  # of the run
     fields: Mapping[str, Fragment]  # its OWNED fields
-    turn: int
     salt: int  # what the tensor is known by in noise
 
     @classmethod
@@ -32,13 +31,17 @@ class Place:
         """That of a tensor of which this rank moves `parts`; None without: who keeps for a matrix holds some of it."""
         if not parts:
             return None
-        turn = plan.turns[plan.places[fqn]]
-        return cls(run, parts[0].parameter, plan.owned.get(fqn, {}), turn, parts[0].piece.salt)
+        return cls(run, parts[0].parameter, plan.owned.get(fqn, {}), parts[0].piece.salt)
 
-    def seat(self, given: Tensors) -> Seat:
+    def known(self, given: Tensors) -> tuple[Tensor, Tensor]:
+        """Its count of steps, and whether any number of the first field is set: 0-d, not waited for."""
+        first = next(iter(self._stored(given).values()))
+        return given.steps[self.parameter], first.any()
+
+    def seat(self, given: Tensors, count: int, is_new: bool) -> Seat:
         """What is kept, itself in fp32 and fp64; a copy where it is bf16."""
         state = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in self._stored(given).items()}
-        return Seat(state, given.steps[self.parameter], self.turn)
+        return Seat(state, given.steps[self.parameter], count, is_new)
 
     def store(self, seat: Seat, rule: Rule, given: Tensors) -> None:
         """Round by noise what is kept in bf16; what did not change stays as it is, as it has the bits of a bf16."""

@@ -93,11 +93,12 @@ def refuse_gathering(shards: Iterable[Shard], states: Mapping[Tensor, Group]) ->
                 f"of state_dict() on each rank, for the same engine and number of ranks); gwt_dist.full_state returns "
                 f"the state of one tensor"
             )
-        if is_torch and getattr(frame.f_locals.get("info"), "full_state_dict", False):
+        asked = (frame.f_locals.get(name) for name in ("info", "options"))
+        if is_torch and any(getattr(one, "full_state_dict", False) for one in asked):
             raise ValueError(
-                f"{frame.f_code.co_name} of torch makes whole tensors for rank 0, and {some} is kept by other ranks "
-                f"alone, so it would be lost. Leave full_state_dict out, which torch.distributed.checkpoint writes "
-                f"without, or use gwt_dist.save and gwt_dist.load"
+                f"{frame.f_code.co_name} of torch asks for whole tensors on rank 0, or has them from there, and {some} "
+                f"is kept by some ranks alone, so it would be lost. Leave full_state_dict out: "
+                f"torch.distributed.checkpoint needs no whole tensors. Or use gwt_dist.save and gwt_dist.load"
             )
         frame = frame.f_back
 
@@ -231,7 +232,7 @@ def _check_state(
     if shard is None:  # nothing to load, or a buffer of an engine that is attached later
         return
     form = Form.of(group["level"], group["wavelet"], rule_of(group))
-    plan = Plan.of(shard, form, steps.turns(parameter, shard))
+    plan = Plan.of(shard, form, steps.turn(parameter, shard))
     if state.keys() != {STEP, *plan.shapes}:
         raise ValueError(
             f"a parameter in group {i} has {', '.join(state)} in the state to load and needs {STEP}, "

@@ -46,7 +46,7 @@ class Steps:
         # What is in a step -> its parameters and its schedules
         self._schedules: dict[Any, tuple[list[Tensor], list[Scheduled]]] = {}
         self._rules: dict[int, tuple[list[Any], Rule]] = {}  # of each group: its options but lr, and what they say
-        self._turns: dict[int, list[int]] | None = None  # id of a parameter that was passed -> of its tensors
+        self._turns: dict[Tensor, int] = {}  # of DTensors, for as long as they live
         self._places: dict[int, tuple[int, int]] = {}  # id of a parameter -> group and place, when last looked at
 
     def attach(self, parameter: Tensor, shard: Shard) -> None:
@@ -170,7 +170,7 @@ class Steps:
             shard = shard_of(parameter, self.shards, self.given, self._where(parameter, number, groups))
             if shard is None:
                 return None
-            plan = self.plans[parameter] = Plan.of(shard, form, self.turns(parameter, shard))
+            plan = self.plans[parameter] = Plan.of(shard, form, self.turn(parameter, shard))
             self._shapes.setdefault(parameter, tuple(dtensor.local(parameter.detach()).shape))
         self._check_dtype(parameter, rule, number, groups)
         if plan.form != form:
@@ -180,18 +180,21 @@ class Steps:
             )
         return plan
 
-    def turns(self, parameter: Tensor, shard: Shard) -> list[int] | None:
-        """Of each tensor that a parameter stands for, see `owners.turns`: counted over all that the user passed.
+    def turn(self, parameter: Tensor, shard: Shard) -> int:
+        """The turn of a parameter that is one tensor, see `owners.turns`; 0 of flat ones, whose tensors take turns.
 
-        Where an engine steps on other tensors in their place, the model's own say their turn. None for what nobody
-        passed.
+        Counted over what the user passed of the same ranks and is trained, so that all of these count alike, whatever
+        else they have.
         """
-        if self._turns is None or len(self._turns) < len(self.given):
-            its = {p: self.shards[p].tensors if p in self.shards else (p,) for p in self.given}
-            turns = iter(owners.turns([getattr(t, "ds_shape", t.shape) for tensors in its.values() for t in tensors]))
-            self._turns = {id(p): [next(turns) for _ in tensors] for p, tensors in its.items()}
-        found = [turn for its in (shard.owners or (parameter,)) for turn in self._turns.get(id(its), ())]
-        return found if len(found) == len(shard.tensors) else None
+        if parameter not in self._turns:
+            its: dict[tuple[int, ...], list[Tensor]] = {}
+            for one in self.given:
+                if isinstance(one, DTensor) and one.requires_grad and one not in self.shards:
+                    its.setdefault(tuple(one.device_mesh.mesh.flatten().tolist()), []).append(one)
+            for alike in its.values():
+                turns = owners.turns([one.shape for one in alike])
+                self._turns |= {p: turn for p, turn in zip(alike, turns, strict=True) if p not in self._turns}
+        return self._turns.setdefault(parameter, 0) if shard.local_shape is not None else 0
 
     def refuse_dtypes(self, parameters: Iterable[Tensor], groups: Sequence[Group]) -> None:
         """Raise `ValueError` for the first of `parameters` whose dtype cannot have what its group says."""

@@ -257,7 +257,7 @@ def some_ranks_dcp_case(folder: str, options: dict[str, Any], saving: bool) -> f
         dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
         if dist.get_world_size() > 1:
             told = refusal(lambda: get_optimizer_state_dict(*trained, options=StateDictOptions(full_state_dict=True)))
-            assert "is kept by other ranks alone, so it would be lost" in told, told
+            assert "is kept by some ranks alone, so it would be lost" in told, told
     else:
         model, state = get_state_dict(*trained)
         dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder)
@@ -399,7 +399,8 @@ def differ(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def full_state_of_case(kind: str, recipe: str) -> dict[str, Any]:
     """`full_state` under other engines, before and after steps, and of a name that there is not."""
-    options = {"recipe": recipe, **({"nor": 0.95} if recipe == "orthogonal" else {})}
+    more: dict[str, Any] = {"orthogonal": {"nor": 0.95}, "low-rank": {"level": 0, "rank": 2, "residual": True}}
+    options = {"recipe": recipe, **more.get(recipe, {})}
     single = alone(**options)
     train(single, 0, BEFORE)
     build = {"ddp": alone, "fsdp2": fsdp2, "fsdp1": partial(fsdp1, True), "fsdp1 flat": partial(fsdp1, False)}[kind]

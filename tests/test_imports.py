@@ -100,7 +100,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
-    "": MATH | RUNTIME | STATE | {"engines"},
+    "activations": {"groups"},
+    "": MATH | RUNTIME | STATE | {"engines", "activations"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
     "report": {"train"},

@@ -272,7 +272,13 @@ def test_states_by_name_under_deepspeed(ranks, kind, level) -> None:
 @pytest.mark.support("FSDP1", "`gwt_dist.full_state`")
 @pytest.mark.parametrize(
     ("kind", "recipe"),
-    [("ddp", "paper"), ("fsdp2", "orthogonal"), ("fsdp1", "energy"), ("fsdp1 flat", "orthogonal")],
+    [
+        ("ddp", "paper"),
+        ("fsdp2", "orthogonal"),
+        ("fsdp1", "energy"),
+        ("fsdp1 flat", "orthogonal"),
+        ("fsdp1 flat", "low-rank"),
+    ],
 )
 def test_states_by_name(ranks, kind, recipe) -> None:
     for found in ranks(3, full_state_of_case, kind, recipe):

@@ -163,10 +163,7 @@ class _Saver:
 
         def enter(_: nn.Module, __: Any) -> None:
             if torch.compiler.is_compiling():
-                raise ValueError(
-                    f"{name} is being compiled and its activations are to be compressed, which would happen in neither "
-                    f"or both: compile no chosen module, or leave compress_activations out"
-                )
+                _refuse_compiled(name)
             # What is computed again keeps nothing, and its own hooks must see that.
             is_again = _is_of_checkpoint(_top())
             scope = nullcontext() if is_again else torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
@@ -214,6 +211,14 @@ class _Saver:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
+
+
+@torch._disable_dynamo  # so that Python runs it, and what it raises is raised
+def _refuse_compiled(name: str) -> None:
+    raise ValueError(
+        f"{name} is compiled and its activations are to be compressed, which would happen to a part of them alone: "
+        f"compile no chosen module, or leave compress_activations out"
+    )
 
 
 def _top() -> Any:

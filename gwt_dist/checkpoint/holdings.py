@@ -163,7 +163,7 @@ class Run:
                 if field.name in its:
                     name = clean(fqn) if one.plan.shard.local_shape is None else one.names[0]
                     kept = replace(its[field.name], fqn=name)
-                    yield Holding(field.name, kept, kept, buffer)
+                    yield Holding(field.name, kept, replace(kept, offset=0), buffer)
 
     def holdings(self, leave: Container[str] = ()) -> list[Holding]:
         """Everything that this rank could write, without the weights of these names."""

@@ -23,7 +23,7 @@ from gwt_dist.kernels.build import BuildError
 from gwt_dist.layout import Fragment
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.piece import Piece
-from gwt_dist.recipes import DEFAULT, LEVEL, check_group, program_of
+from gwt_dist.recipes import DEFAULT, check_group, level_of, program_of
 from gwt_dist.units import units_of
 
 REFUSED, WARNING = "refused", "warning"
@@ -96,7 +96,7 @@ def kernels(keys: Mapping[str, Any], dtype: torch.dtype) -> dict[str, dict[str, 
 
     Raises `ValueError` for a key that is wrong.
     """
-    group = {"recipe": DEFAULT, "level": LEVEL, "wavelet": "haar", **keys}
+    group = {"recipe": DEFAULT, "level": level_of(keys.get("recipe")), "wavelet": "haar", **keys}
     check_group(group, "the group")
     level, wavelet = group["level"], group["wavelet"]
     program = program_of(group, level)

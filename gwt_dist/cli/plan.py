@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -44,7 +44,8 @@ def plan(
     world: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     mesh: Annotated[str, typer.Option(help="REPLICASxSHARDS for hsdp and HYBRID_SHARD, such as 8x8.")] = "",
     level: Annotated[
-        int | None, typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, 0 with a --rank]")
+        int | None,
+        typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, 0 where the recipe has none]"),
     ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
@@ -155,7 +156,8 @@ def plan(
     tried: list[Tried] = []
     limit = 0
     if fit:
-        found, limit, tried = _fit(make, fit, reserve, given, options["level"], base)
+        levels = (options["level"],) if "level" in given or not RECIPES[options["recipe"]].is_leveled else LEVELS
+        found, limit, tried = _fit(make, fit, reserve, given, levels, base)
         options["level"] = tried[-1].level
     else:
         found = make(options["level"], base.world_size)
@@ -163,7 +165,7 @@ def plan(
         if settings is not None:
             batch = _batch(settings, batch, given, found.setup.world_size, fixed)
         split = ds_json.value(settings or {}, "sequence_parallel_size", 1)
-        content = _content(found, spec, options, batch, split, low_rank)
+        content = _content(found, spec, options, batch, split, low_rank or options["rank"])
     else:
         content = {"fits": False}
     if fit:
@@ -193,12 +195,11 @@ def _content(
 
 
 def _fit(
-    make: Callable[[int, int], MemoryPlan], fit: str, reserve: str, given: set[str], level: int, base: Setup
+    make: Callable[[int, int], MemoryPlan], fit: str, reserve: str, given: set[str], levels: Sequence[int], base: Setup
 ) -> tuple[MemoryPlan | None, int, list[Tried]]:
     limit = size(fit) - size(reserve)
     if limit <= 0:
         raise ValueError(f"--reserve {reserve} leaves nothing of --fit {fit}")
-    levels = (level,) if "level" in given or not level else LEVELS
     # Ranks that all hold the same need no fewer bytes when they are more.
     fixed = "world" in given or base.engine in ("single", "ddp", "zero0")
     found, tried = smallest(make, limit, levels, (base.world_size,) if fixed else WORLDS)

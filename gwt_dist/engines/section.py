@@ -16,7 +16,7 @@ from gwt_dist import ds_json
 from gwt_dist.galore import GaLoreAdamW
 from gwt_dist.groups import param_groups
 from gwt_dist.optimizer import GWTAdamW
-from gwt_dist.recipes import DEFAULT, level_of
+from gwt_dist.recipes import DEFAULT, level_of, program_of
 
 _OFFERED: WeakSet[nn.Module] = WeakSet()
 
@@ -50,13 +50,17 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
         return built
     level = by_name.get("level", level_of(options["recipe"]))
     targets, rest = by_name.get("targets"), by_name.get("rest")
-    leveled = level == 0 or all(isinstance(group, dict) and "level" in group for group in given)
+    # Nothing acts on weights that groups say nothing of, or AdamW alone.
+    keys = {"wavelet": "haar", **options, "level": level}
+    leveled = program_of(keys, level).least_level > level
+    leveled = leveled or all(isinstance(group, dict) and "level" in group for group in given)
     if targets is not None or rest is not None or not leveled:
         raise ValueError(
             f"DeepSpeed itself builds {ds_json.TYPE} from the optimizer section of its JSON, and does not know the "
-            f"names of the weights: level {level} would act on every one of them, embeddings and lm_head too, and "
-            f"targets={targets!r} and rest={rest!r} could not be looked up. Let gwt_dist read the section: call "
-            f"gwt_dist.initialize in the place of deepspeed.initialize; pass callbacks=[AttachCallback()] of "
+            f"names of the weights: recipe {options['recipe']!r} at level {level} would act on every one of them, "
+            f"embeddings and lm_head too, and targets={targets!r} and rest={rest!r} could not be looked up. Let "
+            f"gwt_dist read the section: call gwt_dist.initialize in the place of deepspeed.initialize; pass "
+            f"callbacks=[AttachCallback()] of "
             f"gwt_dist.integrations.transformers to the Trainer when it is made; call prepare of "
             f"gwt_dist.integrations.accelerate in the place of accelerator.prepare. Or remove the section and pass "
             f"GWTAdamW(gwt_dist.param_groups(model, ...)) as the optimizer"

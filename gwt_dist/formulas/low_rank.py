@@ -10,7 +10,7 @@
 
 `proj_type` says along which side vectors lie: the shorter one ("std"), the longer one ("reverse_std"), columns
 ("right"), rows ("left"), or both ("full": ``low = L G P^T`` and ``U = scale * L^T n P``). P is renewed at the first
-step of a matrix and then every `update_proj_gap` steps.
+step of a matrix and then at every `update_proj_gap`-th, `refresh_offset` steps earlier.
 
 With `residual` what the subspace leaves out goes along, with the size that Adam gives to what is in it, and a limit on
 the growth of its norm:
@@ -55,26 +55,15 @@ def update(
     rules: Sequence[Rule],  # of each matrix but for places without one
     seats: Sequence[Seat | None],  # of the same
 ) -> None:
-    """Put U, corrected for bias, in the place of G; a matrix that does not move is left as it is.
-
-    Whether a matrix has a subspace yet and at which step it is are read for all of them at once, which waits for a GPU
-    once a stack.
-    """
-    its = [(i, seat) for i, seat in enumerate(seats) if seat is not None]
-    if not its:
-        return
-    steps = torch.stack([seat.step.double() for _, seat in its])
-    # A vector of a subspace has a norm of 1; of one that was never made it is 0.
-    fresh = torch.stack([seat.state["projector"][0].any() for _, seat in its]).logical_not()
-    known = torch.stack([steps, fresh.double()]).tolist()
-    for (i, seat), step, is_fresh in zip(its, *known, strict=True):
-        matrix, rule = g_nRC[i], rules[i]
+    """Put U, corrected for bias, in the place of G; a matrix that does not move is left as it is."""
+    for matrix, rule, seat in zip(g_nRC, rules, seats, strict=False):
+        if seat is None:
+            continue
         g_RC = matrix.to(seat.state["projector"].dtype)
-        gap = int(rule["update_proj_gap"])
-        ahead = seat.turn if rule["spread_refresh"] else 0
-        if is_fresh or (int(step) - 1 + ahead) % gap == 0:
-            _renew(g_RC, seat, rule, int(step))
-        matrix.copy_(_updated(g_RC, seat, rule, int(step)))
+        ahead = seat.count - 1 + int(rule["refresh_offset"])
+        if seat.is_new or ahead % int(rule["update_proj_gap"]) == 0:
+            _renew(g_RC, seat, rule)
+        matrix.copy_(_updated(g_RC, seat, rule))
 
 
 def write(
@@ -86,8 +75,9 @@ def write(
     return u * (rule.lr.to(u) if isinstance(rule.lr, Tensor) else rule.lr)
 
 
-def _updated(g_RC: Tensor, seat: Seat, rule: Rule, step: int) -> Tensor:
+def _updated(g_RC: Tensor, seat: Seat, rule: Rule) -> Tensor:
     """U of a matrix, (R, C)."""
+    step = seat.count
     state, beta1, beta2 = seat.state, rule["beta1"], rule["beta2"]
     exp_avg, exp_avg_sq = state["exp_avg_low"], state["exp_avg_sq_low"]
     low = _project(g_RC, state, rule)
@@ -143,33 +133,38 @@ def _back(low: Tensor, shape: Sequence[int], state: Mapping[str, Tensor], rule: 
     return found.mul_(rule["scale"])
 
 
-def _renew(g_RC: Tensor, seat: Seat, rule: Rule, step: int) -> None:
+def _renew(g_RC: Tensor, seat: Seat, rule: Rule) -> None:
     """Make the subspace of this gradient; elements that are no numbers count as zeros, and stay what they are in G."""
     side, rank = _side(g_RC.shape, rule), len(seat.state["projector"])
     finite_RC = g_RC.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    u_Rr, v_rC = (_randomized if rule["randomized"] else _full)(finite_RC, rank, step, rule)
+    if rule["randomized"]:
+        u_Rr, v_rC = _randomized(finite_RC, rank, seat.count, int(rule["rounding_seed"]))
+    else:
+        u_Rr, v_rC = _full(finite_RC, rank)
     if side != "left":
         seat.state["projector"].copy_(v_rC)
     if side != "right":
         seat.state["projector_left" if side == "full" else "projector"].copy_(u_Rr.mT)
 
 
-def _full(g_RC: Tensor, rank: int, step: int, rule: Rule) -> tuple[Tensor, Tensor]:
+def _full(g_RC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The first left and right singular vectors, (R, r) and (r, C)."""
     u, _, vh = torch.linalg.svd(g_RC, full_matrices=False)
     return u[:, :rank], vh[:rank]
 
 
-def _randomized(g_RC: Tensor, rank: int, step: int, rule: Rule) -> tuple[Tensor, Tensor]:
+def _randomized(g_RC: Tensor, rank: int, step: int, rounding_seed: int) -> tuple[Tensor, Tensor]:
     """About the same, from products with a few more random vectors than there are to be found.
 
     Their seed is of the shape, the step and `rounding_seed`: the same under every engine, and on every device.
     """
     rows, columns = g_RC.shape
-    seed = mix(step ^ mix(int(rule["rounding_seed"]) ^ salt(rows, columns)))
-    generator = torch.Generator().manual_seed(seed)
+    seed = mix(step ^ mix(rounding_seed ^ salt(rows, columns)))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    largest = g_RC.abs().amax()  # so that no product is infinite
+    g_RC = g_RC / torch.where(largest > 0, largest, 1.0)
     width = min(rank + OVERSAMPLED, rows, columns)
-    random_Cw = torch.randn(columns, width, generator=generator, dtype=torch.float64).to(g_RC)
+    random_Cw = torch.randn(columns, width, generator=generator, dtype=torch.float64, device="cpu").to(g_RC)
     q_Rw = torch.linalg.qr(g_RC @ random_Cw).Q
     for _ in range(POWERS):
         q_Rw = torch.linalg.qr(g_RC @ torch.linalg.qr(g_RC.mT @ q_Rw).Q).Q

@@ -18,7 +18,8 @@ class Seat:
     # Its OWNED fields in their shapes, updated in place; fp32 of those that are stored in another format.
     state: Mapping[str, Tensor]
     step: Tensor  # 0-d fp32, this step counted
-    turn: int  # of the matrix among all, the same under every engine: see `owners.turns`
+    count: int  # the same on the host
+    is_new: bool  # nothing of the first of these fields was ever set
 
 
 @dataclass(frozen=True, slots=True)

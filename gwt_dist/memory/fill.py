@@ -57,7 +57,6 @@ class _Filler:
         self.plan, self.setup, self.shards = found, found.setup, found.setup.shards
         self.groups = {name: group for group in found.groups for name, _ in group.tensors}
         self.frozen = [t for t in found.model.tensors if t.name not in self.groups]
-        self.turns = owned.turns(tensor for group in found.groups for tensor in group.tensors)
         self.matrices = Matrices()  # of the step that is being planned
 
     def tensors(
@@ -91,26 +90,22 @@ class _Filler:
         if owner is None and self.shards > 1:
             found.exchange += times * counts.exchange
 
-    def parameter(
-        self, group: GroupSpec, parts: Sequence[owned.Part], its_turns: Sequence[int], owner: int | None = None
-    ) -> None:
+    def parameter(self, group: GroupSpec, parts: Sequence[owned.Part], owner: int | None = None, turn: int = 0) -> None:
         """What a parameter of these tensors has on every shard, or on `owner`, whatever is held of them."""
         programs = _programs(group, parts)
         once, first = [1] * (self.shards if owner is None else 1), owner or 0
         _add(self.plan.steps, once, STEP, first)
         for field in per_tensor(programs):
             _add(self.plan.fields[field], once, self.setup.state_bytes * len(parts), first)
-        self.shared(group, parts, its_turns, owner)
+        self.shared(group, parts, owner, turn)
 
-    def shared(
-        self, group: GroupSpec, parts: Sequence[owned.Part], its_turns: Sequence[int], owner: int | None = None
-    ) -> None:
+    def shared(self, group: GroupSpec, parts: Sequence[owned.Part], owner: int | None = None, turn: int = 0) -> None:
         """What owners keep of a parameter, its places in sums over ranks, and its matrices.
 
-        Its places are those of each program for all of its tensors; `its_turns` are theirs, see `owners.turns`.
+        Its places are those of each program for all of its tensors; `turn` is that of the first, see `owners.turns`.
         Parameters come in the order in which the optimizer has them.
         """
-        for shard, field, numbers in owned.kept(group.fields_for, parts, its_turns):
+        for shard, field, numbers in owned.kept(group.fields_for, parts, turn):
             place, size = shard if owner is None else owner, numbers * bytes_of(field, self.setup.state_bytes)
             self.plan.fields[field][place] += size
             self.plan.checkpoint[place] += size
@@ -120,8 +115,8 @@ class _Filler:
             for laid, i in parts:
                 places = summed(one.extent, laid.one(i), group.units_for(laid.shapes[i]))
                 self.plan.norms += one.numbers * places
-        for (laid, i), turn in zip(parts, its_turns, strict=True):
-            self.matrices.add(group.program_for(laid.shapes[i]), laid, i, turn)
+        for (laid, i), its in zip(parts, owned.turns(parts, turn), strict=True):
+            self.matrices.add(group.program_for(laid.shapes[i]), laid, i, its)
 
     def step(self) -> None:
         """The parameters since the last one are those of one call of the optimizer's ``step``."""
@@ -151,7 +146,7 @@ def _whole(found: MemoryPlan) -> None:
         for name, shape in group.tensors:
             laid = splits.flat([shape], 1)
             filler.tensors(laid, [name])
-            filler.parameter(group, [(laid, 0)], [filler.turns[name]])
+            filler.parameter(group, [(laid, 0)])
             found.weights[0] += prod(shape) * setup.bytes_of("weights")
             found.gradients[0] += prod(shape) * setup.bytes_of("gradients")
             if setup.masters:
@@ -169,7 +164,7 @@ def _owners(found: MemoryPlan) -> None:
         for (name, shape), rank in zip(group.tensors, of_group, strict=True):
             laid = splits.flat([shape], 1)
             filler.tensors(laid, [name], owner=rank)
-            filler.parameter(group, [(laid, 0)], [filler.turns[name]], rank)
+            filler.parameter(group, [(laid, 0)], rank)
     trained = sum(prod(shape) for group in found.groups for _, shape in group.tensors)
     found.checkpoint_common += trained * setup.bytes_of("weights")
     filler.everywhere(found.weights, trained * setup.bytes_of("weights"))
@@ -186,7 +181,7 @@ def _zero_1_and_2(found: MemoryPlan) -> None:
         laid, order = splits.zero_1_and_2(shapes, filler.shards, round_robin=setup.round_robin, alignment=alignment)
         names = [group.tensors[i][0] for i in order]
         filler.tensors(laid, names)
-        filler.parameter(group, [(laid, i) for i in range(len(shapes))], [filler.turns[name] for name in names])
+        filler.parameter(group, [(laid, i) for i in range(len(shapes))])
         whole = sum(prod(shape) for shape in shapes)
         filler.everywhere(found.weights, laid.part * filler.shards * setup.bytes_of("weights"))
         filler.everywhere(found.masters, laid.part * 4)
@@ -208,7 +203,7 @@ def _zero_3(found: MemoryPlan) -> None:
         for buffer in splits.sub_groups(shapes, filler.shards, setup.sub_group_size):
             parts = [(splits.zero_3(shapes[i], filler.shards), 0) for i in buffer]
             slots = sum(laid.part for laid, _ in parts)
-            filler.parameter(group, parts, [filler.turns[group.tensors[i][0]] for i in buffer])
+            filler.parameter(group, parts)
             filler.everywhere(found.masters, slots * 4)
             filler.everywhere(found.gradients, slots * setup.bytes_of("gradients"))
             _largest(found.step_gradients, slots * 4)
@@ -227,6 +222,7 @@ def _fsdp2(found: MemoryPlan) -> None:
     """Each tensor in whole rows; what is short of rows is padded for the weight alone."""
     filler, setup = _Filler(found), found.setup
     weight, gradient = setup.bytes_of("weights"), setup.bytes_of("gradients")
+    turns = iter(owners.turns([shape for group in found.groups for _, shape in group.tensors]))
     for tensor in found.model.tensors:
         filler.everywhere(found.weights, splits.rows(tensor.shape, filler.shards).part * weight if tensor.numel else 0)
     for group in found.groups:
@@ -234,8 +230,8 @@ def _fsdp2(found: MemoryPlan) -> None:
         _each(filler, group, lambda shape: splits.rows(shape, filler.shards))
         for s, (now, then) in enumerate(zip(found.elements, before, strict=True)):
             found.gradients[s] += (now - then) * gradient
-        for name, shape in group.tensors:
-            filler.parameter(group, [(splits.rows(shape, filler.shards), 0)], [filler.turns[name]])
+        for _, shape in group.tensors:
+            filler.parameter(group, [(splits.rows(shape, filler.shards), 0)], turn=next(turns))
     filler.step()
     _frozen_parts(filler, lambda tensor: splits.rows(tensor.shape, filler.shards))
 
@@ -293,11 +289,8 @@ def _flat_units(found: MemoryPlan) -> None:
             stepped += [(place[name], group, [(laid, i)]) for i, (name, group) in its if group]
         elif groups[0]:
             stepped.append((place[names[0]], groups[0], [(laid, i) for i in range(len(tensors))]))
-    stepped.sort(key=lambda one: one[0])
-    # Of what the user passed, which are the units.
-    turns = iter(owners.turns([laid.shapes[i] for _, _, held in stepped for laid, i in held]))
-    for _, group, held in stepped:
-        (filler.shared if parts else filler.parameter)(group, held, [next(turns) for _ in held])
+    for _, group, held in sorted(stepped, key=lambda one: one[0]):
+        (filler.shared if parts else filler.parameter)(group, held)
     filler.step()
     for tensor in filler.frozen:
         found.checkpoint_common += tensor.numel * weight

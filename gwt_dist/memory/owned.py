@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 
 from gwt_dist import owners
@@ -12,22 +12,23 @@ from gwt_dist.memory.splits import Concatenation
 from gwt_dist.memory.travel import held
 
 Part = tuple[Concatenation, int]  # a tensor, by its number
-Tensors = Iterable[tuple[str, tuple[int, ...]]]  # names and shapes
-
-
-def turns(tensors: Tensors) -> dict[str, int]:
-    """By name, the turn of each tensor among all that the optimizer is given: see `owners.turns`."""
-    named = dict(tensors)
-    return dict(zip(named, owners.turns(list(named.values())), strict=True))
 
 
 def kept(
-    fields_of: Callable[[tuple[int, ...]], Iterable[Field]], parts: Sequence[Part], its_turns: Sequence[int]
-) -> Iterable[tuple[int, Field, int]]:
-    """A shard, a field and its numbers, for each OWNED field of each tensor of a parameter; `fields_of` a shape."""
-    for (laid, number), turn in zip(parts, its_turns, strict=True):
+    fields_of: Callable[[tuple[int, ...]], Iterable[Field]], parts: Sequence[Part], turn: int = 0
+) -> Iterator[tuple[int, Field, int]]:
+    """A shard, a field and its numbers, for each OWNED field of each tensor of a parameter; `fields_of` a shape.
+
+    `turn` is that of its first tensor, see `owners.turns`.
+    """
+    for (laid, number), its in zip(parts, turns(parts, turn), strict=True):
         shape = laid.shapes[number]
         fields = of_owner(fields_of(shape), shape) if prod(shape) else {}
         if fields:
-            shard = owners.keeper(held(laid.one(number)).elements, turn)
+            shard = owners.keeper(held(laid.one(number)).elements, its)
             yield from ((shard, field, numbers) for field, numbers in fields.items())
+
+
+def turns(parts: Sequence[Part], turn: int = 0) -> list[int]:
+    """Of each tensor of a parameter."""
+    return [turn + its for its in owners.turns([laid.shapes[number] for laid, number in parts])]

@@ -121,24 +121,24 @@ def plan_zero(
     groups: Sequence[GroupSpec], *, stage: int, world_size: int, rank: int, sub_group_size: int = 1_000_000_000
 ) -> StateBytes:
     """State bytes of `rank` under DeepSpeed ZeRO stage 1, 2 or 3 over `world_size` ranks."""
-    buffers, whole = [], 0
-    turn = owned.turns(tensor for group in groups for tensor in group.tensors)
+    buffers: list[tuple[GroupSpec, Sequence[Fragment]]] = []
+    whole = 0
     for group in groups:
         names, shapes = [name for name, _ in group.tensors], [shape for _, shape in group.tensors]
-        parts: list[tuple[owned.Part, str]] = []
         if stage == 3:
-            for buffer in splits.sub_groups(shapes, world_size, sub_group_size):
-                slots = [splits.zero_3(shapes[i], world_size) for i in buffer]
-                buffers.append(
-                    (group, [slot.fragments([names[i]], rank)[0] for slot, i in zip(slots, buffer, strict=True)])
-                )
-                parts += [((slot, 0), names[i]) for slot, i in zip(slots, buffer, strict=True)]
+            laid = [
+                [(splits.zero_3(shapes[i], world_size), 0) for i in buffer]
+                for buffer in splits.sub_groups(shapes, world_size, sub_group_size)
+            ]
         else:
-            laid = splits.zero_1_and_2(shapes, world_size)[0]
-            buffers.append((group, laid.fragments(names, rank)))
-            parts += [((laid, i), name) for i, name in enumerate(names)]
-        its = owned.kept(group.fields_for, [part for part, _ in parts], [turn[name] for _, name in parts])
-        whole += sum(bytes_of(field) * numbers for shard, field, numbers in its if shard == rank)
+            one = splits.zero_1_and_2(shapes, world_size)[0]
+            laid = [[(one, i) for i in range(len(shapes))]]
+        left = iter(names)
+        for parts in laid:
+            held = [slot.one(i).fragments([next(left)], rank)[0] for slot, i in parts]
+            buffers.append((group, held))
+            its = owned.kept(group.fields_for, parts)
+            whole += sum(bytes_of(field) * numbers for shard, field, numbers in its if shard == rank)
     return measure(buffers, whole)
 
 

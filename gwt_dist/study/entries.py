@@ -16,7 +16,7 @@ from torch import nn
 
 from gwt_dist.groups import keys_of_rest
 from gwt_dist.keys import of_recipes
-from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, own_keys, resolved
+from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, check_group, level_of, own_keys, resolved
 from gwt_dist.study.bare import class_in
 from gwt_dist.study.peers import foam, scale
 from gwt_dist.study.peers import matrices as peers
@@ -30,7 +30,10 @@ Build = Callable[[Parameters, Parameters, float, float, Options], Built]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An optimizer that a study can name: `options` with their defaults, `more` names without, and what they imply."""
+    """An optimizer that a study can name: `options` with their defaults, `more` names without, and what they imply.
+
+    `instead` are other defaults where these options are given.
+    """
 
     build: Build
     options: Options
@@ -38,6 +41,7 @@ class Entry:
     more: tuple[str, ...] = field(default=())
     implied: Callable[[Options], Options] = field(default=lambda options: {})
     check: Callable[[Options], None] = field(default=lambda options: None)  # raises `ValueError` for a wrong value
+    instead: Callable[[Options], Options] = field(default=lambda given: {})
 
 
 def _groups(matrices: Parameters, rest: Parameters, lr: float, rest_lr: float, **only: Any) -> list[dict[str, Any]]:
@@ -176,6 +180,7 @@ ENTRIES: dict[str, Entry] = {
         ("betas", "eps", "wavelet", "rest", *of_recipes()),
         _of_the_recipe,
         _check_gwt,
+        lambda given: {"level": level_of(given.get("recipe"))},
     ),
     "adamw": Entry(_adamw_of_all, _ADAM, more=("amsgrad",)),
     "sgd": Entry(_plain("torch.optim", "SGD"), {"momentum": 0.9, "weight_decay": 0.0}, more=("nesterov", "dampening")),

@@ -46,7 +46,7 @@ def options_of(optimizer: str, given: Options, where: str) -> Options:
     refuse_unknown_keys([optimizer], ENTRIES, f"optimizer of {where}")
     entry = ENTRIES[optimizer]
     refuse_unknown_keys(given, (*entry.options, *entry.more), f"options of {where}")
-    options = entry.options | given
+    options = entry.options | entry.instead(given) | given
     options |= entry.implied(options)
     try:
         entry.check(options)
