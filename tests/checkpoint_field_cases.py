@@ -17,11 +17,12 @@ from gwt_dist.layout import Fragment
 from gwt_dist.programs import Options
 from gwt_dist.recipes import RECIPES, Recipe
 
-EVERY = "every extent"  # a recipe that keeps something of every extent, other things at level 0, and has no formula
+# A recipe that keeps something of every extent but an owner's, other things at level 0, and has no formula.
+EVERY = "every extent"
 
 
 def _program(options: Options) -> Program:
-    fields = (Field(extent.value, extent) for extent in Extent if extent is not Extent.CELL)
+    fields = (Field(extent.value, extent) for extent in Extent if extent not in (Extent.CELL, Extent.OWNED))
     codes = Field("more", Extent.UNIT, "int8"), Field("more_scale", Extent.CELL)
     return Program("none", (*fields, *codes), (Pass("step", writes=True),))
 

@@ -161,7 +161,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no format": (
         lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(format="int4"),
-        "fields.exp_avg is none: .* cannot have the format 'int4': formats are fp32, bf16, int8, e4m4",
+        "fields.exp_avg is none: .* cannot have the format 'int4', only fp32, bf16, int8, e4m4",
     ),
     "codes without a scale": (
         lambda i: i["tensors"]["attn_q.weight"]["fields"]["exp_avg"].update(format="int8"),

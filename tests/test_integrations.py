@@ -94,8 +94,8 @@ def test_epsilon_and_keywords(tmp_path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, adam_epsilon=1e-7, optim_args="lr=0.5")
     _, keywords = optimizer_cls_and_kwargs(args, level=4)
     assert (keywords["eps"], keywords["lr"], keywords["level"]) == (1e-7, 0.5, 4)
-    with pytest.raises(ValueError, match="no keyword 'rank'; it has lr"):
-        optimizer_cls_and_kwargs(args, rank=4)
+    with pytest.raises(ValueError, match="no keyword 'proj'; it has lr"):
+        optimizer_cls_and_kwargs(args, proj=4)
     args.optim_target_modules = ["mlp"]
     with pytest.raises(ValueError, match="are both given"):
         optimizer_cls_and_kwargs(args, targets="attn")
@@ -123,7 +123,7 @@ def test_optim_args() -> None:
         ("level=", "'level=' is not key=value"),
         ("level=2,=3", "'=3' is not key=value"),
         ("level=2,level=3", "gives 'level' twice"),
-        ("rank=64, update_proj_gap=100", "no keyword 'rank'"),
+        ("proj=64, update_proj_gap=100", "no keyword 'proj'"),
     ],
 )
 def test_wrong_optim_args(text, told) -> None:
@@ -213,7 +213,7 @@ def test_commands_of_the_examples_exist() -> None:
         for line in document.read_text().splitlines()
         if line.startswith("torchrun")
     ]
-    assert len(commands) == 9
+    assert len(commands) == 13
     for command in commands:
         script, flag, choice = re.search(r"(examples/\w+\.py) ?(\S*) ?(\S*)", command).groups()  # type: ignore[union-attr]
         text = (ROOT / script).read_text()
