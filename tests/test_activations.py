@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from activation_cases import TOKENS, WIDTH, Decoder, batch, engine_case, trained
 from gwt_dist import compress_activations
 from gwt_dist.activations.codes import GROUP, decode, encode
+from gwt_dist.engines.initialize import _follow
 
 Gradients = dict[str, Tensor]
 
@@ -219,6 +220,21 @@ def test_recomputed_and_with_autocast_a_run_ends_near() -> None:
         weights, compressed = trained(kind, 3, autocast)
         assert compressed > 0
         assert off(weights, expected) < 2e-2
+
+
+def test_the_section_of_a_deepspeed_json() -> None:
+    model = Decoder()
+    _follow({"compress_activations": {"targets": "mlp", "stochastic_rounding": True}}, model)
+    assert len(model.blocks[0].mlp._forward_pre_hooks) == 1 and not model.blocks[0].norm_1._forward_pre_hooks
+    _follow({"compress_activations": False}, model)
+    _follow(None, None)
+    for ours, message in (
+        ({"compress": True}, "section 'gwt' of the DeepSpeed JSON is .* it may have compress_activations alone"),
+        ({"compress_activations": 8}, "gwt.compress_activations=8 in the DeepSpeed JSON must be true, false or"),
+        ({"compress_activations": {"bit": 8}}, "unexpected keyword argument 'bit'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _follow(ours, model)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "galore": {"optimizer"},
     "optimizer": {"comm", "dtensor", "keys", "notes", "plan", "recipes", "replaced", "shards", "steps", "state"},
-    "engines": MATH | RUNTIME | {"ds_json"},
+    "engines": MATH | RUNTIME | {"activations", "ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {
         "layout",

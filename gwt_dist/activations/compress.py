@@ -213,7 +213,7 @@ class _Saver:
         return self._generators[device]
 
 
-@torch._disable_dynamo  # so that Python runs it, and what it raises is raised
+@torch._disable_dynamo  # type: ignore[attr-defined]  # so Python runs it, and what it raises is raised
 def _refuse_compiled(name: str) -> None:
     raise ValueError(
         f"{name} is compiled and its activations are to be compressed, which would happen to a part of them alone: "

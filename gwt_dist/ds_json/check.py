@@ -11,6 +11,8 @@ from gwt_dist.ds_json.known import (
     AUTO,
     FILLED,
     OPTIMIZER_KEYS,
+    OURS,
+    OURS_KEYS,
     OWN_AUTO,
     SECTION,
     TOP_LEVEL_KEYS,
@@ -79,7 +81,13 @@ def mistakes(settings: Mapping[str, Any]) -> Iterator[str]:
         wrong = "" if found == AUTO else problem(path, found)
         if wrong:
             yield wrong
-    yield from _misspelt(settings, TOP_LEVEL_KEYS, "the DeepSpeed JSON", cutoff=0.85)
+    yield from _misspelt(settings, (*TOP_LEVEL_KEYS, OURS), "the DeepSpeed JSON", cutoff=0.85)
+    ours = settings.get(OURS, {})
+    if not isinstance(ours, Mapping) or not set(ours) <= set(OURS_KEYS):
+        yield (
+            f"section {OURS!r} of the DeepSpeed JSON is {ours!r}, which gwt_dist.initialize could not follow: it may "
+            f"have {', '.join(OURS_KEYS)} alone"
+        )
     for section in ("optimizer", "scheduler"):
         said = settings.get(section)
         if isinstance(said, Mapping):

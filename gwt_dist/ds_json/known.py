@@ -64,6 +64,8 @@ TOP_LEVEL_KEYS = (
     "data_parallel_size",
     "vocabulary_size",
 )
+OURS = "gwt"  # a section that DeepSpeed does not read: `gwt_dist.initialize` does, and takes it out
+OURS_KEYS = ("compress_activations",)
 OPTIMIZER_KEYS = ("type", "params", "legacy_fusion")
 
 # What transformers' Trainer puts in the place of "auto"; Accelerate does for most of them.

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from gwt_dist import ds_json
+from gwt_dist.activations import compress_activations
 from gwt_dist.ds_json import TYPE, checked
 from gwt_dist.engines import refusals
 from gwt_dist.engines.attach import attach
@@ -41,7 +42,9 @@ def initialize(
     With ``{"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.001, "targets": ["attn", "mlp"]}}}`` in the JSON
     it builds the parameter groups by name (`param_groups`), the optimizer and the engine, and attaches them; a
     `GWTAdamW` that is passed as `optimizer` is attached too. `model_parameters` narrows the choice to these
-    parameters, or keeps the options of these groups. Any other optimizer goes to DeepSpeed as it is.
+    parameters, or keeps the options of these groups. Any other optimizer goes to DeepSpeed as it is. A section
+    ``"gwt": {"compress_activations": true}`` compresses activations, or with the arguments of `compress_activations`
+    in the place of true.
 
     Returns:
         ``(engine, optimizer, training_dataloader, lr_scheduler)``.
@@ -55,6 +58,7 @@ def initialize(
     import deepspeed
 
     settings = settings_of(args, config if config is not None else config_params)
+    _follow((settings or {}).pop(ds_json.OURS, None), model)
     build = _builder(settings, model, optimizer, model_parameters)
     keywords: dict[str, Any] = {} if distributed_port is None else {"distributed_port": distributed_port}
     result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
@@ -75,6 +79,26 @@ def initialize(
     if isinstance(engine.basic_optimizer, GWTAdamW):
         attach(engine.basic_optimizer, engine)
     return result
+
+
+def _follow(ours: Any, model: nn.Module | None) -> None:
+    """Do what the section of the JSON says that DeepSpeed does not read; raises `ValueError` for what it cannot say."""
+    for mistake in ds_json.mistakes({} if ours is None else {ds_json.OURS: ours}):
+        raise ValueError(mistake)
+    wanted = (ours or {}).get("compress_activations", False)
+    if wanted is not True and not isinstance(wanted, Mapping):
+        if wanted is not False:
+            raise ValueError(
+                f"gwt.compress_activations={wanted!r} in the DeepSpeed JSON must be true, false or the arguments of "
+                f"compress_activations"
+            )
+        return
+    if model is None:
+        raise ValueError("gwt.compress_activations in the DeepSpeed JSON needs the model, and it is None")
+    try:
+        compress_activations(model, **(wanted if isinstance(wanted, Mapping) else {}))
+    except TypeError as error:
+        raise ValueError(f"gwt.compress_activations in the DeepSpeed JSON: {error}") from None
 
 
 def settings_of(args: Any, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ class TrainConfig:
     )
     timeout: int = _key(1800, "seconds that a rank waits for the others before it gives up")
     threads: int = _key(0, "CPU threads of torch per rank; 0: torch's own choice")
+    compress_activations: bool = _key(False, "what the backward pass needs of norms, MLPs and projections in 8 bits")
     shuffle_buffer: int = _key(10000, "documents of a streamed corpus that are shuffled together, a rank")
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gwt_dist import ds_json
-from gwt_dist.ds_json import OPTIMIZER_KEYS, TOP_LEVEL_KEYS
+from gwt_dist.ds_json import OPTIMIZER_KEYS, OURS, TOP_LEVEL_KEYS
 from gwt_dist.train.config import read_mapping, refuse_unknown_keys
 
 
@@ -40,7 +40,7 @@ def load(path: Path, world_size: int, begun: Mapping[str, int] | None = None) ->
             multiply out for `world_size` ranks, or a step that they cannot share evenly.
     """
     content = read_mapping(path) if path.suffix in (".yaml", ".yml") else ds_json.read(path)
-    refuse_unknown_keys(content, TOP_LEVEL_KEYS, str(path))
+    refuse_unknown_keys(content, (*TOP_LEVEL_KEYS, OURS), str(path))
     ds_json.refuse(content, str(path))
     if (content.get("sequence_parallel_size") or 1) > 1:
         raise ValueError(

@@ -102,6 +102,8 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
 
     torch.manual_seed(config.seed)
     module = model.build_model(llama, config.seed, engine_config)
+    if config.compress_activations:
+        gwt_dist.compress_activations(module)
     planned = planned_state(module, engine_config, ranks)
     engine, *_ = gwt_dist.initialize(
         model=module,
