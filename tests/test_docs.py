@@ -58,6 +58,7 @@ ELSEWHERE = {
         EXAMPLE + "torchtitan_container.py": "test_examples.py::test_torchtitan",
         EXAMPLE + "own_loop.py --optimizer galore": "test_examples.py::test_own_loop",
         EXAMPLE + "own_loop.py --optimizer adalomo": "test_examples.py::test_own_loop",
+        EXAMPLE + "working_memory.py": "test_examples.py::test_working_memory",
     },
     "configs/README.md": {"accelerate launch": "test_examples.py::test_accelerate_launched_by_the_file"},
     "docs/compare.md": {

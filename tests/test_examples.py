@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from forks import Forks
 from integration_cases import example_case, own_loop_case
+from memory_example_cases import example, table_case, update_case
 from ranks import run_ranks
 
 TESTS = Path(__file__).parent
@@ -109,6 +111,43 @@ def test_own_loop(forked: Run, tmp_path: Path, name: str) -> None:
         assert result["gradients"] == 0
     kept = [result["kept"] for result in results]
     assert kept == ([7, 7] if name == "galore" else [0, 0])
+
+
+def test_working_memory_reaches_back_and_never_ahead() -> None:
+    memory = example()
+    torch.manual_seed(0)
+    batch = memory.episodes(8, seed=0)
+    early, late = (batch._replace(observations=batch.observations.clone()) for _ in range(2))
+    early.observations[:, 0] = (early.observations[:, 0] + 1) % memory.DOOR
+    late.observations[:, 2] = (late.observations[:, 2] + 1) % memory.DOOR
+    for remembers in (True, False):
+        model = memory.Agent(remembers)
+        before, with_early, with_late = model(batch), model(early), model(late)
+        assert torch.equal(before[:, -1], with_early[:, -1]) != remembers
+        assert torch.equal(before[:, :2], with_late[:, :2])
+        assert not torch.equal(before[:, 2], with_late[:, 2])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_working_memory_update(ranks: Callable[..., list[Any]], lora: bool) -> None:
+    for result in ranks(2, update_case, lora):
+        assert result["sharded"]
+        assert result["only what is trained moved"]
+        assert result["error"] < 1e-10
+        assert result["error of a part"] > 1e-2
+
+
+@pytest.mark.matrix
+def test_working_memory() -> None:
+    """The door of the right colour is found with memory alone; adapters on the memory learn other doors."""
+    rows, others = run_ranks(table_case, 2, 0)
+    plain, remembering, before, after = rows
+    assert [row["accuracy"] for row in others] == [row["accuracy"] for row in rows]
+    assert plain["accuracy"] < 0.35
+    assert remembering["accuracy"] > 0.9
+    assert before["accuracy"] < 0.1
+    assert after["accuracy"] > 0.9
+    assert before["trained"] == 0 < 10 * after["trained"] < remembering["trained"]
 
 
 @pytest.mark.support("DeepSpeed", "transformers' Trainer, ZeRO-2")
