@@ -42,17 +42,17 @@ class Codes:
 def encode(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
     """Codes of a floating tensor, (T, C); with a generator of its device they are rounded by chance."""
     tokens, columns = x_TC.shape
-    groups = -(-columns // GROUP)
-    x = x_TC.float()
-    if columns % GROUP:  # the last number once more changes neither the least nor the largest
-        x = torch.cat([x, x[:, -1:].expand(tokens, groups * GROUP - columns)], 1)
-    x_TGn = x.view(tokens, groups, GROUP)
-    least_TG, largest_TG = x_TGn.aminmax(dim=-1)
+    # A short group has its last number once more, which changes neither the least nor the largest.
+    x = x_TC if columns % GROUP == 0 else torch.cat([x_TC, x_TC[:, -1:].expand(tokens, -columns % GROUP)], 1)
+    x_TGn = x.float().view(tokens, -1, GROUP)
+    least_TG, largest_TG = x_TGn.amin(-1), x_TGn.amax(-1)
     lo_TG = _down(least_TG)
     scale_TG = _up(largest_TG / LARGEST - lo_TG.float() / LARGEST)  # whose difference alone could be infinite
     scale = scale_TG.float()
     inverse_TG = torch.where(scale > 0, scale.reciprocal(), 0.0)
-    t_TGn = (x_TGn - lo_TG.float()[..., None]) * inverse_TG[..., None]
+    # In place where `x_TGn` is a copy already: memory that is new costs more here than the arithmetic.
+    t_TGn = torch.sub(x_TGn, lo_TG.float()[..., None], out=None if x_TGn.data_ptr() == x_TC.data_ptr() else x_TGn)
+    t_TGn.mul_(inverse_TG[..., None])
     if generator is None:
         t_TGn = t_TGn.round_()
     else:
@@ -64,8 +64,13 @@ def encode(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
 def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
     """What they stand for, (T, C) of `dtype`. A group with a number that is none is none."""
     columns = codes.code_TC.shape[1]
-    lo, scale = (x.float().repeat_interleave(GROUP, 1)[:, :columns] for x in (codes.lo_TG, codes.scale_TG))
-    return torch.addcmul(lo, codes.code_TC.float(), scale).to(dtype)
+    groups, (lo, scale) = columns // GROUP, (codes.lo_TG.float(), codes.scale_TG.float())
+    x_TC = codes.code_TC.float()
+    x_TGn = x_TC[:, : groups * GROUP].unflatten(1, (groups, GROUP))
+    x_TGn.mul_(scale[:, :groups, None]).add_(lo[:, :groups, None])
+    if columns % GROUP:
+        x_TC[:, groups * GROUP :].mul_(scale[:, groups:]).add_(lo[:, groups:])
+    return x_TC.to(dtype)
 
 
 def _down(x: Tensor) -> Tensor:
