@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 STEPS, BATCH, LENGTH, VOCABULARY = 20, 4, 32, 64
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
     """The same weights on every rank; 61 columns in the MLP, so that rows end within a unit."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -18,7 +18,7 @@ def tiny_llama() -> LlamaForCausalLM:
             vocab_size=VOCABULARY,
             hidden_size=48,
             intermediate_size=61,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=LENGTH,
@@ -28,13 +28,14 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 class Text(Dataset[dict[str, torch.Tensor]]):
-    """Sequences in which each letter says which three may follow."""
+    """Sequences in which each letter says which three may follow; `factor` and `shift` are the rule."""
 
-    def __init__(self, size: int = 4 * STEPS * BATCH) -> None:
+    def __init__(self, size: int = 4 * STEPS * BATCH, factor: int = 5, shift: int = 0) -> None:
         generator = torch.Generator().manual_seed(1)
         letters = [torch.randint(VOCABULARY, (size,), generator=generator)]
         for _ in range(LENGTH - 1):
-            letters.append((letters[-1] * 5 + torch.randint(3, (size,), generator=generator)) % VOCABULARY)
+            one_of_three = torch.randint(3, (size,), generator=generator)
+            letters.append((letters[-1] * factor + shift + one_of_three) % VOCABULARY)
         self.sequences = torch.stack(letters, dim=1)
 
     def __len__(self) -> int:

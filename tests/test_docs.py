@@ -59,6 +59,8 @@ ELSEWHERE = {
         EXAMPLE + "own_loop.py --optimizer galore": "test_examples.py::test_own_loop",
         EXAMPLE + "own_loop.py --optimizer adalomo": "test_examples.py::test_own_loop",
         EXAMPLE + "working_memory.py": "test_examples.py::test_working_memory",
+        EXAMPLE + "side_network.py --side sherl": "test_side_network.py::test_memory_and_traffic_of_side_networks",
+        EXAMPLE + "side_network.py --side losa --engine zero3": "test_side_network.py::test_side_networks_under_zero3",
     },
     "configs/README.md": {"accelerate launch": "test_examples.py::test_accelerate_launched_by_the_file"},
     "docs/compare.md": {
