@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from activation_cases import TOKENS, WIDTH, Decoder, batch, engine_case, trained
 from gwt_dist import compress_activations
-from gwt_dist.activations.codes import GROUP, decode, encode
+from gwt_dist.activations.codes import GROUP, decode, decode_eager, encode, encode_eager
 from gwt_dist.engines.initialize import _follow
 
 Gradients = dict[str, Tensor]
@@ -62,6 +62,10 @@ def test_a_number_is_off_by_half_a_scale_whatever_stands_beside(columns: int, dt
     x = (torch.randn(48, columns, generator=generator) * 10.0 ** torch.arange(-24, 24)[:, None] / 3).to(dtype)
     x[5], x[6], x[7] = 0.0, 1.0, -3.0  # exact, as bf16 has them
     codes = encode(x)
+    # The kernel has the bits of torch's operations, both ways.
+    reference = encode_eager(x)
+    assert all(torch.equal(getattr(codes, name), getattr(reference, name)) for name in ("code_TC", "lo_TG", "scale_TG"))
+    assert torch.equal(decode(codes, dtype), decode_eager(codes, dtype))
     its = decode(codes, torch.float32)
     scale = codes.scale_TG.float().repeat_interleave(GROUP, 1)[:, :columns]
     assert bool(((its - x.float()).abs() <= 0.51 * scale).all())

@@ -100,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
-    "activations": {"groups"},
+    "activations": {"groups", "kernels"},
     "": MATH | RUNTIME | STATE | {"engines", "activations"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},

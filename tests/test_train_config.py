@@ -61,6 +61,7 @@ def test_help_tells_every_key_its_meaning_and_default() -> None:
         ("steps: many", r"steps='many' in .*run\.yaml: expected a whole number"),
         ("steps: 1.5", "expected a whole number"),
         ("steps: true", "expected a whole number"),
+        ("compress_activations: 2", "compress_activations=2 in .*: expected true or false"),
         ("steps: [1]", "expected a whole number"),
         ("min_lr_ratio: low", "expected a number"),
         ("corpus:", "corpus=None in .*: expected text"),
@@ -83,6 +84,8 @@ def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str) -> None:
 def test_mistakes_on_the_command_line() -> None:
     with pytest.raises(ValueError, match=r"unknown key '--stepz' in the command line; .*--steps"):
         parse_arguments(["--stepz", "3"])
+    for said in ("true", "false"):
+        assert parse_arguments(["--compress_activations", said])[0].compress_activations == (said == "true")
     with pytest.raises(ValueError, match="steps='x' in the command line: expected a whole number"):
         parse_arguments(["--steps", "x"])
 

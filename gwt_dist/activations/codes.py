@@ -15,10 +15,15 @@ Shapes: T tokens, C numbers of each, G = ceil(C / 128) groups of a token.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from gwt_dist.kernels.build import BuildError, load
 
 GROUP = 128
 LARGEST = 255  # code
@@ -40,7 +45,45 @@ class Codes:
 
 
 def encode(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
-    """Codes of a floating tensor, (T, C); with a generator of its device they are rounded by chance."""
+    """Codes of a floating tensor, (T, C); with a generator of its device they are rounded by chance.
+
+    On a CPU there is a kernel for fp32 and bf16 that are rounded to nearest, which has the same codes.
+    """
+    kernel = _kernel() if generator is None and _is_for_kernel(x_TC) else None
+    if kernel is None:
+        return encode_eager(x_TC, generator)
+    tokens, columns = x_TC.shape
+    code_TC = torch.empty((tokens, columns), dtype=torch.uint8)
+    lo_TG, scale_TG = (torch.empty((tokens, -(-columns // GROUP)), dtype=torch.bfloat16) for _ in range(2))
+    kernel.encode(x_TC.contiguous(), code_TC, lo_TG, scale_TG)
+    return Codes(code_TC, lo_TG, scale_TG)
+
+
+def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
+    """What they stand for, (T, C) of `dtype`. A group with a number that is none is none."""
+    x_TC = torch.empty(codes.code_TC.shape, dtype=dtype, device=codes.code_TC.device)
+    kernel = _kernel() if _is_for_kernel(x_TC) else None
+    if kernel is None:
+        return decode_eager(codes, dtype)
+    kernel.decode(x_TC, codes.code_TC, codes.lo_TG, codes.scale_TG)
+    return x_TC
+
+
+def _is_for_kernel(x_TC: Tensor) -> bool:
+    return x_TC.device.type == "cpu" and x_TC.dtype in (torch.float32, torch.bfloat16)
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    try:
+        return load("activations")
+    except BuildError as error:
+        warnings.warn(f"{error}\nActivations are packed by torch operations instead", RuntimeWarning, stacklevel=2)
+        return None
+
+
+def encode_eager(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
+    """As `encode`, in torch operations: the reference."""
     tokens, columns = x_TC.shape
     # A short group has its last number once more, which changes neither the least nor the largest.
     x = x_TC if columns % GROUP == 0 else torch.cat([x_TC, x_TC[:, -1:].expand(tokens, -columns % GROUP)], 1)
@@ -61,8 +104,8 @@ def encode(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
     return Codes(code_TC, lo_TG, scale_TG)
 
 
-def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
-    """What they stand for, (T, C) of `dtype`. A group with a number that is none is none."""
+def decode_eager(codes: Codes, dtype: torch.dtype) -> Tensor:
+    """As `decode`, in torch operations: the reference."""
     columns = codes.code_TC.shape[1]
     groups, (lo, scale) = columns // GROUP, (codes.lo_TG.float(), codes.scale_TG.float())
     x_TC = codes.code_TC.float()

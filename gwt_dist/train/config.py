@@ -176,6 +176,8 @@ def find_file(name: str, folder: str = "") -> Path:
 def _convert(kind: type, value: Any, key: str, where: str) -> Any:
     """`value` as `kind`; YAML reads '1e-3' as text and '1e4' of a whole number as a float."""
     try:
+        if kind is bool:
+            return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
         if isinstance(value, bool) or value is None or isinstance(value, (dict, list)):
             raise ValueError
         if kind is int:
@@ -184,8 +186,8 @@ def _convert(kind: type, value: Any, key: str, where: str) -> Any:
                 raise ValueError
             return int(number)
         return kind(value)
-    except (ValueError, OverflowError):
-        expected = {int: "a whole number", float: "a number", str: "text"}[kind]
+    except (ValueError, OverflowError, KeyError):
+        expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
         raise ValueError(f"{key}={value!r} in {where}: expected {expected}") from None
 
 
