@@ -43,9 +43,8 @@ _CELLS = (
 class Recipe:
     """Programs and numbers of a resolved group, and what its keys are where they are None."""
 
-    program: Callable[
-        [Options], Program
-    ]  # of tensors of its least level or more; raises `ValueError` for what it cannot be
+    # Of tensors of its least level or more; raises `ValueError` for what it cannot be.
+    program: Callable[[Options], Program]
     plain: Callable[[Options], Program]  # of all others
     numbers: Callable[[Options], dict[str, float]]
     keys: tuple[str, ...]  # those that it reads beside `keys.COMMON`; another that is set is refused

@@ -136,6 +136,8 @@ class Rounds:
         self._rounds = [
             its for (_, dtype), found in by_peers.items() for its in self._planned(found, dtype, tuple(kernels))
         ]
+        self._places = [place for its in self._rounds for stack in its.seats for place in stack if place]
+        self._unknown = dict.fromkeys(map(id, self._places), (0, False))
         if any(needs_host(device, its.peers) for its in self._rounds):
             warnings.warn(
                 f"gloo sends no message from the memory of {device}: matrices of whole-matrix recipes go through the "
@@ -207,12 +209,11 @@ class Rounds:
 
     def _known(self, given: Sequence[Tensors]) -> dict[int, tuple[int, bool]]:
         """By identity of each place, its steps and whether its matrix is new: one read of the device for all."""
-        places = [place for its in self._rounds for stack in its.seats for place in stack if place]
-        read = [place.known(given[place.run]) for place in places if place.fields]
+        read = [place.known(given[place.run]) for place in self._places if place.fields]
         if not read:  # nothing is kept, and nobody asks
-            return dict.fromkeys(map(id, places), (0, False))
+            return self._unknown
         steps, is_set = torch.stack([torch.stack([x.float() for x in its]) for its in zip(*read, strict=True)]).tolist()
-        return {id(p): (int(t), not s) for p, t, s in zip(places, steps, is_set, strict=True)}
+        return {id(p): (int(t), not s) for p, t, s in zip(self._places, steps, is_set, strict=True)}
 
     def _depart(self, its: _Round, given: Sequence[Tensors], sums: list[Tensor]) -> _Trip:
         elements = self._way(its.plan.elements, its.products)

