@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 # input attention keeps anyway.
 TARGETS = "norm", "ln_", "mlp", "feed_forward", "q_proj", "k_proj", "v_proj", "qkv", "c_attn"
 LEAST = 4096  # numbers of a tensor below which it is left as it is
-_CHECKPOINT = "torch.utils.checkpoint"
 NARROW = 32  # numbers of a token below which a scale would cost too much
+_CHECKPOINT = "torch.utils.checkpoint"
 
 
 @dataclass(eq=False)
@@ -199,7 +199,8 @@ class _Saver:
         if packed is None or self._memory[key].expired():
             codes = encode(tensor.detach().reshape(-1, tensor.shape[-1]), self._generator(tensor.device))
             packed = self._known[key] = _Packed(codes, tensor.dtype)
-            self._memory = {its: memory for its, memory in self._memory.items() if its in self._known}
+            if len(self._memory) > 2 * len(self._known) + 64:  # seldom, as it walks over all of them
+                self._memory = {its: memory for its, memory in self._memory.items() if its in self._known}
             self._memory[key] = StorageWeakRef(storage)
             self._found.before += tensor.nbytes
             self._found.after += codes.nbytes
