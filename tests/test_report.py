@@ -318,9 +318,9 @@ def test_the_commands_of_the_documentation_work(tmp_path: Path, monkeypatch: pyt
 def test_it_reaches_for_nothing_and_holds_no_tags_of_others(tmp_path: Path) -> None:
     versions = {HOSTILE: HOSTILE}
     run = make(tmp_path / "x" / HOSTILE.replace("/", "-"), versions=versions, device=HOSTILE)
-    started = time.perf_counter()
+    started = time.process_time()
     text = report(tmp_path / "page.html", run)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     page = Document(text)
     assert page.outside == [] and figures(text)
     assert "connect-src" not in text.split("<title>")[0] and "default-src 'none'" in text.split("<title>")[0]
