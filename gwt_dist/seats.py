@@ -34,9 +34,9 @@ class Place:
         return cls(run, parts[0].parameter, plan.owned.get(fqn, {}), parts[0].piece.salt)
 
     def known(self, given: Tensors) -> tuple[Tensor, Tensor]:
-        """Its count of steps, and whether any number of the first field is set: 0-d, not waited for."""
+        """Its count of steps, and whether the first row of the first field is set: 0-d, not waited for."""
         first = next(iter(self._stored(given).values()))
-        return given.steps[self.parameter], first.any()
+        return given.steps[self.parameter], first[0].any()
 
     def seat(self, given: Tensors, count: int, is_new: bool) -> Seat:
         """What is kept, itself in fp32 and fp64; a copy where it is bf16."""

@@ -349,13 +349,13 @@ def of_rank_0_case(kind: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- state by name
 
 
-def by_name_case(kind: str, level: int) -> dict[str, Any]:
+def by_name_case(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """What DeepSpeed's functions and `full_state` return of each tensor after three steps, beside one process."""
     from deepspeed import utils
 
-    single = alone(level=level)
+    single = alone(**options)
     train(single, 0, BEFORE)
-    engine = Engine(int(kind[4]), kind.endswith("bf16"), level=level)
+    engine = Engine(int(kind[4]), kind.endswith("bf16"), **options)
     engine.train(0, BEFORE)
     engine.engine.backward(engine.engine(batch(BEFORE).to(engine.dtype)).square().mean())
     single[0](batch(BEFORE)).square().mean().backward()
@@ -399,8 +399,7 @@ def differ(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def full_state_of_case(kind: str, recipe: str) -> dict[str, Any]:
     """`full_state` under other engines, before and after steps, and of a name that there is not."""
-    more: dict[str, Any] = {"orthogonal": {"nor": 0.95}, "low-rank": {"level": 0, "rank": 2, "residual": True}}
-    options = {"recipe": recipe, **more.get(recipe, {})}
+    options = {"recipe": recipe, **({"nor": 0.95} if recipe == "orthogonal" else {})}
     single = alone(**options)
     train(single, 0, BEFORE)
     build = {"ddp": alone, "fsdp2": fsdp2, "fsdp1": partial(fsdp1, True), "fsdp1 flat": partial(fsdp1, False)}[kind]

@@ -94,6 +94,38 @@ class Group:
             raise error
 
 
+def unlike_one_process(
+    world: tuple[dict[str, tuple[int, ...]], Sequence[Sequence[Fragment]]], steps: int, **options: Any
+) -> tuple[float, Sharded, GWTAdamW]:
+    """The largest distance of a tensor from one process after some steps, as a part of how far that has moved.
+
+    And both optimizers. Gradients of every other step are twice as large.
+    """
+    shapes, ranks = world
+    start = {fqn: normal(*shape, seed=i) for i, (fqn, shape) in enumerate(shapes.items())}
+    sharded = Sharded(start, ranks, **options)
+    whole = {fqn: torch.nn.Parameter(tensor.clone()) for fqn, tensor in start.items()}
+    optimizer = GWTAdamW(whole.values(), **options)
+    for step in range(steps):
+        grads = {
+            fqn: (1 + step % 2) * normal(*shape, seed=100 * step + i) for i, (fqn, shape) in enumerate(shapes.items())
+        }
+        for fqn, parameter in whole.items():
+            parameter.grad = grads[fqn].clone()
+        optimizer.step()
+        sharded.step(grads)
+    apart = [
+        float((whole[fqn].detach() - weight).norm()) / max(float((whole[fqn].detach() - start[fqn]).norm()), 1e-3)
+        for fqn, weight in sharded.gather(shapes).items()
+    ]
+    return max(apart), sharded, optimizer
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers in fp64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 class Sharded:
     """A model of whole `weights` that ranks hold as `ranks[r]`, fragments in a flat buffer each, stepped together.
 

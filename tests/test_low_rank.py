@@ -18,7 +18,7 @@ from torch import nn
 from gwt_dist import Fragment, GaLoreAdamW, GWTAdamW, param_groups
 from gwt_dist.keys import PROJ_TYPES
 from gwt_dist.memory import GroupSpec, plan_zero
-from simulated import Sharded
+from simulated import Sharded, unlike_one_process
 from test_factored import LLAMA_7B, LLAMA_7B_TENSORS, LLAMA_7B_WEIGHTS, allocated_on_meta, gradients, stepped
 from test_layout import worlds
 from test_recipes import random
@@ -123,23 +123,11 @@ def test_the_residual_is_fira_of_pytorch_optimizer() -> None:
     st.sampled_from([1, 2, 3]),
 )
 def test_ranks_change_nothing(world, proj_type, residual, randomized, refresh_offset, gap) -> None:
-    shapes, ranks = world
-    start = {fqn: random(*shape, seed=i) for i, (fqn, shape) in enumerate(shapes.items())}
     options = OPTIONS | dict(rank=3, update_proj_gap=gap, proj_type=proj_type, residual=residual, weight_decay=0.1)
     options |= dict(randomized=randomized, refresh_offset=refresh_offset)
-    sharded = Sharded(start, ranks, **options)
-    whole = {fqn: torch.nn.Parameter(tensor.clone()) for fqn, tensor in start.items()}
-    optimizer = GWTAdamW(whole.values(), **options)  # type: ignore[arg-type]
-    for step in range(4):
-        grads = {fqn: random(*shape, seed=100 * step + i) for i, (fqn, shape) in enumerate(shapes.items())}
-        for fqn, parameter in whole.items():
-            parameter.grad = grads[fqn].clone()
-        optimizer.step()
-        sharded.step(grads)
+    apart, sharded, optimizer = unlike_one_process(world, 4, **options)
+    assert apart <= 1e-12
     assert not sharded.group.calls  # no sum over ranks: gradients travel, and updates come back
-    for fqn, weight in sharded.gather(shapes).items():
-        moved = float((whole[fqn].detach() - start[fqn]).norm())
-        assert float((whole[fqn].detach() - weight).norm()) <= 1e-12 * max(moved, 1e-3), fqn
     kept = [o.state[flat]["projector"].numel() for o, flat in zip(sharded.optimizers, sharded.flats, strict=True)
             if "projector" in o.state[flat]]  # fmt: skip
     alone = [its["projector"].numel() for its in optimizer.state.values() if "projector" in its]
@@ -196,7 +184,7 @@ def test_a_randomized_subspace_has_almost_as_much_of_the_gradient(proj_type: str
         assert float((p @ p.mT - torch.eye(RANK, dtype=FP64)).abs().max()) < 1e-12
     with torch.device("meta"):  # numbers at random are made where they are used, whatever the default device
         parameter = nn.Parameter(torch.zeros(96, 64, dtype=FP64, device="cpu"))
-        parameter.grad = 1e300 * g  # and no product of them is infinite
+        parameter.grad = 4e306 * g  # and no product of them is infinite
         optimizer = GWTAdamW([parameter], **OPTIONS | {"proj_type": proj_type}, randomized=True)
         optimizer.step()
         assert float((optimizer.state[parameter]["projector"].abs() - found["a"].abs()).abs().max()) < 1e-9

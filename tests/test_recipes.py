@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import toy_recipe  # noqa: F401
 from gwt_dist import GWTAdamW, keys
@@ -17,14 +16,11 @@ from gwt_dist.declare import Extent, Field, Pass, Program, Rule, Sum, Travel
 from gwt_dist.layout import Fragment
 from gwt_dist.recipes import RECIPES, Recipe, meaning, register, rule_of
 from simulated import Sharded
+from simulated import normal as random
 
 PACKAGE = Path(__file__).parents[1] / "gwt_dist"
 FP64 = torch.float64
 SHAPES = {"a": (9, 14), "b": (6, 5)}
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FP64)
 
 
 def test_old_groups_mean_what_they_meant() -> None:

@@ -260,9 +260,17 @@ def test_gradients_set_by_hand_are_stepped_by_a_fused_optimizer(ranks, world_siz
 @pytest.mark.usefixtures("torch_extensions_dir")
 @pytest.mark.support("DeepSpeed", "`deepspeed.utils.safe_get_full_optimizer_state` and its like", outcome="refused")
 @pytest.mark.support("DeepSpeed", "`gwt_dist.full_state`, `safe_get_full_fp32_param`, `safe_get_full_grad`")
-@pytest.mark.parametrize(("kind", "level"), [("zero1", 2), ("zero2", 0), ("zero2", 2), ("zero3", 2)])
-def test_states_by_name_under_deepspeed(ranks, kind, level) -> None:
-    for found in ranks(2, by_name_case, kind, level):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *(("zero1", {}), ("zero2", {"level": 0}), ("zero2", {}), ("zero3", {})),
+        # Of which one rank keeps several in a buffer.
+        ("zero3", {"recipe": "low-rank", "level": 0, "rank": 2, "residual": True}),
+    ],
+    ids=str,
+)
+def test_states_by_name_under_deepspeed(ranks, kind, options) -> None:
+    for found in ranks(2, by_name_case, kind, options):
         assert {found["weights"], found["gradients"]} == {0.0}
         assert found["states"] < 1e-6
         assert len(found["messages"]) == 3
@@ -278,7 +286,6 @@ def test_states_by_name_under_deepspeed(ranks, kind, level) -> None:
         ("fsdp2", "orthogonal"),
         ("fsdp1", "energy"),
         ("fsdp1 flat", "orthogonal"),
-        ("fsdp1 flat", "low-rank"),
     ],
 )
 def test_states_by_name(ranks, kind, recipe) -> None:

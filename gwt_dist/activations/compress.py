@@ -153,7 +153,7 @@ class _Saver:
     def __init__(self, found: Compression, seed: int | None) -> None:
         self._found, self._seed = found, seed
         self._generators: dict[torch.device, torch.Generator] = {}
-        # What is packed and still needed, by its memory. Memory is another's as soon as nobody holds it any more.
+        # What is packed and still needed, by its memory, which is held weakly: no other gets its identity meanwhile.
         self._known: WeakValueDictionary[tuple[Any, ...], _Packed] = WeakValueDictionary()
         self._memory: dict[tuple[Any, ...], StorageWeakRef] = {}
 
@@ -196,7 +196,7 @@ class _Saver:
             None if tensor.is_contiguous() else (tensor.shape, tensor.stride()),
         )
         packed = self._known.get(key)
-        if packed is None or self._memory[key].expired():
+        if packed is None:
             codes = encode(tensor.detach().reshape(-1, tensor.shape[-1]), self._generator(tensor.device))
             packed = self._known[key] = _Packed(codes, tensor.dtype)
             if len(self._memory) > 2 * len(self._known) + 64:  # seldom, as it walks over all of them

@@ -19,7 +19,7 @@ class Seat:
     state: Mapping[str, Tensor]
     step: Tensor  # 0-d fp32, this step counted
     count: int  # the same on the host
-    is_new: bool  # nothing of the first of these fields was ever set
+    is_new: bool  # the first row of the first of these fields was never set
 
 
 @dataclass(frozen=True, slots=True)
