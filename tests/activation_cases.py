@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,3 +122,21 @@ def engine_case(kind: str, steps: int) -> dict[str, Any]:
     moved = max(float((expected[n] - start[n]).abs().max()) for n in expected)
     off = max(float((weights[n].view_as(w) - w).abs().max()) for n, w in expected.items())
     return {"off": off / moved, "bytes": (before, compressed)}
+
+
+def saved(model: nn.Module, run: Callable[[nn.Module], Any]) -> int:
+    """Bytes of what a forward pass saves, each memory once, without weights, in codes or not."""
+    memory: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            memory[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(model)
+    return sum(memory.values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from activation_cases import TOKENS, WIDTH, Decoder, batch, engine_case, trained
+from activation_cases import TOKENS, WIDTH, Decoder, batch, engine_case, saved, trained
 from gwt_dist import compress_activations
 from gwt_dist.activations.codes import GROUP, decode, decode_eager, encode, encode_eager
 from gwt_dist.engines.initialize import _follow
@@ -169,22 +169,18 @@ def test_weights_are_left_as_they_are() -> None:
         assert torch.equal(*found)
 
 
-def saved(model: nn.Module, ids: Tensor) -> int:
-    """Bytes of what a forward pass saves, each memory once, without weights, in codes or not."""
-    memory: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            memory[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
-
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(ids)
-    return sum(memory.values())
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_activations_of_the_shape_of_a_weight_are_none(frozen: bool, autocast: bool) -> None:
+    """A batch has as many tokens as a weight has rows, as powers of two do."""
+    model = nn.Sequential()
+    model.add_module("mlp", nn.Sequential(nn.Linear(128, 128, bias=False), nn.GELU(), nn.Linear(128, 128, bias=False)))
+    model[0].requires_grad_(not frozen)
+    its = compress_activations(model, "mlp")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(torch.randn(2, 64, 128, requires_grad=True)).sum().backward()
+    inputs = 1 if frozen else 3  # of GELU alone, or of all three
+    assert its.before == inputs * 128 * 128 * (2 if autocast else 4)
 
 
 def test_bytes_of_a_block() -> None:
@@ -205,7 +201,7 @@ def test_bytes_of_a_block() -> None:
             return self.block(x, position_embeddings=self.rotary(x, torch.arange(256)[None]))
 
     model, x = Alone(), torch.randn(2, 256, 256, dtype=torch.bfloat16, requires_grad=True)
-    before = saved(model, x)
+    before = saved(model, lambda its: its(x))
     found = compress_activations(model)
     model(x)
     assert (before - found.before + found.after) / before < 0.6

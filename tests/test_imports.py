@@ -109,7 +109,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": MATH
     | RUNTIME
     | STATE
-    | {"declare", "keys", "piece", "engines", "integrations", "train", "report", "study", ""},
+    | {"declare", "keys", "piece", "activations", "engines", "integrations", "train", "report", "study", ""},
     "__main__": {"cli"},
 }
 

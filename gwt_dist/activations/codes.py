@@ -19,9 +19,11 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from gwt_dist.kernels.build import BuildError, load
 
@@ -49,12 +51,12 @@ def encode(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
 
     On a CPU there is a kernel for fp32 and bf16 that are rounded to nearest, which has the same codes.
     """
-    kernel = _kernel() if generator is None and _is_for_kernel(x_TC) else None
+    kernel = _kernel_of(x_TC) if generator is None else None
     if kernel is None:
         return encode_eager(x_TC, generator)
     tokens, columns = x_TC.shape
-    code_TC = torch.empty((tokens, columns), dtype=torch.uint8)
-    lo_TG, scale_TG = (torch.empty((tokens, -(-columns // GROUP)), dtype=torch.bfloat16) for _ in range(2))
+    code_TC = x_TC.new_empty((tokens, columns), dtype=torch.uint8)
+    lo_TG, scale_TG = (x_TC.new_empty((tokens, -(-columns // GROUP)), dtype=torch.bfloat16) for _ in range(2))
     kernel.encode(x_TC.contiguous(), code_TC, lo_TG, scale_TG)
     return Codes(code_TC, lo_TG, scale_TG)
 
@@ -62,15 +64,29 @@ def encode(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
 def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
     """What they stand for, (T, C) of `dtype`. A group with a number that is none is none."""
     x_TC = torch.empty(codes.code_TC.shape, dtype=dtype, device=codes.code_TC.device)
-    kernel = _kernel() if _is_for_kernel(x_TC) else None
+    kernel = _kernel_of(x_TC)
     if kernel is None:
         return decode_eager(codes, dtype)
     kernel.decode(x_TC, codes.code_TC, codes.lo_TG, codes.scale_TG)
     return x_TC
 
 
-def _is_for_kernel(x_TC: Tensor) -> bool:
-    return x_TC.device.type == "cpu" and x_TC.dtype in (torch.float32, torch.bfloat16)
+class _NoMemory:
+    """In place of a kernel for tensors that have shapes and no memory: there is nothing to write."""
+
+    @staticmethod
+    def encode(*_: Tensor) -> None:
+        """Write codes."""
+
+    @staticmethod
+    def decode(*_: Tensor) -> None:
+        """Write numbers."""
+
+
+def _kernel_of(x_TC: Tensor) -> Any:
+    if isinstance(x_TC, FakeTensor):
+        return _NoMemory
+    return _kernel() if x_TC.device.type == "cpu" and x_TC.dtype in (torch.float32, torch.bfloat16) else None
 
 
 @cache
@@ -94,7 +110,8 @@ def encode_eager(x_TC: Tensor, generator: torch.Generator | None = None) -> Code
     scale = scale_TG.float()
     inverse_TG = torch.where(scale > 0, scale.reciprocal(), 0.0)
     # In place where `x_TGn` is a copy already: memory that is new costs more here than the arithmetic.
-    t_TGn = torch.sub(x_TGn, lo_TG.float()[..., None], out=None if x_TGn.data_ptr() == x_TC.data_ptr() else x_TGn)
+    is_copy = x is not x_TC or x.dtype != torch.float32
+    t_TGn = torch.sub(x_TGn, lo_TG.float()[..., None], out=x_TGn if is_copy else None)
     t_TGn.mul_(inverse_TG[..., None])
     if generator is None:
         t_TGn = t_TGn.round_()

@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gwt_dist.activations.codes import Codes, decode, encode
 from gwt_dist.groups import matches
@@ -35,6 +36,11 @@ TARGETS = "norm", "ln_", "mlp", "feed_forward", "q_proj", "k_proj", "v_proj", "q
 LEAST = 4096  # numbers of a tensor below which it is left as it is
 NARROW = 32  # numbers of a token below which a scale would cost too much
 _CHECKPOINT = "torch.utils.checkpoint"
+# Operations after which a tensor has the numbers of another, as autograd names them; engines and autocast use them.
+_SAME_NUMBERS = {
+    *("Alias", "AsStrided", "Narrow", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "T"),
+    *("ToCopy", "Transpose", "UnsafeView", "View"),
+}
 
 
 @dataclass(eq=False)
@@ -240,19 +246,31 @@ def _can(tensor: Tensor) -> bool:
         and tensor.numel() >= LEAST
         and tensor.dim() > 1
         and tensor.shape[-1] >= NARROW
-        and type(tensor) is Tensor
+        and not isinstance(tensor, nn.Parameter)
+        and not is_traceable_wrapper_subclass(tensor)  # as a DTensor is
         and tensor.layout == torch.strided
     )
 
 
 def _is_weight(tensor: Tensor, module: nn.Module) -> bool:
-    """Whether a saved tensor is a weight of the module, or one in another dtype, as autocast makes.
+    """Whether a saved tensor is a weight of the module: the memory of one, or what was made of one by views and a cast.
 
-    Told by its shape: engines put other memory under a weight in every forward pass. Activations of the shape of a
-    weight are taken for one, and stay as they are.
+    A cast of a frozen weight, as autocast makes, has no history: it is known by its shape, and so is an activation of
+    that shape, which stays as it is then.
     """
-    shape = tuple(tensor.shape)
-    return any(shape in (its := tuple(p.shape), its[::-1]) for p in module.parameters())
+    memory, shape = tensor.untyped_storage()._cdata, tuple(tensor.shape)
+    return isinstance(_origin(tensor.grad_fn), nn.Parameter) or any(
+        memory == its.untyped_storage()._cdata
+        or (not its.requires_grad and its.dtype != tensor.dtype and shape in (tuple(its.shape), tuple(its.shape)[::-1]))
+        for its in module.parameters()
+    )
+
+
+def _origin(made_by: Any) -> Tensor | None:
+    """The leaf that a tensor is a view or a cast of; None if there is none."""
+    while made_by is not None and made_by.name().split("Backward")[0] in _SAME_NUMBERS:
+        made_by = made_by.next_functions[0][0]
+    return getattr(made_by, "variable", None)
 
 
 def _unpack(saved: _Saved) -> Tensor:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,11 @@ def read_model(name: str) -> ModelSpec:
     return of_module(_by_transformers(path, config), str(path)) if found is None else found
 
 
-def build_model(name: str) -> nn.Module:
-    """The module that ``package.module:function`` returns, built on the meta device; the working directory is searched.
+def build_model(name: str, within: AbstractContextManager[Any] | None = None) -> nn.Module:
+    """The module that ``package.module:function`` returns; the working directory is searched.
 
-    Raises `ValueError` if it cannot be found or returns something else.
+    It is built `within` a context, None for the meta device. Raises `ValueError` if it cannot be found or returns
+    something else.
     """
     import torch
     from torch import nn
@@ -52,19 +54,22 @@ def build_model(name: str) -> nn.Module:
         function = getattr(importlib.import_module(where), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name!r} is no package.module:function that can be imported: {error}") from error
-    with torch.device("meta"):
+    with within or torch.device("meta"):
         built = function()
     if not isinstance(built, nn.Module):
         raise ValueError(f"{name!r} returned {type(built).__name__}, and must return an nn.Module")
     return built
 
 
-def meta_model(name: str) -> nn.Module:
-    """The module itself, on the meta device, of anything that `read_model` takes; by transformers, so slower."""
+def meta_model(name: str, within: AbstractContextManager[Any] | None = None) -> nn.Module:
+    """The module itself of anything that `read_model` takes; by transformers, so slower.
+
+    It is built `within` a context, None for the meta device, in torch's default dtype.
+    """
     if ":" in name and not Path(name).exists():
-        return build_model(name)
+        return build_model(name, within)
     path = _configuration(name)
-    return _by_transformers(path, _read(path))
+    return _by_transformers(path, _read(path), within)
 
 
 def _configuration(name: str) -> Path:
@@ -107,22 +112,24 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _by_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
-    """The module that transformers builds for a configuration, on the meta device."""
+def _by_transformers(
+    path: Path, config: dict[str, Any], within: AbstractContextManager[Any] | None = None
+) -> nn.Module:
+    """The module that transformers builds for a configuration."""
     kind = config.get("model_type", "llama")
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ValueError(
-            f"{path} is a configuration of model_type {kind!r}; without transformers the shapes are known of "
-            f"{', '.join(KNOWN)} alone: pip install 'gwt_dist[hf]', or give package.module:function"
+            f"{path} is a configuration of model_type {kind!r}, and to build it needs transformers: pip install "
+            f"'gwt_dist[hf]', or give package.module:function. Shapes alone are known without, of {', '.join(KNOWN)}"
         ) from error
     try:
         settings = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
-        with torch.device("meta"):
+        with within or torch.device("meta"):
             builder: Any = AutoModelForCausalLM
-            model: nn.Module = builder.from_config(settings)
+            model: nn.Module = builder.from_config(settings, dtype=torch.get_default_dtype())
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"transformers cannot build {path}: {' '.join(str(error).split())}") from error
     return model

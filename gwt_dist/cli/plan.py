@@ -28,6 +28,7 @@ from gwt_dist.report.pages import check_free, write_page
 TARGETS = ["attn", "mlp"]
 ENGINE = "zero2"
 OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
+FORWARD = "fp32", "bf16", "fp16"
 WITH_FILE = ("engine", "weights", "gradients", "offload")
 
 
@@ -81,6 +82,13 @@ def plan(
     micro_batch: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass of a rank.")] = 1,
     sequence: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 2048,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of a rank in a step.")] = 1,
+    activations: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(FORWARD)}: dtype of weights in the forward pass, whose activations are counted as they "
+            "are, in 8 bits, recomputed, and both. Takes seconds."
+        ),
+    ] = "",
     low_rank: Annotated[int | None, typer.Option(min=1, help="Of GaLore and APOLLO. [a quarter of the width]")] = None,
     fit: Annotated[
         str, typer.Option(help="Bytes of a device, such as 24GB: the smallest --level and --world not given that fit.")
@@ -94,6 +102,13 @@ def plan(
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
     if html is not None:
         check_free(html, force)
+    if activations and activations not in FORWARD:
+        raise ValueError(f"--activations {activations!r} must be one of {', '.join(FORWARD)}")
+    if activations and fit:
+        raise ValueError(
+            "--fit does not count --activations, so what it finds would not fit: leave --fit out once, choose what is "
+            "done about activations, and give its bytes as --reserve"
+        )
     spec = read_model(model)
     # Arguments of `param_groups`, and what is beside them.
     options: dict[str, Any] = {
@@ -166,6 +181,8 @@ def plan(
             batch = _batch(settings, batch, given, found.setup.world_size, fixed)
         split = ds_json.value(settings or {}, "sequence_parallel_size", 1)
         content = _content(found, spec, options, batch, split, low_rank or options["rank"])
+        if activations:
+            content["activations"] = _activations(model, activations, batch, split, content["device"]["worst_rank"])
     else:
         content = {"fits": False}
     if fit:
@@ -192,6 +209,23 @@ def _content(
     content = report(found, targeted, low_rank, batch["accumulation"])
     content["setup"] |= {**options, **batch, "tokens": prod(batch.values()) * found.setup.world_size // split}
     return content
+
+
+def _activations(model: str, dtype: str, batch: dict[str, int], split: int, device: int) -> dict[str, Any]:
+    """Of a rank whose device holds `device` bytes beside them."""
+    from gwt_dist.cli.activations import count  # torch
+
+    sequences, tokens = batch["micro_batch"], -(-batch["sequence"] // split)
+    measures = count(model, dtype, sequences, tokens)
+    return {
+        "dtype": dtype,
+        "sequences": sequences,
+        "tokens": tokens,
+        "measures": [
+            {"name": name, "kept": held.kept, "most": held.most, "device": device + held.most}
+            for name, held in measures.items()
+        ],
+    }
 
 
 def _fit(

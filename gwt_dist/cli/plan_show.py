@@ -19,6 +19,7 @@ NAMES = {
 }
 NOT_STATE = ("weights", "gradients", "masters", "gradients of the masters")  # rows that AdamW has alike
 _WEIGHTS = (("model", "of the whole model"), ("matrices", "of the matrices that match a target"))
+ACTIVATIONS = "kept for the backward pass", "at most", "the worst rank with them"
 COLUMNS = (("worst rank", "worst_rank"), ("least", "min"), ("median", "median"), ("most", "max"))
 
 
@@ -55,8 +56,16 @@ def rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
     found.append((total, *(human(content["device"][key]) for _, key in COLUMNS)))
     if content["host"]["max"]:
         found.append(("all of it on the host", *(human(content["host"][key]) for _, key in COLUMNS)))
-    found.append(("activations", "not counted", "", "", ""))
     return found
+
+
+def activations(content: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
+    """What was counted of activations: a title, and a row for each thing that may be done about them."""
+    found = content.get("activations")
+    if found is None:
+        return "", []
+    title = f"activations of a rank, {found['sequences']} x {found['tokens']} tokens, {found['dtype']}"
+    return title, [(one["name"], *(human(one[key]) for key in ("kept", "most", "device"))) for one in found["measures"]]
 
 
 def a_weight(content: dict[str, Any]) -> str:
@@ -81,7 +90,8 @@ def details(content: dict[str, Any]) -> list[tuple[str, str]]:
     for part in content["communication"]:
         found.append((f"a rank sends: {part['name']}", f"{human(part['bytes'])} a step, {part['what']}"))
     found.append(("a step", f"{setup['tokens']:,} tokens"))
-    found.append(("not counted", content["not_counted"]))
+    others = "" if "activations" in content else "activations (--activations bf16 counts them), "
+    found.append(("not counted", others + content["not_counted"]))
     return found
 
 
@@ -112,6 +122,14 @@ def show(content: dict[str, Any]) -> None:
     for row in rows(content):
         table.add_row(*row)
     console.print(table)
+    its_title, its_rows = activations(content)
+    if its_rows:
+        table = Table(title=its_title, title_justify="left")
+        for name in ("", *ACTIVATIONS):
+            table.add_column(name, justify="right" if name else "left")
+        for row in its_rows:
+            table.add_row(*row)
+        console.print(table)
     table = Table(title="optimizer state beside others (by formula, divided evenly)", title_justify="left")
     for name in ("", "whole model", "a weight", "worst rank", "formula"):
         table.add_column(name, justify="left" if name in ("", "formula") else "right")
@@ -148,6 +166,10 @@ _PAGE = """
 <table><tr><th>bytes of a rank</th>{% for name, _ in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
+{% if activations %}<h2>{{ activations_title }}</h2>
+<table><tr><th></th>{% for name in activations_columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in activations %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endif %}
 <h2>Optimizer state beside others, by formula</h2>
 <svg viewBox="0 0 900 {{ 32 * beside|length }}" role="img" aria-label="optimizer state">
 {%- for other in beside %}{% set y = 32 * loop.index0 %}
@@ -163,7 +185,7 @@ not divide them in this way.</p>
 {% endfor %}</table>
 {% endblock %}
 """
-_LEFT, _WIDTH = 110, 640  # of the bars, in units of the drawing, which leaves room for a number to their right
+_WIDTH, _LETTER = 760, 8  # of names and bars together, which leaves room for a number, and of a letter at most
 
 
 def page(content: dict[str, Any]) -> str:
@@ -175,15 +197,23 @@ def page(content: dict[str, Any]) -> str:
     adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
     its_state = {"exp_avg": adamw // 2, "exp_avg_sq": adamw // 2}
     beside = [(n, value if n in NOT_STATE else its_state.get(n, 0)) for n, value in parts]
-    legend = {name: colour for (name, _), colour in zip(parts, cycle(COLOURS), strict=False)}
-    largest = max(sum(v for _, v in parts), sum(v for _, v in beside), 1)
+    bars = [("GWTAdamW", parts), ("AdamW", beside)]
+    if "activations" in content:
+        by_name = {one["name"]: [("activations", one["most"])] for one in content["activations"]["measures"]}
+        bars = [(f"{who}, {name}", its + most) for who, its in bars for name, most in by_name.items()]
+        merged["activations"] = 0
+    legend = {name: colour for name, colour in zip(merged, cycle(COLOURS), strict=False)}
+    its_title, its_rows = activations(content)
     most = max(other["rank"] for other in content["beside"]) or 1
     return render(
         _PAGE,
         title=title(content),
         levels=levels(content),
         worst_rank=content["worst_rank"],
-        bars=[_bar("GWTAdamW", parts, legend, largest), _bar("AdamW", beside, legend, largest)],
+        bars=_bars(bars, legend),
+        activations_title=its_title,
+        activations_columns=ACTIVATIONS,
+        activations=its_rows,
         legend=legend.items(),
         columns=COLUMNS,
         rows=rows(content),
@@ -200,12 +230,17 @@ def page(content: dict[str, Any]) -> str:
     )
 
 
-def _bar(name: str, parts: list[tuple[str, int]], legend: dict[str, str], largest: int) -> dict[str, Any]:
-    found, x = [], float(_LEFT)
-    for part, value in parts:
-        width = _WIDTH * value / largest
-        found.append(
-            {"name": part, "text": human(value), "x": round(x, 1), "width": round(width, 1), "colour": legend[part]}
-        )
-        x += width
-    return {"name": name, "parts": found, "end": round(x, 1), "text": human(sum(value for _, value in parts))}
+def _bars(bars: list[tuple[str, list[tuple[str, int]]]], legend: dict[str, str]) -> list[dict[str, Any]]:
+    largest = max(1, *(sum(value for _, value in parts) for _, parts in bars))
+    left = _LETTER * max(len(name) for name, _ in bars) + 2 * _LETTER
+    found = []
+    for name, parts in bars:
+        rectangles, x = [], float(left)
+        for part, value in parts:
+            width = (_WIDTH - left) * value / largest
+            its = {"name": part, "text": human(value), "x": round(x, 1), "width": round(width, 1)}
+            rectangles.append({**its, "colour": legend[part]})
+            x += width
+        total = human(sum(value for _, value in parts))
+        found.append({"name": name, "parts": rectangles, "end": round(x, 1), "text": total})
+    return found

@@ -16,8 +16,8 @@ from gwt_dist.memory.traffic import traffic
 from gwt_dist.units import level_of
 
 NOT_COUNTED = (
-    "activations, the largest layer's gathered weights, buffers of the engine for communication, the CUDA context and "
-    "what the allocator leaves unused"
+    "the largest layer's gathered weights, buffers of the engine for communication, the CUDA context and what the "
+    "allocator leaves unused"
 )
 
 
