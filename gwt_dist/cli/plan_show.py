@@ -188,21 +188,25 @@ not divide them in this way.</p>
 _WIDTH, _LETTER = 760, 8  # of names and bars together, which leaves room for a number, and of a letter at most
 
 
-def page(content: dict[str, Any]) -> str:
-    """A page that needs nothing beside itself."""
+def bars_of(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Bytes of the worst rank by part: with this optimizer and with AdamW, for each way to have activations."""
     merged: dict[str, int] = {}  # a name has a row for each of its formats
     for row in content["rows"]:
         merged[row["name"]] = merged.get(row["name"], 0) + row["worst_rank"]
-    parts = list(merged.items())
     adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
     its_state = {"exp_avg": adamw // 2, "exp_avg_sq": adamw // 2}
-    beside = [(n, value if n in NOT_STATE else its_state.get(n, 0)) for n, value in parts]
-    bars = [("GWTAdamW", parts), ("AdamW", beside)]
-    if "activations" in content:
-        by_name = {one["name"]: [("activations", one["most"])] for one in content["activations"]["measures"]}
-        bars = [(f"{who}, {name}", its + most) for who, its in bars for name, most in by_name.items()]
-        merged["activations"] = 0
-    legend = {name: colour for name, colour in zip(merged, cycle(COLOURS), strict=False)}
+    beside = {name: value if name in NOT_STATE else its_state.get(name, 0) for name, value in merged.items()}
+    bars = [("GWTAdamW", list(merged.items())), ("AdamW", list(beside.items()))]
+    if "activations" not in content:
+        return bars
+    by_name = {one["name"]: [("activations", one["most"])] for one in content["activations"]["measures"]}
+    return [(f"{who}, {name}", its + most) for who, its in bars for name, most in by_name.items()]
+
+
+def page(content: dict[str, Any]) -> str:
+    """A page that needs nothing beside itself."""
+    bars = bars_of(content)
+    legend = {name: colour for (name, _), colour in zip(bars[0][1], cycle(COLOURS), strict=False)}
     its_title, its_rows = activations(content)
     most = max(other["rank"] for other in content["beside"]) or 1
     return render(
