@@ -1,6 +1,6 @@
 """Draw docs/memory.svg: where the bytes of a training step are, by ``gwt-dist plan``, for AdamW and for what is here.
 
-    python benchmarks/memory_picture.py 7b --engine fsdp2 --world 8 --weights bf16 --sequence 4096
+python benchmarks/memory_picture.py 7b --engine fsdp2 --world 8 --weights bf16 --sequence 4096
 """
 
 from __future__ import annotations
