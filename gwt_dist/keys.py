@@ -28,6 +28,11 @@ class Key:
     meaning: bool = False  # moments of another value mean something else, so a checkpoint must have the same
 
 
+def plain(value: Any) -> Any:
+    """A value of a key: of a number of numpy's the same of Python's, as checkpoints and kernels take them."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
 def within(value: object, low: float, high: float) -> bool:
     """Whether `value` is a finite number in ``[low, high]``; a tensor of one real element is a number too."""
     number: Any = value
@@ -128,6 +133,24 @@ def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
             raise ValueError(f"{where} has the unknown key {name!r}{hint} Known keys: {', '.join(known)}")
 
 
+def refuse_misspelt(names: Iterable[str], where: str) -> None:
+    """Raise `ValueError` for the first of `names` that is nearly a key of a group; others may be anybody's."""
+    known = ["params", "param_names", *COMMON, *of_recipes(), *OF_TORCH, *REFUSED_OF_TORCH]
+    for name in names:
+        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.85)
+        if near and name not in known:
+            raise ValueError(f"{where} has the unknown key {name!r}, which no optimizer would read: {near[0]!r}?")
+
+
+# Arguments of `torch.optim.AdamW` that say how it computes and not what: a step here is fused, and can be captured.
+OF_TORCH = "foreach", "fused", "capturable"
+# Those that say what: None and False are what is done here.
+REFUSED_OF_TORCH = {
+    "amsgrad": "no largest second moment is kept. Remove it",
+    "maximize": "it would minimize all the same. Negate the loss",
+    "differentiable": "no gradient flows through a step. Remove it",
+}
+
 # Group keys of apollo-torch and the published GWT: what to write here in their place.
 FOREIGN_KEYS = {
     "proj": 'nothing, or wavelet="haar": there is no projection to draw or to decompose; remove it',
@@ -148,6 +171,9 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
             f"{', '.join(foreign)} in {where}: keys of another optimizer (galore-torch, apollo-torch or the published "
             f"GWT), which GWTAdamW would ignore in silence. Here: {instead}"
         )
+    for name, why in REFUSED_OF_TORCH.items():
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]!r} in {where}, which GWTAdamW has not: {why}")
     for name, key in KEYS.items():
         value = group.get(name, key.default)
         if not (value is None and key.of_recipe) and not key.legal(value):

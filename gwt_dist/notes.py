@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gwt_dist.recipes import DEFAULT, program_of, resolved
+from gwt_dist.recipes import DEFAULT, program_of, resolved, rule_of
 
 Group = Mapping[str, Any]  # every key of it there
 HIGH_RATE = 5e-3  # AdamW's are seldom above it
@@ -40,4 +40,17 @@ def tall_note(group: Group, shapes: Iterable[Sequence[int]], where: str) -> str:
         f"{tall[0]}, as embeddings and output heads have, and no recipe was named: the default, {DEFAULT!r}, "
         f"orthogonalizes their updates as those of any matrix. gwt_dist.param_groups(model) leaves embeddings and head "
         f"to AdamW; if this is meant, write recipe={DEFAULT!r}"
+    )
+
+
+def bare_note(group: Group, shapes: Iterable[Sequence[int]], where: str) -> str:
+    """What to tell who said no level, of a group with tensors of `shapes`; '' where the recipe needs none of them."""
+    recipe, _ = resolved(group)
+    matrices = sum(len(shape) >= 2 for shape in shapes)
+    if not matrices or not recipe.is_leveled or rule_of(group).program.least_level <= group["level"]:
+        return ""
+    return (
+        f"{where} says no level, so its {matrices} matrices are AdamW's and keep whole moments. "
+        f"GWTAdamW(gwt_dist.param_groups(model)) gives the matrices of the blocks a level; level=0 says that this is "
+        f"meant, and another level acts on embeddings and head too"
     )

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
-from gwt_dist.keys import COMMON, of_recipes
-from gwt_dist.notes import rate_note, tall_note
+from gwt_dist.keys import COMMON, REFUSED_OF_TORCH, of_recipes, plain, refuse_misspelt
+from gwt_dist.notes import bare_note, rate_note, tall_note
 from gwt_dist.plan import Plan
-from gwt_dist.recipes import DEFAULT, check_group, level_of
+from gwt_dist.recipes import DEFAULT, check_group
 from gwt_dist.shards import is_flat
 from gwt_dist.steps import Group, Steps
 
@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 class GWTAdamW(torch.optim.Optimizer):
     r"""Adam whose moments live on the wavelet approximation of the gradient, ``2**level`` times smaller than AdamW's.
 
-    Drop-in for `torch.optim.AdamW`. Tensors of two or more dimensions are read as ``[shape[0], rest]`` and transformed
-    along their rows; scalars and 1-D tensors are level 0, which is AdamW. See `param_groups` for the usual choice of
-    levels by module name.
+    Drop-in for `torch.optim.AdamW`: with ``model.parameters()`` alone every tensor is level 0, which is AdamW, and a
+    warning says so. `param_groups` chooses the weight matrices of a model that get a level. Tensors of two or more
+    dimensions are read as ``[shape[0], rest]``, so a kernel of a convolution is a row for each output channel, and
+    transformed along their rows; scalars and 1-D tensors are level 0 always.
 
     DTensor parameters (FSDP2, HSDP, tensor parallelism) are recognised at the first step. Under an engine that hides
     the layout of the weights behind flat buffers (DeepSpeed ZeRO, FSDP1), call `gwt_dist.attach(optimizer, engine)`
@@ -45,7 +46,7 @@ class GWTAdamW(torch.optim.Optimizer):
         betas: Decay rates of the first and second moment.
         eps: Added to the uncorrected ``sqrt(exp_avg_sq)``, as in the published code.
         weight_decay: Decoupled, multiplied by ``lr``.
-        level: 0 (AdamW) to 16; moments shrink by ``2**level``. None is 1, or 0 with ``"low-rank"``, which has none.
+        level: 0 (AdamW) to 16, of groups that say none; moments shrink by ``2**level``. None is 0.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
         recipe: ``"orthogonal"``, which None stands for (momentum alone; the update of the whole matrix is
             orthogonalized as Muon's, on one rank each, see `formulas.orthogonal`), ``"energy"`` (twice the state: a
@@ -101,13 +102,17 @@ class GWTAdamW(torch.optim.Optimizer):
         stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by chance, so that
             changes below half of what bf16 can say are not lost. The same chance under every sharding.
         rounding_seed: Of both, 0 to 2**32 - 1; the same on all ranks.
+        foreach, fused, capturable: Of `torch.optim.AdamW`, and without meaning here: a step is fused, and can be
+            captured in a CUDA graph with an `lr` that is a tensor there (docs/kernels.md).
+        amsgrad, maximize, differentiable: Of the same; True is refused.
 
     Raises:
-        ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
+        ValueError: For a value out of range, an unknown wavelet or recipe, a misspelt key, complex or sparse tensors.
     """
 
     _is_level_named = True  # by the arguments, so that it is that of groups which name another recipe
     _is_recipe_named = True  # by the arguments; of a copy nobody knows, so it tells nothing
+    _is_bare_told = False  # whether a warning said that no level was
     is_default = False  # whether a group has the default recipe because nobody named one
 
     def __init__(
@@ -146,15 +151,20 @@ class GWTAdamW(torch.optim.Optimizer):
         state_dtype: str | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
     ) -> None:
         said = dict(locals())
         self._forget_layout()
-        defaults = {key: said[key] for key in (*COMMON, *of_recipes()) if key in said}
-        defaults |= {"recipe": DEFAULT if recipe is None else recipe}
-        defaults |= {"level": level_of(recipe) if level is None else level}
+        defaults = {key: plain(said[key]) for key in (*COMMON, *of_recipes()) if key in said}
+        defaults |= {"recipe": DEFAULT if recipe is None else recipe, "level": 0 if level is None else level}
         self._is_level_named = level is not None
         self._is_recipe_named = recipe is not None
-        check_group(defaults, "the arguments of GWTAdamW")
+        check_group({key: said[key] for key in REFUSED_OF_TORCH} | defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -163,10 +173,11 @@ class GWTAdamW(torch.optim.Optimizer):
         Raises `ValueError` for values out of range, and parameters of a dtype for which a key of the group is not.
         """
         where = f"parameter group {len(self.param_groups)}"
-        if "level" not in param_group and "recipe" in param_group and not self._is_level_named:
-            param_group = {**param_group, "level": level_of(param_group["recipe"])}
+        refuse_misspelt(param_group, where)
+        param_group = {key: its if key == "params" else plain(its) for key, its in param_group.items()}
         check_group({**self.defaults, **param_group}, where)
         unnamed = not self._is_recipe_named and "recipe" not in param_group
+        unleveled = "level" not in param_group
         super().add_param_group(param_group)
         try:
             self._steps.refuse_dtypes(self.param_groups[-1]["params"], self.param_groups)
@@ -176,12 +187,14 @@ class GWTAdamW(torch.optim.Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             self._steps.given[parameter] = True
         group = self.param_groups[-1]
-        notes = [rate_note(group, where)]
-        if unnamed:
-            self.is_default = True
-            # `deepspeed.zero.Init` leaves an empty tensor behind.
-            notes.append(tall_note(group, [getattr(p, "ds_shape", p.shape) for p in group["params"]], where))
-        for note in filter(None, notes):
+        self.is_default |= unnamed
+        # `deepspeed.zero.Init` leaves an empty tensor behind.
+        shapes = [getattr(p, "ds_shape", p.shape) for p in group["params"]]
+        # Where a group says its level, somebody chose its tensors, as `param_groups` does.
+        bare = bare_note(group, shapes, where) if unleveled and not (self._is_level_named or self._is_bare_told) else ""
+        self._is_bare_told |= bool(bare)
+        tall = tall_note(group, shapes, where) if unnamed and unleveled else ""
+        for note in filter(None, (bare, rate_note(group, where), tall)):
             logger.warning(note)
 
     @property

@@ -182,7 +182,7 @@ class Adapted(nn.Module):
 
 def test_adapters_have_a_level_and_what_is_frozen_no_state() -> None:
     model = nn.ModuleDict({"attn": Adapted(96, 64, 8)})
-    with pytest.raises(ValueError, match="target 'mlp' matches no Linear weight to be trained"):
+    with pytest.raises(ValueError, match="target 'mlp' matches no weight matrix to be trained"):
         param_groups(model, level=2)
     optimizer = GWTAdamW(param_groups(model, level=2, targets="lora_"), lr=1e-2, recipe="energy")
     model["attn"](torch.randn(5, 64)).square().sum().backward()

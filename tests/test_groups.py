@@ -49,9 +49,13 @@ def test_first_match_wins_and_a_regular_expression_matches_the_whole_name() -> N
     assert groups[2] == {"layers.1.self_attn.weight"}
 
 
-def test_all_linear_includes_a_tied_head() -> None:
+def test_all_linear_leaves_a_tied_embedding_and_includes_a_head_of_its_own() -> None:
     net = model()
-    assert "embed.weight" in chosen(net, param_groups(net, targets="all-linear", level=2))[2]
+    found = chosen(net, param_groups(net, targets="all-linear", level=2))
+    assert len(found[2]) == 6 and "embed.weight" in found[0]
+    assert "embed.weight" in chosen(net, param_groups(net, targets=["all-linear", "head"], level=2))[2]
+    net.head.weight = nn.Parameter(torch.zeros(10, 8))
+    assert "head.weight" in chosen(net, param_groups(net, targets="all-linear", level=2))[2]
 
 
 def test_options_reach_every_group_and_given_groups_keep_their_own() -> None:
@@ -79,8 +83,8 @@ def test_frozen_parameters_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["attn", "mpl"], r"target 'mpl' matches no Linear weight to be trained.*layers\.0\.mlp\.0"),
-        ("embed", "target 'embed' matches no Linear weight"),
+        (["attn", "mpl"], r"target 'mpl' matches no weight matrix to be trained.*layers\.0\.mlp\.0"),
+        ("embed", "target 'embed' matches no weight matrix"),
         ([], "targets is empty"),
         (["mlp", "("], r"target '\(' is not a regular expression"),
         ([""], "target '' must be a part of a module name"),
@@ -95,8 +99,10 @@ def test_a_frozen_target_is_refused() -> None:
     net = model()
     for layer in net.layers:
         layer.mlp.requires_grad_(False)
-    with pytest.raises(ValueError, match="target 'mlp' matches no Linear weight to be trained"):
-        param_groups(net)
+    message = r"'mlp' matches no weight matrix to be trained.*: head, layers\.0\.self_attn, layers\.1\.self_attn$"
+    with pytest.raises(ValueError, match=message):
+        param_groups(net, targets=["attn", "mlp"])
+    assert len(chosen(net, param_groups(net, level=2))[2]) == 2, "what is no pattern takes what there is"
 
 
 def test_a_parameter_of_another_model_is_refused() -> None:
@@ -107,7 +113,7 @@ def test_a_parameter_of_another_model_is_refused() -> None:
 def test_it_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="gwt_dist"):
         param_groups(model(), level=2)
-    assert "attn                 level 2      2 tensors             128 elements" in caplog.text
+    assert "blocks               level 2      6 tensors             640 elements  83.33%" in caplog.text
     assert "all others           level 0" in caplog.text
 
 

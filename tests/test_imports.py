@@ -21,7 +21,7 @@ LINES = 400  # aim at 300; at this length a module does two things
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 DECLARED = {"formats", "declare", "keys", "programs", "recipes", "notes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "noise", "piece", "products", "formulas", *DECLARED}
-LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
+LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "targets", "blocks", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "seats", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer", "galore"}
 STATE = {"checkpoint", "memory", "config", "ds_json"}
@@ -46,7 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "matrices": {"layout", "owners"},
     "kernels": {"wavelet", "layout", "noise", "formats", "declare", "programs", "recipes", "piece", "formulas"},
     "comm": {"layout", "exchange"},
-    "groups": {"keys", "recipes"},
+    "targets": {"units"},
+    "blocks": {"targets"},
+    "groups": {"keys", "recipes", "targets", "blocks"},
     "dtensor": {"layout", "exchange", "comm"},
     "plan": {"units", "exchange", "formats", "declare", "extents", "owners", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
@@ -94,13 +96,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "exchange",
         "units",
         "groups",
+        "targets",
+        "blocks",
         "owners",
         "matrices",
         "ds_json",
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
-    "activations": {"groups", "kernels"},
+    "activations": {"targets", "kernels"},
     "": MATH | RUNTIME | STATE | {"engines", "activations"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},

@@ -1,0 +1,108 @@
+"""The weight matrices of a model, whatever its modules are called: which are of its blocks, and which are tied.
+
+A matrix is a parameter ``weight``, ``..._weight``, ``..._proj`` or ``w1`` of two dimensions, as of `nn.Linear`, of
+transformers' ``Conv1D``, of `nn.MultiheadAttention` and of routers; or of three, as experts are stacked. Weights of
+embeddings and kernels of convolutions are none, nor are biases, tables, tokens and the logarithms of a state space.
+
+Blocks are the members of an `nn.ModuleList` that have modules of their own, and those of an `nn.Sequential` or
+`nn.ModuleDict` whose class, not a container of torch's, is there twice. What is in a block is of the blocks, but for
+the output embedding that a model of transformers tells of, and for what shares its weight with an embedding. Where no
+block has a matrix (an MLP, a recurrent network) all matrices are of the blocks but the last, which is the output layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from gwt_dist.targets import Matrix
+
+# What a parameter of a matrix is called. Others of two dimensions are tables, biases of experts, and such.
+_NAMES = re.compile(r"weights?|.+_weight|weight_[ih]h_.+|(?:.+_)?proj|[wv]\d")
+_CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
+
+
+def matrices_of(model: nn.Module) -> dict[int, Matrix]:
+    """What a target can match, by the `id` of the parameter, in the order of modules.
+
+    Of modules that share a weight the first has it. Under `deepspeed.zero.Init`, FSDP1 (with ``use_orig_params=True``)
+    and FSDP2 shapes are those of whole tensors.
+    """
+    modules = dict(model.named_modules())
+    embeddings, outputs = _embeddings(modules), _outputs(modules)
+    shapes, blocks = _shapes_of_fsdp(modules), tuple(_blocks(modules))
+    found: dict[int, Matrix] = {}
+    for path, module in modules.items():
+        if isinstance(module, _ConvNd) or _is_embedding(module):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            key, shape = id(parameter), shapes.get(id(parameter), shape_of(parameter))
+            # A row or a column alone, of what is no Linear, is what another parametrization keeps of a vector.
+            of_linear = isinstance(module, nn.Linear) and own == "weight"
+            if key in found or not (of_linear or (_NAMES.fullmatch(own) and len(shape) in (2, 3) and 1 not in shape)):
+                continue
+            name = path if own == "weight" else ".".join(filter(None, (path, own)))
+            in_blocks = f"{path}.".startswith(blocks) and key not in embeddings and key not in outputs
+            found[key] = Matrix(name, in_blocks, key in embeddings, len(shape) == 3)
+    return found if any(matrix.in_blocks for matrix in found.values()) else _without_blocks(found, outputs)
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole tensor; `deepspeed.zero.Init` leaves an empty one behind."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _without_blocks(found: Mapping[int, Matrix], outputs: set[int]) -> dict[int, Matrix]:
+    """All are of the blocks but what is tied, and the output layer: what the model says it is, or the last."""
+    free = [key for key, matrix in found.items() if not matrix.is_tied]
+    # A model that tells of its output embedding, which may be tied, has no other output layer.
+    inner = [key for key in free if key not in outputs] if outputs else free[:-1]
+    return {key: Matrix(its.name, key in inner, its.is_tied, its.is_stacked) for key, its in found.items()}
+
+
+def _blocks(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Beginnings of the names of what is in blocks."""
+    for path, module in modules.items():
+        if not isinstance(module, _CONTAINERS):
+            continue
+        kinds = Counter(type(member) for member in module.children())
+        for name, member in module.named_children():
+            repeated = kinds[type(member)] > 1 and type(member) not in _CONTAINERS
+            if any(True for _ in member.children()) and (repeated or isinstance(module, nn.ModuleList)):
+                yield f"{path}.{name}." if path else f"{name}."
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or "Embedding" in type(module).__name__
+
+
+def _embeddings(modules: Mapping[str, nn.Module]) -> set[int]:
+    """The weights of embeddings, by `id`."""
+    return {id(p) for module in modules.values() if _is_embedding(module) for p in module.parameters(recurse=False)}
+
+
+def _outputs(modules: Mapping[str, nn.Module]) -> set[int]:
+    """The weights of what models of transformers call their output embeddings, by `id`."""
+    found = set()
+    for module in modules.values():
+        told: Any = getattr(module, "get_output_embeddings", None)
+        if callable(told):
+            with suppress(NotImplementedError):  # which some say that have none
+                found |= {id(p) for p in [getattr(told(), "weight", None)] if p is not None}
+    return found
+
+
+def _shapes_of_fsdp(modules: Mapping[str, nn.Module]) -> dict[int, tuple[int, ...]]:
+    """Shapes of the tensors that FSDP1 has made flat and shows as parts of them, by `id`."""
+    found: dict[int, tuple[int, ...]] = {}
+    for module in modules.values():
+        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
+        if getattr(flat, "_params", None) is not None:  # with use_orig_params=True
+            found |= {id(p): tuple(shape) for p, shape in zip(flat._params, flat._shapes, strict=True)}
+    return found
