@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gwt_dist.recipes import DEFAULT, program_of, resolved, rule_of
@@ -11,6 +11,16 @@ Group = Mapping[str, Any]  # every key of it there
 HIGH_RATE = 5e-3  # AdamW's are seldom above it
 _FORMER_SCALE = 0.25  # of all recipes
 TALL = 8  # rows for each column from which a matrix is likely to be an embedding or an output head
+
+
+def notes_of(group: Group, shapes: Sequence[Sequence[int]], where: str, *, unnamed: bool, bare: bool) -> Iterator[str]:
+    """All that there is to tell of a group with tensors of `shapes`.
+
+    `unnamed`: nobody named its recipe, nor chose its tensors, as who gives a group its level does; `bare`: nobody said
+    a level at all, nor was told of it.
+    """
+    its = rate_note(group, where), unnamed and tall_note(group, shapes, where), bare and bare_note(group, shapes, where)
+    return (note for note in its if note)
 
 
 def rate_note(group: Group, where: str) -> str:

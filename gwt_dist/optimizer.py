@@ -13,7 +13,7 @@ from torch import Tensor
 from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
 from gwt_dist.keys import COMMON, REFUSED_OF_TORCH, of_recipes, plain, refuse_misspelt
-from gwt_dist.notes import bare_note, rate_note, tall_note
+from gwt_dist.notes import bare_note, notes_of
 from gwt_dist.plan import Plan
 from gwt_dist.recipes import DEFAULT, check_group
 from gwt_dist.shards import is_flat
@@ -110,9 +110,8 @@ class GWTAdamW(torch.optim.Optimizer):
         ValueError: For a value out of range, an unknown wavelet or recipe, a misspelt key, complex or sparse tensors.
     """
 
-    _is_level_named = True  # by the arguments, so that it is that of groups which name another recipe
     _is_recipe_named = True  # by the arguments; of a copy nobody knows, so it tells nothing
-    _is_bare_told = False  # whether a warning said that no level was
+    _is_untold = False  # whether no level was said, and no warning told of it
     is_default = False  # whether a group has the default recipe because nobody named one
 
     def __init__(
@@ -161,8 +160,8 @@ class GWTAdamW(torch.optim.Optimizer):
         said = dict(locals())
         self._forget_layout()
         defaults = {key: plain(said[key]) for key in (*COMMON, *of_recipes()) if key in said}
-        defaults |= {"recipe": DEFAULT if recipe is None else recipe, "level": 0 if level is None else level}
-        self._is_level_named = level is not None
+        defaults |= {"recipe": DEFAULT if recipe is None else recipe, "level": 0 if level is None else plain(level)}
+        self._is_untold = level is None
         self._is_recipe_named = recipe is not None
         check_group({key: said[key] for key in REFUSED_OF_TORCH} | defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
@@ -190,12 +189,13 @@ class GWTAdamW(torch.optim.Optimizer):
         self.is_default |= unnamed
         # `deepspeed.zero.Init` leaves an empty tensor behind.
         shapes = [getattr(p, "ds_shape", p.shape) for p in group["params"]]
-        # Where a group says its level, somebody chose its tensors, as `param_groups` does.
-        bare = bare_note(group, shapes, where) if unleveled and not (self._is_level_named or self._is_bare_told) else ""
-        self._is_bare_told |= bool(bare)
-        tall = tall_note(group, shapes, where) if unnamed and unleveled else ""
-        for note in filter(None, (bare, rate_note(group, where), tall)):
+        for note in notes_of(group, shapes, where, unnamed=unnamed and unleveled, bare=unleveled and self._is_untold):
+            self._is_untold &= note != bare_note(group, shapes, where)
             logger.warning(note)
+
+    def is_given(self, parameter: Tensor) -> bool:
+        """Whether somebody passed this parameter, rather than an engine a buffer of its own."""
+        return parameter in self._steps.given
 
     @property
     def shards(self) -> Mapping[Tensor, Shard]:

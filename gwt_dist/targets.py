@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gwt_dist.units import check_level
 
 BLOCKS = "blocks"  # the matrices of the blocks, as `gwt_dist.blocks` finds them; it may be none
-ALL = "all-linear"  # every matrix that is no embedding
+ALL = "all-linear"  # every matrix that is neither an embedding, nor tied to one, nor a kernel
 Targets = str | Sequence[str] | Mapping[str, int]
 
 
@@ -21,6 +21,7 @@ class Matrix:
     in_blocks: bool = False
     is_tied: bool = False  # to an embedding
     is_stacked: bool = False  # [experts, rows, columns]: a matrix for each expert
+    is_kernel: bool = False  # of a convolution: a row for each output channel
 
 
 def levels_by_pattern(targets: Targets, level: int) -> dict[str, int]:
@@ -61,7 +62,7 @@ def first_match(patterns: Iterable[str], matrix: Matrix | None) -> str | None:
         if pattern == BLOCKS:
             found = matrix.in_blocks
         elif pattern == ALL:
-            found = not matrix.is_tied
+            found = not (matrix.is_tied or matrix.is_kernel)
         else:
             found = matches(pattern, matrix.name)
         if found:

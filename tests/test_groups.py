@@ -172,6 +172,11 @@ def test_keys_of_the_rest_that_are_refused(rest: dict, message: str) -> None:
     ("options", "message"),
     [
         ({"state_dtpye": "int8"}, "unknown key 'state_dtpye', which no optimizer would read: 'state_dtype'"),
+        ({"weigth_decay": 0.1}, "unknown key 'weigth_decay', which no optimizer would read: 'weight_decay'"),
+        ({"LR": 0.1}, "unknown key 'LR', which no optimizer would read: 'lr'"),
+        ({"lr": "x"}, "lr='x' in the options of param_groups must be a finite number"),
+        ({"maximize": True}, "maximize=True in the options of param_groups, which GWTAdamW has not"),
+        ({"params": [{"params": [], "weight_decya": 0.1}]}, "group 0 of params has the unknown key 'weight_decya'"),
         ({"rest": {"level": 1}}, "rest has level=1 and no recipe, and param_groups was told none"),
         ({"rest": "int8"}, "rest='int8' must be a mapping of keys"),
     ],
@@ -180,4 +185,20 @@ def test_keys_of_the_rest_that_are_refused(rest: dict, message: str) -> None:
 def test_what_an_optimizer_would_take_in_silence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         param_groups(model(), level=1, **options)
-    assert param_groups(model(), level=1, lr_scale=2.0)[0]["lr_scale"] == 2.0, "a schedule may have keys of its own"
+    own = {
+        "lr_scale": 2.0,
+        "initial_lr": 0.1,
+        "name": "body",
+        "max_lr": 1.0,
+        "use_muon": True,
+        "layer": 3,
+        "fused": True,
+    }
+    group = param_groups(model(), level=1, **own)[0]
+    assert group.items() >= own.items(), "schedules and users may have keys of their own"
+
+
+def test_levels_of_targets_are_checked() -> None:
+    for targets in ({"mlp": 17}, {"blocks": -1}):
+        with pytest.raises(ValueError, match=r"level=(17|-1) must be a whole number from 0"):
+            param_groups(model(), targets=targets)

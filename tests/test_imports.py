@@ -105,7 +105,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
     "activations": {"targets", "kernels"},
-    "": MATH | RUNTIME | STATE | {"engines", "activations"},
+    "describe": {"dtensor", "memory", "optimizer", "shards", "units"},
+    "": MATH | RUNTIME | STATE | {"engines", "activations", "describe"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
     "report": {"train"},

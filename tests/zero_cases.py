@@ -323,7 +323,7 @@ def refused_case(change: dict[str, Any], params: dict[str, Any], client: bool = 
         config[section] = {**config.get(section, {}), **value} if isinstance(value, dict) else value
     config["optimizer"] = {"type": "GWTAdamW", "params": {**options(2, "paper"), "targets": ["mlp"], **params}}
     model = Net()
-    optimizer = GWTAdamW(model.parameters()) if client else None
+    optimizer = GWTAdamW(model.parameters(), level=1) if client else None
     try:
         gwt_dist.initialize(model=model, config=config, optimizer=optimizer)
     except ValueError as error:
