@@ -17,6 +17,7 @@ from gwt_dist.notes import rate_note, tall_note
 from gwt_dist.plan import Plan
 from gwt_dist.recipes import DEFAULT, check_group, level_of
 from gwt_dist.shards import is_flat
+from gwt_dist.stacks import number_of
 from gwt_dist.steps import Group, Steps
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,10 @@ class GWTAdamW(torch.optim.Optimizer):
             `formulas.low_rank`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01).
             Tensors of level 0 are AdamW but under ``"adalomo"``, with a ``rank`` and with ``least_level=0``. A tensor
             that looks like an embedding, and would be orthogonalized because no recipe was named, is told by a warning.
+        stacked: Whether a tensor of three dimensions is a stack of matrices, ``[E, R, C]``, as the experts of a
+            mixture: each of them is stepped as a parameter by itself, units lie within its rows, and state has the
+            ``E`` in front (``exp_avg``: ``[E, R, ceil(C / 2**level)]``). Tensors of less are what they always are, of
+            more an error. Shape alone does not say it: the kernel of a convolution has three dimensions too.
         scale: Factor on the update of tensors that the recipe takes, as matrices are under ``"orthogonal"``; None as
             the recipe says, so that AdamW's `lr` is theirs too (``"paper"``, ``"low-rank"``: the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
@@ -121,6 +126,7 @@ class GWTAdamW(torch.optim.Optimizer):
         level: int | None = None,
         wavelet: str = "haar",
         recipe: str | None = None,
+        stacked: bool = False,
         scale: float | None = None,
         second_moment: str | None = None,
         detail_gain: float | str | None = None,
@@ -168,19 +174,22 @@ class GWTAdamW(torch.optim.Optimizer):
         check_group({**self.defaults, **param_group}, where)
         unnamed = not self._is_recipe_named and "recipe" not in param_group
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # `deepspeed.zero.Init` leaves an empty tensor behind.
+        shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in group["params"]]
         try:
+            for shape in shapes if group["stacked"] else ():
+                number_of(shape)
             self._steps.refuse_dtypes(self.param_groups[-1]["params"], self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
         for parameter in self.param_groups[-1]["params"]:
             self._steps.given[parameter] = True
-        group = self.param_groups[-1]
         notes = [rate_note(group, where)]
         if unnamed:
             self.is_default = True
-            # `deepspeed.zero.Init` leaves an empty tensor behind.
-            notes.append(tall_note(group, [getattr(p, "ds_shape", p.shape) for p in group["params"]], where))
+            notes.append(tall_note(group, shapes, where))
         for note in filter(None, notes):
             logger.warning(note)
 
