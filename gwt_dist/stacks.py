@@ -75,5 +75,5 @@ def together(fragment: Fragment, fqn: str, place: int, number: int) -> Fragment:
     """What is kept of matrix `place` of `number`, as a part of what is kept of the stack `fqn`: one below another."""
     first, *rest = fragment.shape
     shift = place * prod(fragment.shape)
-    start, stop = (fragment.start + shift, fragment.stop + shift) if fragment.numel else (0, 0)
-    return Fragment(fqn, (number * first, *rest), start, stop, fragment.offset, fragment.rows if fragment.numel else 1)
+    start, stop = fragment.start + shift, fragment.stop + shift
+    return Fragment(fqn, (number * first, *rest), start, stop, fragment.offset, fragment.rows)

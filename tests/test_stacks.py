@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gwt_dist import GWTAdamW
-from simulated import normal
+from simulated import normal, unlike_one_process
+from test_layout import SHAPES, worlds
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "energy-1": {"recipe": "energy", "level": 1},
@@ -62,3 +65,15 @@ def test_a_stack_is_stepped_as_its_matrices_are(options: dict[str, Any]) -> None
     for name, value in one.state[stack].items():
         if name != "step":
             assert torch.equal(value, torch.stack([state[name] for state in states])), name
+
+
+STACKS = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9))
+EXACT = [name for name, options in OPTIONS.items() if "state_dtype" not in options]
+
+
+@settings(max_examples=150)
+@given(worlds(st.one_of(STACKS, STACKS, SHAPES)), st.sampled_from(EXACT))
+def test_ranks_change_nothing(world, name) -> None:
+    """Wherever boundaries fall: between matrices, in them, in their rows; matrices and vectors are in the same group."""
+    options = {"lr": 0.02, "weight_decay": 0.1, "stacked": True, **OPTIONS[name]}
+    assert unlike_one_process(world, 3, **options)[0] <= 1e-12
