@@ -74,6 +74,6 @@ EXACT = [name for name, options in OPTIONS.items() if "state_dtype" not in optio
 @settings(max_examples=150)
 @given(worlds(st.one_of(STACKS, STACKS, SHAPES)), st.sampled_from(EXACT))
 def test_ranks_change_nothing(world, name) -> None:
-    """Wherever boundaries fall: between matrices, in them, in their rows; matrices and vectors are in the same group."""
+    """Wherever boundaries fall: between matrices, in them, in rows. Matrices and vectors are in the same group."""
     options = {"lr": 0.02, "weight_decay": 0.1, "stacked": True, **OPTIONS[name]}
     assert unlike_one_process(world, 3, **options)[0] <= 1e-12
