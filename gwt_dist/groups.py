@@ -118,7 +118,7 @@ class Grouped(Generic[T]):
     def choose(self, tensor: T, matrix: Matrix | None, patterns: Mapping[str, int]) -> str | None:
         """Add a tensor, of which `matrix` is known if it is one; returns the pattern that matches it, or None."""
         pattern = first_match(patterns, matrix)
-        if pattern is None or matrix is None or (matrix.is_stacked and STACKED not in KEYS):
+        if pattern is None or matrix is None:
             self._others.append(tensor)
         else:
             self._by_level.setdefault((patterns[pattern], matrix.is_stacked), []).append(tensor)

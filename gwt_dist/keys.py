@@ -78,6 +78,7 @@ KEYS: dict[str, Key] = {
     "betas": Key((0.9, 0.999), _betas, "must be two numbers in [0, 1)", of_recipe=False),
     "eps": Key(1e-6, lambda v: _number(v) and v > 0, "must be a finite number > 0", of_recipe=False),
     "weight_decay": Key(0.0, _number, _NUMBER, of_recipe=False),
+    "stacked": Key(False, lambda v: isinstance(v, bool), "must be True or False", of_recipe=False, meaning=True),
     "scale": Key(1.0, _number, f"{_NUMBER} {_MEANT}"),
     "second_moment": Key(
         "energy", lambda v: v in SECOND_MOMENTS, f"must be one of {SECOND_MOMENTS} {_MEANT}", meaning=True
@@ -115,7 +116,7 @@ KEYS: dict[str, Key] = {
 }
 
 # Arguments of `GWTAdamW` that every recipe has, beside the parameters.
-COMMON = "lr", "betas", "eps", "weight_decay", "level", "wavelet", "recipe"
+COMMON = "lr", "betas", "eps", "weight_decay", "level", "wavelet", "recipe", "stacked"
 
 
 def of_recipes() -> list[str]:

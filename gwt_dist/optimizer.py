@@ -17,6 +17,7 @@ from gwt_dist.notes import bare_note, notes_of
 from gwt_dist.plan import Plan
 from gwt_dist.recipes import DEFAULT, check_group
 from gwt_dist.shards import is_flat
+from gwt_dist.stacks import number_of
 from gwt_dist.steps import Group, Steps
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,9 @@ logger = logging.getLogger(__name__)
 class GWTAdamW(torch.optim.Optimizer):
     r"""Adam whose moments live on the wavelet approximation of the gradient, ``2**level`` times smaller than AdamW's.
 
-    Drop-in for `torch.optim.AdamW`: with ``model.parameters()`` alone every tensor is level 0, which is AdamW, and a
-    warning says so. `param_groups` chooses the weight matrices of a model that get a level. Tensors of two or more
-    dimensions are read as ``[shape[0], rest]``, so a kernel of a convolution is a row for each output channel, and
-    transformed along their rows; scalars and 1-D tensors are level 0 always.
+    Drop-in for `torch.optim.AdamW`: ``model.parameters()`` alone are level 0, AdamW, and a warning says so;
+    `param_groups` chooses the matrices that get a level. Tensors of two or more dimensions are read as ``[shape[0],
+    rest]`` (a kernel is a row for each output channel), along their rows; scalars and 1-D tensors are level 0 always.
 
     DTensor parameters (FSDP2, HSDP, tensor parallelism) are recognised at the first step. Under an engine that hides
     the layout of the weights behind flat buffers (DeepSpeed ZeRO, FSDP1), call `gwt_dist.attach(optimizer, engine)`
@@ -58,6 +58,10 @@ class GWTAdamW(torch.optim.Optimizer):
             `formulas.low_rank`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01).
             Tensors of level 0 are AdamW but under ``"adalomo"``, with a ``rank`` and with ``least_level=0``. A tensor
             that looks like an embedding, and would be orthogonalized because no recipe was named, is told by a warning.
+        stacked: Whether a tensor of three dimensions is a stack of matrices, ``[E, R, C]``, as the experts of a
+            mixture: each of them is stepped as a parameter by itself, units lie within its rows, and state has the
+            ``E`` in front (``exp_avg``: ``[E, R, ceil(C / 2**level)]``). Tensors of less are what they always are, of
+            more an error. Shape alone does not say it: the kernel of a convolution has three dimensions too.
         scale: Factor on the update of tensors that the recipe takes, as matrices are under ``"orthogonal"``; None as
             the recipe says, so that AdamW's `lr` is theirs too (``"paper"``, ``"low-rank"``: the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
@@ -102,8 +106,7 @@ class GWTAdamW(torch.optim.Optimizer):
         stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by chance, so that
             changes below half of what bf16 can say are not lost. The same chance under every sharding.
         rounding_seed: Of both, 0 to 2**32 - 1; the same on all ranks.
-        foreach, fused, capturable: Of `torch.optim.AdamW`, and without meaning here: a step is fused, and can be
-            captured in a CUDA graph with an `lr` that is a tensor there (docs/kernels.md).
+        foreach, fused, capturable: Of `torch.optim.AdamW`; a step is fused, and can be captured (docs/kernels.md).
         amsgrad, maximize, differentiable: Of the same; True is refused.
 
     Raises:
@@ -125,6 +128,7 @@ class GWTAdamW(torch.optim.Optimizer):
         level: int | None = None,
         wavelet: str = "haar",
         recipe: str | None = None,
+        stacked: bool = False,
         scale: float | None = None,
         second_moment: str | None = None,
         detail_gain: float | str | None = None,
@@ -178,17 +182,18 @@ class GWTAdamW(torch.optim.Optimizer):
         unnamed = not self._is_recipe_named and "recipe" not in param_group
         unleveled = "level" not in param_group
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # `deepspeed.zero.Init` leaves an empty tensor behind.
+        shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in group["params"]]
         try:
-            self._steps.refuse_dtypes(self.param_groups[-1]["params"], self.param_groups)
+            for shape in shapes if group["stacked"] else ():
+                number_of(shape)
+            self._steps.refuse_dtypes(group["params"], self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
-        for parameter in self.param_groups[-1]["params"]:
-            self._steps.given[parameter] = True
-        group = self.param_groups[-1]
+        self._steps.given.update(dict.fromkeys(group["params"], True))
         self.is_default |= unnamed
-        # `deepspeed.zero.Init` leaves an empty tensor behind.
-        shapes = [getattr(p, "ds_shape", p.shape) for p in group["params"]]
         for note in notes_of(group, shapes, where, unnamed=unnamed and unleveled, bare=unleveled and self._is_untold):
             self._is_untold &= note != bare_note(group, shapes, where)
             logger.warning(note)
@@ -382,12 +387,7 @@ class GWTAdamW(torch.optim.Optimizer):
     def refuse_copy(self) -> None:
         """Raise `ValueError` for a copy of an attached optimizer that was not attached itself."""
         if self._steps.copied:
-            raise ValueError(
-                f"this optimizer was copied or unpickled from one that was attached to a sharding engine, and "
-                f"{len(self._steps.copied)} flat parameters of the copy have rows that are unknown here. Without them "
-                f"a step would be another optimizer. Call gwt_dist.attach(optimizer, engine) with the engine that "
-                f"holds these very parameters. {replaced.CARRY}"
-            )
+            raise ValueError(replaced.copied(len(self._steps.copied)))
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
