@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gwt_dist.dtensor import local
+from gwt_dist.engines import deepspeed, deepspeed_state
+from gwt_dist.engines.attach import unwrapped
 from gwt_dist.memory.state import GroupSpec
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.shards import is_flat
@@ -93,33 +95,52 @@ def describe(optimizer: Any, model: nn.Module | None = None) -> Description:
         model: The model whose parameters it has; under ZeRO it is not needed.
 
     Raises:
-        ValueError: For another optimizer, and for flat parameters of an engine that were never attached.
+        ValueError: For another optimizer, for flat parameters of an engine that were never attached, and between the
+            steps of ZeRO-3 for a `GWTAdamW` that is not passed as the engine's wrapper has it.
     """
-    ours = optimizer
-    while not isinstance(ours, GWTAdamW) and hasattr(ours, "optimizer"):
-        ours = ours.optimizer
-    if not isinstance(ours, GWTAdamW):
+    wrappers = list(unwrapped(optimizer))
+    ours = next((one for one in wrappers if isinstance(one, GWTAdamW)), None)
+    if ours is None:
         raise ValueError(
             f"{type(optimizer).__name__} is no GWTAdamW, nor around one, so nothing is known of its levels"
         )
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
     rows: list[Row] = []
-    for number, group in enumerate(ours.param_groups):
+    for number, (group, parameters) in enumerate(zip(ours.param_groups, _members(ours, wrappers), strict=True)):
         keys = {key: its for key, its in group.items() if key not in ("params", "param_names")}
         spec = GroupSpec.of(keys, (), f"parameter group {number}")
-        for (name, shape, level, update), shapes in _alike(ours, group, spec, names).items():
+        for (name, shape, level, update), shapes in _alike(ours, group, parameters, spec, names).items():
             sizes = sum(map(spec.whole, shapes))
             rows.append(Row(name, shape, number, level, update, len(shapes), sum(map(prod, shapes)), sizes))
     held = [its for state in ours.state.values() for its in state.values() if isinstance(its, Tensor)]
     return Description(tuple(rows), sum(local(its).nbytes for its in held))
 
 
+def _members(optimizer: GWTAdamW, wrappers: Iterable[Any]) -> list[list[Tensor]]:
+    """The parameters of each group; those that stage 3 takes out of the groups between steps as DeepSpeed has them."""
+    found: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
+    held = {id(parameter) for parameters in found for parameter in parameters}
+    for wrapper in wrappers:
+        buffers = deepspeed.read(wrapper)
+        numbers = [] if buffers is None else deepspeed_state.group_numbers(wrapper)
+        for buffer, number in zip(buffers or (), numbers, strict=True):
+            if id(buffer.parameter) not in held:
+                found[number].append(buffer.parameter)
+                held.add(id(buffer.parameter))
+    if any(id(parameter) not in held for parameter in optimizer.shards):
+        raise ValueError(
+            "ZeRO-3 takes parameters out of the groups between steps, so it is not known which level they have. Pass "
+            "the optimizer of the engine: gwt_dist.describe(engine.optimizer)"
+        )
+    return found
+
+
 def _alike(
-    optimizer: GWTAdamW, group: Mapping[str, Any], spec: GroupSpec, names: Mapping[int, str]
+    optimizer: GWTAdamW, group: Mapping[str, Any], parameters: list[Tensor], spec: GroupSpec, names: Mapping[int, str]
 ) -> dict[tuple[str, tuple[int, ...], int, str], list[tuple[int, ...]]]:
     """Shapes of the tensors of a group by what a row says of them."""
     found: dict[tuple[str, tuple[int, ...], int, str], list[tuple[int, ...]]] = {}
-    for name, shape in _tensors(optimizer, group, names):
+    for name, shape in _tensors(optimizer, group, parameters, names):
         said = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), shape) if len(shape) >= 2 else (VECTORS, ())
         taken = takes(shape, spec.level, spec.program.least_level)
         key = *said, level_of(shape, spec.level), str(group["recipe"]) if taken else "AdamW"
@@ -128,11 +149,12 @@ def _alike(
 
 
 def _tensors(
-    optimizer: GWTAdamW, group: Mapping[str, Any], names: Mapping[int, str]
+    optimizer: GWTAdamW, group: Mapping[str, Any], parameters: list[Tensor], names: Mapping[int, str]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names, '' for those that are not known, and shapes of the tensors of a group, in order."""
-    own = group.get("param_names") or [""] * len(group["params"])
-    for name, parameter in zip(own, group["params"], strict=True):
+    own = group.get("param_names", ())
+    own = own if len(own) == len(parameters) else [""] * len(parameters)  # an engine put a buffer in their place
+    for name, parameter in zip(own, parameters, strict=True):
         if parameter in optimizer.shards:
             yield from ((one.fqn, one.shape) for one in optimizer.shards[parameter].tensors)
         elif is_flat(parameter) or not optimizer.is_given(parameter):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from describe_cases import alone, described_case
 from gwt_dist import GWTAdamW, describe, param_groups
 from gwt_dist.describe import VECTORS, Row
 
@@ -69,3 +70,14 @@ def test_what_is_around_an_optimizer_and_what_is_none() -> None:
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(500))]  # as ZeRO does
     with pytest.raises(ValueError, match=r"a flat parameter of 500 elements .* Call gwt_dist.attach"):
         describe(optimizer)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp1", "fsdp2"])
+def test_engines_change_nothing_of_it(ranks, engine: str) -> None:
+    """On each of two ranks: whole tensors, by the names of the model where the engine knows them."""
+    expected = alone()
+    for found, bare, refused in ranks(2, described_case, engine):
+        assert found == expected
+        assert ("encoder.layers.*.linear1.weight" in bare) is (engine in ("zero2", "fsdp1"))
+        assert ("gwt_dist.describe(engine.optimizer)" in bare) is (engine == "zero3")
+        assert ("Call gwt_dist.attach(optimizer, engine) first" in refused) is (engine != "fsdp2")

@@ -119,7 +119,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
     "activations": {"targets", "kernels"},
-    "describe": {"dtensor", "memory", "optimizer", "shards", "units"},
+    "describe": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
     "": MATH | RUNTIME | STATE | {"engines", "activations", "describe"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
