@@ -74,9 +74,9 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
 
 def _without_blocks(found: Mapping[int, Matrix], outputs: set[int]) -> dict[int, Matrix]:
     """All are of the blocks but what is tied, and the output layer: what the model says it is, or the last."""
-    free = [key for key, matrix in found.items() if not matrix.is_tied]
-    # A model that tells of its output embedding, which may be tied, has no other output layer.
-    inner = [key for key in free if key not in outputs] if outputs else free[:-1]
+    # A model that tells of its output embedding has no other output layer, nor has one whose last is tied.
+    last = outputs or set(list(found)[-1:])
+    inner = {key for key, matrix in found.items() if not matrix.is_tied and key not in last}
     return {key: replace(matrix, in_blocks=key in inner) for key, matrix in found.items()}
 
 

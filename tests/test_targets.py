@@ -177,6 +177,13 @@ def convolutions(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), *layers, nn.Flatten(), nn.Linear(8, 4))
 
 
+def tied() -> nn.Module:
+    """Without blocks; the head, which is the last, has the weight of the embedding."""
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 8), "body": nn.Linear(8, 8), "head": nn.Linear(8, 9)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
 ENCODER = "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"
 VIT = "attention.qkv.weight", "attention.proj.weight", "ffn.0.weight", "ffn.2.weight"
 HAND_WRITTEN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
@@ -193,6 +200,7 @@ HAND_WRITTEN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     ),
     "convolutions": (lambda: convolutions(nn.Conv2d(8, 8, 3)), {"0.weight", "2.weight"}),
     "blocks of convolutions": (lambda: convolutions(Residual(), Residual()), {"2.wide.weight", "3.wide.weight"}),
+    "tied": (tied, {"body.weight"}),
     "recurrent": (
         lambda: nn.Sequential(nn.Embedding(9, 8), nn.LSTM(8, 8), nn.Linear(8, 9)),
         {"1.weight_ih_l0", "1.weight_hh_l0"},
