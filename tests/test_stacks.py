@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gwt_dist import GWTAdamW
 from simulated import normal, unlike_one_process
+from stacks_cases import load_alone, load_case, save_case, state_case
 from test_layout import SHAPES, worlds
+from zero_engine_cases import ENGINES as DEEPSPEED
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "energy-1": {"recipe": "energy", "level": 1},
@@ -77,3 +79,32 @@ def test_ranks_change_nothing(world, name) -> None:
     """Wherever boundaries fall: between matrices, in them, in rows. Matrices and vectors are in the same group."""
     options = {"lr": 0.02, "weight_decay": 0.1, "stacked": True, **OPTIONS[name]}
     assert unlike_one_process(world, 3, **options)[0] <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("by", "to"),
+    [
+        (("fsdp2", ("rows",)), None),
+        (("fsdp2", ("columns",)), ("fsdp2", ("rows",))),
+        (("deepspeed", (DEEPSPEED["2"],)), None),
+        (("deepspeed", (DEEPSPEED["3"],)), None),
+    ],
+    ids=["FSDP2", "FSDP2 in columns to FSDP2", "ZeRO-2", "ZeRO-3"],
+)
+@pytest.mark.usefixtures("torch_extensions_dir")
+def test_from_two_ranks_to_one(ranks, tmp_path, by, to) -> None:
+    """A checkpoint of three matrices a stack, of every recipe, goes on elsewhere as if nothing had happened."""
+    dtype, most = (torch.float32, 1e-6) if by[0] == "deepspeed" else (torch.float64, 1e-12)
+    assert max(ranks(2, save_case, *by, str(tmp_path))) <= most
+    assert to is None or max(ranks(1, load_case, *to, str(tmp_path), dtype)) <= most
+    assert to is not None or load_alone(str(tmp_path), dtype) <= most
+
+
+def test_state_under_fsdp2(ranks) -> None:
+    """DTensors of the whole stack, so that torch takes them, where ranks hold whole matrices: an odd number on two."""
+    for result in ranks(2, state_case, "rows"):
+        assert result["wrong"] == []
+        assert result["message"] == ""
+        assert {"exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "projector", "residual_norm"} <= set(result["placed"])
+        assert "limited_norm" not in result["placed"]
+        assert all(result["gathered"].values()) and "exp_avg_res_col" in result["gathered"]
