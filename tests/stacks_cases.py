@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import gwt_dist
 from fsdp2_cases import local
@@ -89,3 +91,19 @@ def state_case(layout: str) -> dict[str, Any]:
             field: torch.allclose(v, expected["came2.experts.weight"][field].to(v)) for field, v in full.items()
         }
     return {"wrong": wrong, "placed": sorted(placed), "message": message, "held": held, "gathered": gathered}
+
+
+def refused_case() -> list[str]:
+    """What is said of a stack whose matrices are cut: by `state_dict`, and by the optimizer to whom nobody said it."""
+    mesh, messages = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    for dim, stacked in ((1, True), (2, False)):
+        parameter = torch.nn.Parameter(distribute_tensor(torch.ones(3, 4, 6), mesh, [Shard(dim)]))
+        parameter.grad = distribute_tensor(torch.ones(3, 4, 6), mesh, [Shard(dim)])
+        optimizer = GWTAdamW([parameter], recipe="came", level=1, stacked=stacked)
+        try:
+            optimizer.step()
+            optimizer.state_dict()
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
