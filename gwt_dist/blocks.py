@@ -1,9 +1,10 @@
 """The weight matrices of a model, whatever its modules are called: which are of its blocks, and which are tied.
 
-A matrix is a parameter ``weight``, ``..._weight``, ``..._proj`` or ``w1`` of two dimensions, as of `nn.Linear`, of
-transformers' ``Conv1D``, of `nn.MultiheadAttention` and of routers; or of three, as experts are stacked. So is the
-kernel of a convolution whose output channels each see several input channels: a row for each output channel. Weights
-of embeddings are none, nor are biases, tables, tokens, the logarithms of a state space and other kernels.
+A matrix is a parameter ``weight``, ``..._weight``, ``..._proj``, ``w1`` or ``experts`` of two dimensions, as of
+`nn.Linear`, of transformers' ``Conv1D``, of `nn.MultiheadAttention` and of routers; or of three, as experts are
+stacked. So is the kernel of a convolution whose output channels each see several input channels: a row for each output
+channel. Weights of embeddings are none, nor are biases, tables, tokens, the logarithms of a state space and other
+kernels.
 
 Blocks are the members of an `nn.ModuleList` that have modules of their own, and those of an `nn.Sequential` or
 `nn.ModuleDict` whose class, not a container of torch's, is there twice. What is in a block is of the blocks, but for
@@ -30,7 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from gwt_dist.targets import Matrix
 
 # What a parameter of a matrix is called. Others of two dimensions are tables, biases of experts, and such.
-_NAMES = re.compile(r"weights?|.+_weight|weight_[ih]h_.+|(?:.+_)?proj|[wv]\d")
+_NAMES = re.compile(r"weights?|.+_weight|weight_[ih]h_.+|(?:.+_)?proj|[wv]\d|experts")
 _CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
 
 
