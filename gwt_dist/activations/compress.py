@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gwt_dist.activations.codes import Codes, decode, encode
-from gwt_dist.groups import matches
+from gwt_dist.targets import matches
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,17 +120,20 @@ def _by_transformers(
     kind = config.get("model_type", "llama")
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ValueError(
             f"{path} is a configuration of model_type {kind!r}, and to build it needs transformers: pip install "
             f"'gwt_dist[hf]', or give package.module:function. Shapes alone are known without, of {', '.join(KNOWN)}"
         ) from error
     try:
-        settings = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        settings = transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        # Of what is no causal language model the configuration says the class.
+        named = [getattr(transformers, str(name), None) for name in config.get("architectures") or ()]
+        causal = partial(transformers.AutoModelForCausalLM.from_config, dtype=torch.get_default_dtype())
+        builder: Any = next((its for its in named if its is not None), causal)
         with within or torch.device("meta"):
-            builder: Any = AutoModelForCausalLM
-            model: nn.Module = builder.from_config(settings, dtype=torch.get_default_dtype())
+            model: nn.Module = builder(settings)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"transformers cannot build {path}: {' '.join(str(error).split())}") from error
     return model
