@@ -163,7 +163,12 @@ LIGHT = {"torch", "pywt"}
 ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
 # Nor these, which import triton: functions import them.
 LAZY = {
-    *("products/symmetric_kernels.py", "kernels/triton_formats.py", "kernels/triton_kernels.py"),
+    *(
+        "products/symmetric_kernels.py",
+        "kernels/triton_activations.py",
+        "kernels/triton_formats.py",
+        "kernels/triton_kernels.py",
+    ),
     *("kernels/triton_lines.py", "kernels/triton_math.py", "kernels/triton_travel_kernels.py"),
     *(
         path.relative_to(PACKAGE).as_posix()
