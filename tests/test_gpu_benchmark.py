@@ -36,7 +36,8 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(tmp_path: Path) -> None:
     assert not [row for its in rows.values() for row in its if "error" in row]
     assert {"torch", "triton", "deepspeed", "GPU", "copy"} <= {row["case"] for row in rows["machine"]}
     assert rows["tests"][0]["case"].endswith(
-        " tests of test_activations_triton.py, test_formats_triton.py, test_symmetric.py, test_triton.py, test_triton_travel.py"
+        " tests of test_activations_triton.py, test_formats_triton.py, test_symmetric.py, test_triton.py, "
+        "test_triton_travel.py"
     )
     engines = [row for row in rows["engines"] if "ok" in row]
     assert len(engines) == 11 and all(row["ok"] and 0 < row["error to fp64"] < 1e-3 for row in engines)

@@ -31,8 +31,8 @@ all that memory can do); `waits`: whether `step()` waits for the GPU, which it s
 state for each weight."""
 CAPTURE = "`ok`: after eight steps all weights and all state have the bits of plain steps."
 PRODUCTS = "`ratio`: of the symmetric kernel to `torch.bmm` in the same rounds; it is faster below 1. Errors: to fp64."
-ACTIVATIONS = """`ok`: the codes of torch's operations, bit for bit; `share of copy`: time of a copy of as many bytes, of
-the time it takes (1 is all that memory can do)."""
+ACTIVATIONS = """`ok`: the codes of torch's operations, bit for bit; `share of copy`: time of a copy of as many bytes,
+of the time that it takes (1 is all that memory can do)."""
 TRAINING = "Forward, backward and step in bf16 autocast; `step ms` is the optimizer's part, measured after a backward."
 
 # The first is there always; the others in the order of what a cut-off run should have.
