@@ -201,7 +201,7 @@ def one_layer() -> nn.Module:
     model, block = nn.Module(), Block(8)
     block.attention = nn.ModuleDict({"embed": nn.Embedding(9, 8), "logits": nn.Linear(8, 9, bias=False)})
     block.attention["logits"].weight = block.attention["embed"].weight
-    model.layers, model.head = nn.ModuleList([block]), nn.Linear(8, 9)
+    model.stem, model.layers, model.head = nn.Linear(8, 8), nn.ModuleList([block]), nn.Linear(8, 9)
     return model
 
 
