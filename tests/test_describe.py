@@ -72,6 +72,16 @@ def test_what_is_around_an_optimizer_and_what_is_none() -> None:
         describe(optimizer)
 
 
+def test_a_stack_is_one_tensor_of_many_matrices() -> None:
+    stack = nn.Parameter(torch.ones(4, 6, 10))
+    optimizer = GWTAdamW([{"params": [stack], "level": 1, "stacked": True, "recipe": "paper"}])
+    stack.grad = torch.ones_like(stack)
+    optimizer.step()
+    found = describe(optimizer)
+    assert [(row.shape, row.level, row.update, row.tensors) for row in found.rows] == [((4, 6, 10), 1, "paper", 1)]
+    assert found.bytes == found.held == sum(its.nbytes for its in optimizer.state[stack].values())
+
+
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp1", "fsdp2"])
 def test_engines_change_nothing_of_it(ranks, engine: str) -> None:
     """On each of two ranks: whole tensors, by the names of the model where the engine knows them."""
