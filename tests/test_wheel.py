@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +74,16 @@ def gwt_dist(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
     return run
 
 
+def test_it_holds_every_module_and_configuration_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA")))
+    listed = subprocess.run(["find", "-L", "gwt_dist", "-type", "f"], cwd=wheel.parent / "tree", capture_output=True)
+    assert packed == set(listed.stdout.decode().split())
+    assert {"gwt_dist/py.typed", "gwt_dist/configs/zero2.json", "gwt_dist/configs/models/7b.json"} <= packed
+    assert re.search(rb"^License(-Expression)?: Apache-2.0$", metadata, re.M)
+
+
 def test_names_of_configurations_are_known_anywhere(gwt_dist: Command) -> None:
     assert "6,738,415,616 weights" in gwt_dist("plan", "7b")
     assert "the names in" not in gwt_dist("plan", "tiny", "--deepspeed-config", "configs/zero2.json")
@@ -95,6 +107,7 @@ def test_a_run_is_trained_reported_and_exported(gwt_dist: Command, tmp_path: Pat
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.matrix
 def test_a_study_runs(gwt_dist: Command, tmp_path: Path) -> None:
     settings = small_study.settings_in(tmp_path) | {"seeds": [0], "batches": [{"tokens": 64, "steps": 2}]}
     rows = [{"name": "energy", "optimizer": "gwt", "options": {"recipe": "energy"}, "lr": [0.01]}]
