@@ -12,6 +12,7 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from gwt_dist.activations import compress_activations
     from gwt_dist.checkpoint import CheckpointError, full_state, load, save
+    from gwt_dist.describe import describe
     from gwt_dist.engines import attach, fuse_backward, initialize
     from gwt_dist.galore import GaLoreAdamW
     from gwt_dist.groups import param_groups
@@ -27,6 +28,7 @@ __all__ = [
     "LayoutError",
     "attach",
     "compress_activations",
+    "describe",
     "full_state",
     "fuse_backward",
     "initialize",
@@ -42,6 +44,7 @@ _HOMES = {
     "LayoutError": "layout",
     "attach": "engines",
     "compress_activations": "activations",
+    "describe": "describe",
     "full_state": "checkpoint",
     "fuse_backward": "engines",
     "initialize": "engines",

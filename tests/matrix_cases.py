@@ -27,7 +27,7 @@ import whole_tensor_cases
 import zero_engine_cases
 from gwt_dist import GWTAdamW, attach, initialize
 from gwt_dist.kernels.choice import VARIABLE
-from zero_cases import Dot, Scale, gradients, load, options, shapes_of
+from zero_cases import Dot, Experts, Scale, gradients, load, options, shapes_of
 from zero_engine_cases import Recorder, initial
 
 Weights = dict[str, Tensor]
@@ -62,7 +62,10 @@ NAMED |= {f"rounded {name}": {**NAMED[name], "stochastic_rounding": True} for _,
 
 
 class Shapes(nn.Module):
-    """Every shape: units that end at no boundary, rows and elements fewer than ranks, tied, 1-D, frozen, unused."""
+    """Every shape: units that end at no boundary, rows and elements fewer than ranks, tied, 1-D, frozen, unused.
+
+    And a stack of an odd number of matrices; its group says so, which is nothing to the other tensors.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +76,7 @@ class Shapes(nn.Module):
         self.mlp_thin = Dot(2, 3)
         self.mlp_tiny = Dot(1, 2)
         self.mlp_one = Dot(1, 1)
+        self.experts = Experts(3, 6, 11)
         self.attn_tied = Dot(66, 97)
         self.attn_tied.weight = self.attn_q.weight
         self.unused = Dot(7, 9)
@@ -106,6 +110,7 @@ class Cells(Vectors):
         self.attn_q = Dot(66, 97)
         self.mlp_down = Dot(16, 683, bias=True)
         self.norm = Scale(131)
+        self.experts = Experts(3, 2, 150)
         self.mlp_tiny = Dot(1, 2)
 
 
@@ -137,7 +142,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
         if parameter.requires_grad:
             block = next(part for part in name.split(".") if part in names)
             keys = {**options(int(block[-1]), block[:-1]), **NAMED.get(block[:-1], {})}
-            group = groups.setdefault(block, {"params": [], **keys})
+            group = groups.setdefault(block, {"params": [], "stacked": True, **keys})
             group["params"].append(parameter)
     return list(groups.values())
 

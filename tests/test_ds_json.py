@@ -407,3 +407,10 @@ def test_reading_loads_neither_torch_nor_deepspeed() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     loaded = done.stdout.split()
     assert "hjson" in loaded and not {"torch", "deepspeed", "numpy"} & set(loaded), done.stderr
+
+
+def test_a_misspelt_section_is_refused_whatever_the_optimizer_is() -> None:
+    """Else DeepSpeed would train with the optimizer that is passed, or with none."""
+    settings = {"train_micro_batch_size_per_gpu": 1, "optimzer": {"type": "GWTAdamW", "params": {"lr": 0.01}}}
+    with pytest.raises(ValueError, match=r"unknown key 'optimzer' in the DeepSpeed JSON.*did you mean 'optimizer'"):
+        gwt_dist.initialize(model=net(), config=settings)

@@ -22,7 +22,7 @@ from gwt_dist.cli.app import main
 
 def saved_in(folder: Path, model: Any, **keywords: Any) -> Path:
     extra = {"model_config": model.config.to_dict()}
-    return gwt_dist.save(folder, model, GWTAdamW(model.parameters()), step=0, **{"extra": extra} | keywords)
+    return gwt_dist.save(folder, model, GWTAdamW(model.parameters(), level=1), step=0, **{"extra": extra} | keywords)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:

@@ -21,13 +21,14 @@ LINES = 400  # aim at 300; at this length a module does two things
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 DECLARED = {"formats", "declare", "keys", "programs", "recipes", "notes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "noise", "piece", "products", "formulas", *DECLARED}
-LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
+LAYOUT = {"layout", "exchange", "stacks", "owners", "matrices", "comm", "dtensor", "targets", "blocks", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "seats", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer", "galore"}
 STATE = {"checkpoint", "memory", "config", "ds_json"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "exchange": {"layout"},
+    "stacks": {"layout", "exchange"},
     "units": {"layout"},
     "wavelet": {"units"},
     "shipped": set(),
@@ -46,9 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "owners": {"layout"},
     "matrices": {"layout", "owners"},
     "kernels": {"wavelet", "layout", "noise", "formats", "declare", "programs", "recipes", "piece", "formulas"},
-    "comm": {"layout", "exchange"},
-    "groups": {"keys", "recipes"},
-    "dtensor": {"layout", "exchange", "comm"},
+    "comm": {"layout", "exchange", "stacks"},
+    "targets": {"units"},
+    "blocks": {"targets"},
+    "groups": {"keys", "recipes", "targets", "blocks"},
+    "dtensor": {"layout", "exchange", "stacks", "comm"},
     "plan": {"units", "exchange", "formats", "declare", "extents", "owners", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
     "seats": {"declare", "formulas", "kernels", "layout", "noise", "plan"},
@@ -87,22 +90,38 @@ MAY_IMPORT: dict[str, set[str]] = {
         "steps",
     },
     "galore": {"optimizer"},
-    "optimizer": {"comm", "dtensor", "keys", "notes", "plan", "recipes", "replaced", "shards", "steps", "state"},
+    "optimizer": {
+        "comm",
+        "dtensor",
+        "keys",
+        "notes",
+        "plan",
+        "recipes",
+        "replaced",
+        "shards",
+        "stacks",
+        "steps",
+        "state",
+    },
     "engines": MATH | RUNTIME | {"activations", "ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {
         "layout",
         "exchange",
+        "stacks",
         "units",
         "groups",
+        "targets",
+        "blocks",
         "owners",
         "matrices",
         "ds_json",
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
-    "activations": {"groups", "kernels"},
-    "": MATH | RUNTIME | STATE | {"engines", "activations"},
+    "activations": {"targets", "kernels"},
+    "describe": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
+    "": MATH | RUNTIME | STATE | {"engines", "activations", "describe"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"shipped", "declare", "keys", "engines", "integrations", ""},
     "report": {"train"},
@@ -120,6 +139,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "shipped": set(),
     "layout": set(),
     "exchange": set(),
+    "stacks": set(),
     "owners": set(),
     "matrices": set(),
     **{part: set() for part in DECLARED},

@@ -34,6 +34,7 @@ from gwt_dist.plan import Plan as ParameterPlan
 from gwt_dist.products import stacks as products
 from gwt_dist.schedule import Member
 from gwt_dist.sums import lay_out
+from gwt_dist.targets import Matrix
 from matrix_cases import Model, groups_of
 from plan_cases import allocated_case, checkpoint_case
 from test_matrix import ENGINES, kinds
@@ -383,7 +384,7 @@ def test_bytes_a_weight_in_8_bits(recipe: str, level: int, most: float) -> None:
 
 
 def test_formats_that_a_run_refuses_are_not_planned() -> None:
-    model = ModelSpec("", (TensorSpec("a.weight", (4, 8), "a"),))
+    model = ModelSpec("", (TensorSpec("a.weight", (4, 8), Matrix("a")),))
 
     def planned_with(weights: str, engine: str = "fsdp2", **keys: Any) -> MemoryPlan:
         return fill.plan(model, groups_by_name(model, 1, "a", **keys), Setup(engine, 2, weights=weights))
@@ -442,7 +443,7 @@ def test_what_is_sent_in_a_step() -> None:
 def test_matrices_that_travel_by_hand() -> None:
     """Two matrices [16, 10] on 3 ranks."""
     shapes = [("a.q", (16, 10)), ("a.k", (16, 10))]
-    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, name) for name, shape in shapes))
+    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, Matrix(name)) for name, shape in shapes))
 
     def sent(engine: str, device: str = "cuda", world: int = 3, **keys: Any) -> list[int]:
         groups = groups_by_name(model, 1, "a", recipe="orthogonal", **keys)
@@ -464,7 +465,7 @@ def test_matrices_that_travel_by_hand() -> None:
 def test_matrices_are_handed_out_in_the_order_of_the_groups(use_orig_params: bool) -> None:
     """Of three that are as dear, each in equal parts on 3 ranks, and of which the model has the largest first."""
     shapes = [("a", (2, 18)), ("b", (3, 8)), ("c", (3, 8))]
-    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, name, name) for name, shape in shapes))
+    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, Matrix(name), name) for name, shape in shapes))
     groups = groups_by_name(model, 1, {"a": 1, "b": 2, "c": 2}, recipe="orthogonal")
     found = fill.plan(model, groups, Setup("fsdp1", 3, weights="fp32", use_orig_params=use_orig_params))
     # Level 2 is the first group: b to rank 0, c to rank 1, a to rank 2.

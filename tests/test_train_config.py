@@ -278,7 +278,7 @@ def make_run(folder: Path, *steps: int) -> Path:
     model = nn.Linear(2, 2)
     extra = {"identity": {"seed": 0}, "batch": {"sequences": 8, "ranks": 2}, "streams": None}
     for step in steps:
-        gwt_dist.save(folder / "checkpoints", model, GWTAdamW(model.parameters()), step=step, extra=extra)
+        gwt_dist.save(folder / "checkpoints", model, GWTAdamW(model.parameters(), level=1), step=step, extra=extra)
     return folder
 
 

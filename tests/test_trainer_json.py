@@ -60,7 +60,7 @@ TOLD: dict[str, list[str]] = {
     "level auto": ["`optimizer.params.level` without `auto`"],  # in Accelerate's words
     "in quotes": ["optimizer.params.scale is the text '0.5'", "without quotes"],
     "unknown": ["optimizer.params has the unknown key 'levle'; did you mean 'level'?"],
-    "target": ["target 'mpl' matches no Linear weight"],
+    "target": ["target 'mpl' matches no weight matrix"],
     "stands twice": ["twice-", "has the key zero_optimization more than once"],
 }
 

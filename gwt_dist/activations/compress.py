@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gwt_dist.activations.codes import Codes, decode, encode
-from gwt_dist.groups import matches
+from gwt_dist.targets import matches
 
 logger = logging.getLogger(__name__)
 

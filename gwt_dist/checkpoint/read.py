@@ -263,11 +263,12 @@ def _put_state(index: Index, run: Run, fit: Fit) -> None:
         if state is None:
             run.optimizer.state.pop(one.parameter, None)
             continue
-        entries = [index.tensors[name] for name in one.names]
+        tensors = list(zip(one.plan.shard.tensors, (index.tensors[name] for name in one.names), strict=True))
         state.tensors["step"].fill_(float(state.step))
         for field in one.plan.fields:
             if field.extent is Extent.TENSOR:  # 0 for the tensors that have none
-                values = [entry.numbers.get(field.name, 0.0) for entry in entries]
+                numbers = [(entry.numbers.get(field.name, 0.0), one.stored(its.fqn)[1]) for its, entry in tensors]
+                values = [its[place] if isinstance(its, list) else its for its, place in numbers]
                 state.tensors[field.name].view(-1).copy_(torch.tensor(values, dtype=torch.float64))
         run.optimizer.state[one.parameter].update(state.tensors)
         run.optimizer.restored(one.parameter, state.missed)

@@ -10,6 +10,7 @@ import typer
 
 from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of, readers
+from gwt_dist.targets import BLOCKS
 
 
 def doctor(
@@ -23,7 +24,7 @@ def doctor(
         int | None, typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, or as the JSON says]")
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
+        list[str] | None, typer.Option(help=f"Part of a name, or a regular expression; once for each. [{BLOCKS}]")
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
@@ -40,7 +41,7 @@ def doctor(
 
     values = {
         "level": level_of(recipe) if level is None else level,
-        "targets": target or ["attn", "mlp"],
+        "targets": target or BLOCKS,
         "wavelet": wavelet,
         "recipe": recipe,
         "state_dtype": state_dtype,

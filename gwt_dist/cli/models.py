@@ -116,17 +116,20 @@ def _by_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
     kind = config.get("model_type", "llama")
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ValueError(
             f"{path} is a configuration of model_type {kind!r}; without transformers the shapes are known of "
             f"{', '.join(KNOWN)} alone: pip install 'gwt_dist[hf]', or give package.module:function"
         ) from error
     try:
-        settings = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        settings = transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        # Of what is no causal language model the configuration says the class.
+        named = [getattr(transformers, str(name), None) for name in config.get("architectures") or ()]
+        causal: Any = transformers.AutoModelForCausalLM
+        builder: Any = next((its for its in named if its is not None), causal.from_config)
         with torch.device("meta"):
-            builder: Any = AutoModelForCausalLM
-            model: nn.Module = builder.from_config(settings)
+            model: nn.Module = builder(settings)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"transformers cannot build {path}: {' '.join(str(error).split())}") from error
     return model

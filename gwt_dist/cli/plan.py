@@ -24,8 +24,8 @@ from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import DEVICES, ENGINES, Setup
 from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of, readers
 from gwt_dist.report.pages import check_free, write_page
+from gwt_dist.targets import BLOCKS
 
-TARGETS = ["attn", "mlp"]
 ENGINE = "zero2"
 OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
 WITH_FILE = ("engine", "weights", "gradients", "offload")
@@ -48,7 +48,7 @@ def plan(
         typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, 0 where the recipe has none]"),
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
+        list[str] | None, typer.Option(help=f"Part of a name, or a regular expression; once for each. [{BLOCKS}]")
     ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
@@ -100,7 +100,7 @@ def plan(
     # Arguments of `param_groups`, and what is beside them.
     options: dict[str, Any] = {
         "level": level,
-        "targets": target or TARGETS,
+        "targets": target or BLOCKS,
         "wavelet": wavelet,
         "recipe": recipe,
         "limiter": None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -21,8 +21,8 @@ from gwt_dist import GWTAdamW, ds_json, param_groups
 from gwt_dist.engines import section
 from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
 from gwt_dist.recipes import DEFAULT
+from gwt_dist.targets import ALL, BLOCKS, Targets
 
-Targets = str | Sequence[str] | Mapping[str, int]
 _KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
 _KEYWORDS.append("rest")  # of `param_groups`
 
@@ -34,8 +34,8 @@ def optimizer_cls_and_kwargs(
 
     ``learning_rate``, ``weight_decay`` and the betas come from `args`, as they do for the Trainer's own optimizers;
     ``adam_epsilon`` too where it is not its default. Biases and norms get no decay, by
-    `Trainer.get_decay_parameter_names`. ``optim_target_modules`` says which Linear weights get the level: a list of
-    parts of names or regular expressions, one regular expression, or ``"all-linear"``; not set, it is attn and mlp.
+    `Trainer.get_decay_parameter_names`. ``optim_target_modules`` says which weights get the level: a list of parts
+    of names or regular expressions, one regular expression, ``"all-linear"`` or ``"blocks"``, which it is if not set.
 
     Of a DeepSpeed JSON that has an optimizer section the Trainer takes that, and nothing else may be said here then.
 
@@ -196,8 +196,9 @@ def _known(key: str, where: str) -> None:
 
 def _targets(chosen: Any) -> Targets:
     if chosen is None:
-        return ("attn", "mlp")
+        return BLOCKS
     if isinstance(chosen, str):
         # One text is one expression here, which `param_groups` would also take for a part of a name.
-        return "all-linear" if chosen.replace("_", "-") == "all-linear" else f"(?:{chosen})"
+        word = chosen.replace("_", "-")
+        return word if word in (ALL, BLOCKS) else f"(?:{chosen})"
     return tuple(chosen)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from gwt_dist.groups import Grouped, first_match, levels_by_pattern, no_match
+from gwt_dist.groups import Grouped
 from gwt_dist.memory.state import GroupSpec
-from gwt_dist.units import check_level
+from gwt_dist.targets import Matrix, Targets, levels_by_pattern, unmatched
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Configurations whose shapes are written down in `of_config`; a key "model_type" that is missing is a LLaMA's.
 KNOWN = ("llama", "mistral", "qwen2")
@@ -25,7 +28,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    linear: str | None = None  # the name of the Linear module that it is the weight of
+    matrix: Matrix | None = None  # what a target can match
     unit: str = ""  # the block that is wrapped by itself under FSDP; "" for the rest of the model
     trained: bool = True
 
@@ -56,7 +59,7 @@ class ModelSpec:
 def groups_of(
     model: ModelSpec,
     level: int,
-    targets: str | Sequence[str] | Mapping[str, int],
+    targets: Targets,
     *,
     rest: Mapping[str, Any] | None = None,
     **group_options: Any,
@@ -65,17 +68,12 @@ def groups_of(
 
     Raises `ValueError` as that does and as `GWTAdamW` does for `group_options`.
     """
-    check_level(level)
     patterns = levels_by_pattern(targets, level)
     by_keys: Grouped[tuple[str, tuple[int, ...]]] = Grouped(group_options, rest or {})
-    matched = set()
-    for tensor in model.trained:
-        pattern = first_match(patterns, tensor.linear)
-        matched.add(pattern)
-        by_keys.add((tensor.name, tensor.shape), None if pattern is None else patterns[pattern])
-    for pattern in patterns:
-        if pattern not in matched:
-            raise no_match(pattern, [tensor.linear for tensor in model.tensors if tensor.linear])
+    matched = [by_keys.choose((tensor.name, tensor.shape), tensor.matrix, patterns) for tensor in model.trained]
+    told = unmatched(patterns, matched, [tensor.matrix for tensor in model.trained if tensor.matrix])
+    if told:
+        logger.warning(told)
     return [
         GroupSpec.of(keys, tuple(tensors), f"parameter group {number}")
         for number, (keys, tensors) in enumerate(by_keys.groups())
@@ -119,33 +117,35 @@ def _decoder(kind: str, config: Mapping[str, Any], numbers: Mapping[str, int]) -
     )
     tied = bool(config.get("tie_word_embeddings", False))
     # A weight that a Linear module shares is that module's to `param_groups` too.
-    yield TensorSpec("model.embed_tokens.weight", (numbers["vocab_size"], width), "lm_head" if tied else None)
+    shared_head = Matrix("lm_head", is_tied=True) if tied else None
+    yield TensorSpec("model.embed_tokens.weight", (numbers["vocab_size"], width), shared_head)
     for layer in range(numbers["num_hidden_layers"]):
         unit = f"model.layers.{layer}"
         for name, shape, has_bias in linears:
-            yield TensorSpec(f"{unit}.{name}.weight", shape, f"{unit}.{name}", unit)
+            yield TensorSpec(f"{unit}.{name}.weight", shape, Matrix(f"{unit}.{name}", in_blocks=True), unit)
             if has_bias:
                 yield TensorSpec(f"{unit}.{name}.bias", shape[:1], None, unit)
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield TensorSpec(f"{unit}.{name}.weight", (width,), None, unit)
     yield TensorSpec("model.norm.weight", (width,))
     if not tied:
-        yield TensorSpec("lm_head.weight", (numbers["vocab_size"], width), "lm_head")
+        yield TensorSpec("lm_head.weight", (numbers["vocab_size"], width), Matrix("lm_head"))
 
 
 def of_module(module: nn.Module, name: str) -> ModelSpec:
     """The parameters of a module, which may be on the meta device. Blocks are the members of its `ModuleList`s."""
     from torch import nn
 
-    modules = dict(module.named_modules())
-    linear = {id(m.weight): path for path, m in reversed(list(modules.items())) if isinstance(m, nn.Linear)}
-    lists = [path for path, m in modules.items() if isinstance(m, nn.ModuleList)]
+    from gwt_dist.blocks import matrices_of, shape_of
+
+    matrices = matrices_of(module)
+    lists = [path for path, m in module.named_modules() if isinstance(m, nn.ModuleList)]
     tensors = []
     for full, parameter in module.named_parameters():
         within = [path for path in lists if full.startswith(f"{path}.")]
         # The outermost list: a list within a block (experts, heads) is a part of it.
         depth = len(within[0].split(".")) + 1 if within else 0
         unit = ".".join(full.split(".")[:depth])
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        tensors.append(TensorSpec(full, shape, linear.get(id(parameter)), unit, parameter.requires_grad))
+        matrix = matrices.get(id(parameter))
+        tensors.append(TensorSpec(full, shape_of(parameter), matrix, unit, parameter.requires_grad))
     return ModelSpec(name, tuple(tensors))
