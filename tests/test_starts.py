@@ -10,6 +10,7 @@ import torch
 
 from gwt_dist.train import checkpoints, command, ds_config, tell
 from gwt_dist.train.config import TrainConfig, find_file, parse_arguments, read_mapping
+from pretrain_cases import arguments, finish, started, torchrun
 
 
 def test_warm_up_is_a_tenth_of_a_short_run() -> None:
@@ -89,3 +90,11 @@ def test_a_file_that_is_no_text_and_a_folder_say_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x/y: .*/x is a file; name a folder"):
         (tmp_path / "x").write_text("")
         checkpoints.open_run(TrainConfig(output=str(tmp_path / "x" / "y")))
+
+
+@pytest.mark.matrix
+def test_two_ranks_of_torchrun_end_in_one_message(inputs: Path, torch_extensions_dir: Path) -> None:
+    with started([*torchrun(), *arguments(inputs, inputs / "never", level=99)]) as process:
+        code, output = finish(process)
+    assert code == 1 and output.count("level=99 must be a whole number") == 1
+    assert re.search(r"traceback : error: level=99 must be .*\n=+\n*$", output)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gwt_dist import shipped
-from gwt_dist.memory.model import KNOWN, ModelSpec, of_config, of_module
+from gwt_dist.memory.configs import KNOWN, of_config
+from gwt_dist.memory.model import ModelSpec, of_module
 
 if TYPE_CHECKING:
     from torch import nn
