@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stacks": {"layout", "exchange"},
     "units": {"layout"},
     "wavelet": {"units"},
+    "shipped": set(),
     "formats": set(),
     "declare": {"formats"},
     "keys": {"formats"},
@@ -122,19 +123,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "describe": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
     "": MATH | RUNTIME | STATE | {"engines", "activations", "describe"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
-    "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
+    "train": MATH | RUNTIME | STATE | {"shipped", "declare", "keys", "engines", "integrations", ""},
     "report": {"train"},
     "study": MATH | RUNTIME | STATE | {"keys", "engines", "integrations", "train", ""},
     "cli": MATH
     | RUNTIME
     | STATE
-    | {"declare", "keys", "piece", "activations", "engines", "integrations", "train", "report", "study", ""},
+    | {"shipped", "declare", "keys", "piece", "activations", "engines", "integrations", "train", "report", "study", ""},
     "__main__": {"cli"},
 }
 
 # Packages beside the standard library that a part may import at all; torch alone if not listed.
 EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
+    "shipped": set(),
     "layout": set(),
     "exchange": set(),
     "stacks": set(),

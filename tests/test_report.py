@@ -159,6 +159,13 @@ def test_runs_of_different_batches_are_drawn_over_tokens(tmp_path: Path) -> None
     assert all(figures(page)[id_]["layout"]["xaxis"]["title"]["text"] == "tokens" for id_ in CURVES)
 
 
+def test_resumes_are_marked(tmp_path: Path) -> None:
+    page = report(tmp_path / "page.html", make(tmp_path / "a", resumed=[6, 14]), make(tmp_path / "b", resumed="no"))
+    marks = [shape["x0"] for shape in figures(page)["lr"]["layout"]["shapes"]]
+    assert marks == [6, 14]
+    assert table(page, "overview")["resumed after step (dotted)"] == ["6, 14", "–"]
+
+
 def test_runs_of_one_name_are_told_apart_and_one_run_is_not_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

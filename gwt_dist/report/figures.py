@@ -115,6 +115,10 @@ def drawings(runs: Sequence[Run]) -> list[Drawing]:
             figure.update_layout(**_layout(300))
             figure.update_xaxes(title_text=label, range=[0, 1.02 * end], **_AXIS)
             figure.update_yaxes(title_text=unit, **_SCALES[scale], **_AXIS)
+            for number, run in enumerate(runs):
+                for step in run.resumed:
+                    line = {"color": colour(number), "width": 1, "dash": "dot"}
+                    figure.add_vline(x=x(run, {"step": step}), line=line, opacity=0.6)
             found.append(Drawing(id_, title, note, figure))
     found += [drawing for drawing in (_time(runs), _memory(runs)) if drawing.figure.data]
     return found

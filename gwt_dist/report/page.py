@@ -149,6 +149,7 @@ def _told(run: Run) -> Iterator[tuple[str, str]]:
     settings = dict(_settings({section: run.record.get(section) for section in _SECTIONS}))
     step = run.training[-1]["step"]
     yield "steps", f"{step:,} of {settings.get('train.steps', NOTHING)}"
+    yield "resumed after step (dotted)", ", ".join(f"{step:,}" for step in run.resumed) or NOTHING
     yield "tokens", f"{step * run.tokens_per_step:,}"
     yield "optimizer", settings.get("deepspeed.optimizer.type", NOTHING)
     yield "level", settings.get("deepspeed.optimizer.params.level", NOTHING)

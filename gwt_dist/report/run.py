@@ -54,6 +54,12 @@ class Run:
         return int(self.training[0]["tokens"]) // int(self.training[0]["step"])
 
     @property
+    def resumed(self) -> list[int]:
+        """Steps after which the run was taken up again; none that is written there otherwise."""
+        steps = self.record.get("resumed")
+        return [step for step in steps if _whole(step)] if isinstance(steps, list) else []
+
+    @property
     def ranks(self) -> list[dict[str, int]]:
         """Bytes that each rank held at the end; none without a summary."""
         return self.summary["ranks"] if self.summary else []
