@@ -12,10 +12,12 @@ by `gwt_dist.load`. The steps done, the place in the data and the log are the Tr
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -81,7 +83,7 @@ class _Portable:
         self._random: Mapping[str, Tensor] = {}  # for when the trainer restores it, which is after it has shuffled
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Called first of all at a checkpoint, so that older ones are there until ours is on the disk."""
+        """Called before older checkpoints are removed, on all ranks."""
         trainer = self._trainer
         step = trainer.state.global_step
         self._save_model(output_dir, _internal_call=_internal_call)
@@ -92,6 +94,9 @@ class _Portable:
             extra["scaler"] = scaler.state_dict()
         if hasattr(trainer.model, "config"):
             extra["model_config"] = trainer.model.config.to_dict()  # for gwt-dist export
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            # Of an earlier run that got as far, whose other files the trainer has just written over.
+            shutil.rmtree(Path(output_dir, FOLDER), ignore_errors=True)
         save(
             Path(output_dir, FOLDER),
             trainer.model_wrapped,
