@@ -49,6 +49,14 @@ ELSEWHERE = {
         "sbatch --nodes 2 launch/slurm.sbatch": "test_launchers.py::test_slurm_starts_one_torchrun_a_node",
     },
     SWITCHING: {"python": "test_docs.py::test_code_of_the_switching_page_is_that_of_the_examples"},
+    "docs/trainers.md": {
+        "python": "test_trainers.py::test_code_of_the_page",
+        "python trl": "test_trainers.py::test_code_of_the_page_with_trl",
+        "python axolotl": "test_trainers.py::test_plugin_for_axolotl",
+        "yaml": "test_trainers.py::test_plugin_for_axolotl",
+        "python llamafactory": "test_trainers.py::test_script_for_llama_factory",
+        "json": "test_trainers.py::test_json_for_llama_factory",
+    },
     "examples/README.md": {
         EXAMPLE + "transformers_trainer.py --engine deepspeed": "test_examples.py::test_trainer_deepspeed",
         EXAMPLE + "transformers_trainer.py --engine fsdp2": "test_examples.py::test_trainer_fsdp2",
