@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
