@@ -81,7 +81,7 @@ STACKS = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9))
 EXACT = [name for name, options in OPTIONS.items() if "state_dtype" not in options]
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(worlds(st.one_of(STACKS, STACKS, SHAPES)), st.sampled_from(EXACT))
 def test_ranks_change_nothing(world, name) -> None:
     """Wherever boundaries fall: between matrices, in them, in rows. Matrices and vectors are in the same group."""
