@@ -12,6 +12,7 @@ PAGES = sorted(
     for depth in ("*.md", "*/*.md", "*/*/*.md")
     for path in ROOT.glob(depth)
     if not any(part.startswith(".") or part == "runs" for part in path.relative_to(ROOT).parts)
+    and not path.parent.is_symlink()  # gwt_dist/configs
 )
 
 
