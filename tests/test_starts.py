@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -65,14 +66,14 @@ def test_torchrun_is_told_the_error_and_prints_it_last(
 ) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    waited: list[float] = []
-    monkeypatch.setattr(command.time, "sleep", waited.append)
+    waited: list[tuple[str, float]] = []
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: waited.append((os.environ["LOCAL_RANK"], seconds)))
     for rank in "01":
         file = tmp_path / f"error-{rank}.json"
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv(command.ERROR_FILE, str(file))
         assert command.main(["--steps", "0"]) == 2
-    assert waited == [command.SECONDS_FOR_THE_FIRST] and capsys.readouterr().err == ""
+    assert waited == [("1", command.SECONDS_FOR_THE_FIRST)] and capsys.readouterr().err == ""
     shown = str(ChildFailedError("it", {0: ProcessFailure(0, 1, 2, str(tmp_path / "error-0.json"))}))
     assert re.search(r"traceback : error: steps=0 must be at least 1\n=+$", shown)
     monkeypatch.delenv(command.ERROR_FILE)
