@@ -13,7 +13,7 @@ if _TYPE_CHECKING:
     # From the modules of the functions: who reads sources alone, as the API page does, takes `engines.attach` for one.
     from gwt_dist.activations import compress_activations
     from gwt_dist.checkpoint import CheckpointError, full_state, load, save
-    from gwt_dist.describe import describe
+    from gwt_dist.description import describe
     from gwt_dist.engines.attach import attach
     from gwt_dist.engines.fuse import fuse_backward
     from gwt_dist.engines.initialize import initialize
@@ -47,7 +47,7 @@ _HOMES = {
     "LayoutError": "layout",
     "attach": "engines",
     "compress_activations": "activations",
-    "describe": "describe",
+    "describe": "description",
     "full_state": "checkpoint",
     "fuse_backward": "engines",
     "initialize": "engines",

@@ -10,7 +10,7 @@ from torch import nn
 
 from describe_cases import alone, described_case
 from gwt_dist import GWTAdamW, describe, param_groups
-from gwt_dist.describe import VECTORS, Row
+from gwt_dist.description import VECTORS, Row
 
 TABLE = """\
 level  update      tensors  elements   share    state  shape  name

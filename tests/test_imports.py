@@ -120,8 +120,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
     "activations": {"targets", "kernels"},
-    "describe": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
-    "": MATH | RUNTIME | STATE | {"engines", "activations", "describe"},
+    "description": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
+    "": MATH | RUNTIME | STATE | {"engines", "activations", "description"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"shipped", "declare", "keys", "engines", "integrations", ""},
     "report": {"train"},
