@@ -39,7 +39,7 @@ class GWTAdamW(torch.optim.Optimizer):
     ``exp_avg_sq`` (``[R, ceil(C / 2**level)]``, one packed vector for a flat buffer; fp32, or fp64 for fp64
     parameters) and ``limited_norm`` (one number a tensor), or what else the recipe declares. A flat buffer has in each
     what its tensors have; a field that none of them has is not there. Of `torch.optim.AdamW` ``foreach``, ``fused`` and
-    ``capturable`` are taken, which change no step; ``amsgrad``, ``maximize`` and ``differentiable`` are refused if True.
+    ``capturable`` are taken, which change no step; True is refused for ``amsgrad``, ``maximize``, ``differentiable``.
 
     Args:
         params: Parameters or parameter groups.
