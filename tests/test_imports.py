@@ -123,7 +123,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": MATH | RUNTIME | STATE | {"engines", "activations", "describe"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
-    "report": {"train"},
+    "report": {"checkpoint", "train"},
     "study": MATH | RUNTIME | STATE | {"keys", "engines", "integrations", "train", ""},
     "cli": MATH
     | RUNTIME

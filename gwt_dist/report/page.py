@@ -9,10 +9,9 @@ from typing import Any
 
 from gwt_dist.report.figures import colour, drawings, held
 from gwt_dist.report.pages import human, render
-from gwt_dist.report.run import Run, finite
+from gwt_dist.report.run import Run, finite, flat, last
 
 NOTHING = "–"
-_SECTIONS = ("train", "deepspeed", "model", "corpus")
 _OF_THE_FOLDER = ("train.output", "train.resume")  # different in any two runs
 
 _PAGE = """
@@ -102,8 +101,8 @@ def page(runs: Sequence[Run]) -> str:
 
     drawn = drawings(runs)
     content = json.dumps({one.id: one.figure.to_plotly_json() for one in drawn}, allow_nan=False)
-    every = [dict(_settings({section: run.record.get(section) for section in _SECTIONS})) for run in runs]
-    versions = [dict(_settings(run.record.get("versions") or {})) for run in runs]
+    every = [run.settings for run in runs]
+    versions = [dict(flat(run.record.get("versions") or {})) for run in runs]
     differing = [(key, cells) for key, cells in _beside(every) if len(set(cells)) > 1 and key not in _OF_THE_FOLDER]
     return render(
         _PAGE,
@@ -123,14 +122,6 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _settings(inner, f"{name}.{key}" if name else str(key))
-    elif value is not None:
-        yield name, value if isinstance(value, str) else json.dumps(value)
-
-
 def _beside(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(key for column in columns for key in column)
     return [(key, [column.get(key, NOTHING) for column in columns]) for key in keys]
@@ -142,11 +133,11 @@ def _overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _told(run: Run) -> Iterator[tuple[str, str]]:
-    def last(lines: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-        values = [value for value in (finite(line.get(key)) for line in lines) if value is not None]
-        return format(values[-1], form) if values else NOTHING
+    def of_last(lines: Sequence[Mapping[str, Any]], key: str) -> str:
+        found = last(lines, key)
+        return f"{found[1]:.4f}" if found else NOTHING
 
-    settings = dict(_settings({section: run.record.get(section) for section in _SECTIONS}))
+    settings = run.settings
     step = run.training[-1]["step"]
     yield "steps", f"{step:,} of {settings.get('train.steps', NOTHING)}"
     yield "tokens", f"{step * run.tokens_per_step:,}"
@@ -155,9 +146,9 @@ def _told(run: Run) -> Iterator[tuple[str, str]]:
     yield "ZeRO stage", settings.get("deepspeed.zero_optimization.stage", NOTHING)
     yield "ranks", str(run.record.get("ranks", len(run.ranks) or NOTHING))
     yield "device", str(run.record.get("device", NOTHING))
-    yield "training loss, last", last(run.training, "loss", ".4f")
-    yield "validation loss, last", last(run.validation, "validation_loss", ".4f")
-    yield "bits per byte, last", last(run.validation, "bits_per_byte", ".4f")
+    yield "training loss, last", of_last(run.training, "loss")
+    yield "validation loss, last", of_last(run.validation, "validation_loss")
+    yield "bits per byte, last", of_last(run.validation, "bits_per_byte")
     speeds = [speed for speed in (finite(line.get("tokens_per_second")) for line in run.training) if speed is not None]
     yield "tokens a second, median", f"{median(speeds):,.0f}" if speeds else NOTHING
     if run.ranks:

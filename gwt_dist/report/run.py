@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from gwt_dist.train.metrics import FORMAT, PHASES
 
 RECORD, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
+SECTIONS = ("train", "deepspeed", "model", "corpus")  # of the record: what is a setting
 NUMBERS = (
     "loss",
     "lr",
@@ -52,6 +53,11 @@ class Run:
     def tokens_per_step(self) -> int:
         """Of every step, as the sequences of a step do not change."""
         return int(self.training[0]["tokens"]) // int(self.training[0]["step"])
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All settings as text, by their dotted names."""
+        return dict(flat({section: self.record.get(section) for section in SECTIONS}))
 
     @property
     def ranks(self) -> list[dict[str, int]]:
@@ -191,6 +197,24 @@ def _number(value: Any) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and text of all that a mapping of mappings holds; None is left out."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    elif value is not None:
+        yield name, value if isinstance(value, str) else json.dumps(value)
+
+
+def last(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[int, float] | None:
+    """The step and the value of the last line that has a finite one; None if none has."""
+    for line in reversed(lines):
+        value = finite(line.get(key))
+        if value is not None:
+            return int(line["step"]), value
+    return None
 
 
 def finite(value: Any) -> float | None:
