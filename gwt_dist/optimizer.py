@@ -38,7 +38,8 @@ class GWTAdamW(torch.optim.Optimizer):
     Every keyword is also a key of a parameter group. State of a parameter: ``step`` (0-d fp32), ``exp_avg`` and
     ``exp_avg_sq`` (``[R, ceil(C / 2**level)]``, one packed vector for a flat buffer; fp32, or fp64 for fp64
     parameters) and ``limited_norm`` (one number a tensor), or what else the recipe declares. A flat buffer has in each
-    what its tensors have; a field that none of them has is not there.
+    what its tensors have; a field that none of them has is not there. Of `torch.optim.AdamW` ``foreach``, ``fused`` and
+    ``capturable`` are taken, which change no step; True is refused for ``amsgrad``, ``maximize``, ``differentiable``.
 
     Args:
         params: Parameters or parameter groups.
@@ -106,8 +107,6 @@ class GWTAdamW(torch.optim.Optimizer):
         stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by chance, so that
             changes below half of what bf16 can say are not lost. The same chance under every sharding.
         rounding_seed: Of both, 0 to 2**32 - 1; the same on all ranks.
-        foreach, fused, capturable: Of `torch.optim.AdamW`; a step is fused, and can be captured (docs/kernels.md).
-        amsgrad, maximize, differentiable: Of the same; True is refused.
 
     Raises:
         ValueError: For a value out of range, an unknown wavelet or recipe, a misspelt key, complex or sparse tensors.

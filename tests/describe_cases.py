@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import gwt_dist
 from fsdp1_cases import refusal
 from gwt_dist import GWTAdamW, describe, param_groups
-from gwt_dist.describe import Description
+from gwt_dist.description import Description
 from test_targets import Layered
 from zero_cases import settings
 

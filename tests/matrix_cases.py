@@ -41,6 +41,8 @@ COMBINATIONS = [
 BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")]}
 # For traffic: groups whose matrices have one program, with numbers of rows and without, in both dtypes of products.
 BLOCKS["travelling"] = [*COMBINATIONS, (1, "orthogonal"), *((level, "bf16") for level in (1, 3))]
+# For checkpoints of stacks: state of every extent, norms of a limiter and priorities among it.
+BLOCKS["stacks"] = [(2, "paper"), (1, "normuon"), (2, "critical"), (1, "came"), (0, "fira")]
 # State in every format, of fp32 weights or masters, and of bf16 weights that are rounded by chance.
 FORMATTED = [(1, "energy8"), (2, "energy16"), (2, "foam8"), (1, "muon8"), (2, "muon16")]
 BLOCKS |= {"formats": FORMATTED, "rounded": [(level, f"rounded {name}") for level, name in FORMATTED]}
@@ -114,12 +116,21 @@ class Cells(Vectors):
         self.mlp_tiny = Dot(1, 2)
 
 
+class Stacks(Vectors):
+    """A stack of matrices beside a matrix and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_q = Dot(6, 9)
+        self.experts = Experts(3, 6, 11)
+
+
 class Model(nn.Module):
     """A block for each level and recipe."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        block = {"vectors": Vectors, "formats": Cells, "rounded": Cells}.get(kind, Shapes)
+        block = {"vectors": Vectors, "formats": Cells, "rounded": Cells, "stacks": Stacks}.get(kind, Shapes)
         for level, recipe in BLOCKS[kind]:
             self.add_module(f"{recipe}{level}", block())
 

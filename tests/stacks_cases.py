@@ -20,7 +20,7 @@ SAVED = STEPS - 1  # steps before the checkpoint
 
 def far(found: dict[str, Tensor], part: Any, dtype: torch.dtype) -> float:
     """How far stacks are from one process after all steps, as a part of how far they have moved."""
-    expected, start = reference("shapes", dtype, "none"), fresh("shapes", dtype).state_dict()
+    expected, start = reference("stacks", dtype, "none"), fresh("stacks", dtype).state_dict()
     errors = [
         float((found[name] - part(name, whole)).abs().max() / (whole - start[name]).abs().max())
         for name, whole in expected.items()
@@ -31,45 +31,44 @@ def far(found: dict[str, Tensor], part: Any, dtype: torch.dtype) -> float:
 
 def save_case(family: str, arguments: tuple[Any, ...], folder: str) -> float:
     """Steps, a checkpoint, the last step: how far from one process."""
-    with FAMILIES[family]("shapes", *arguments) as built:
-        for step in steps_of("shapes")[:SAVED]:
+    with FAMILIES[family]("stacks", *arguments) as built:
+        for step in steps_of("stacks")[:SAVED]:
             built.take(step)
         gwt_dist.save(folder, built.model, built.optimizer, step=SAVED)
-        built.take(steps_of("shapes")[-1])
+        built.take(steps_of("stacks")[-1])
         return far(built.weights(), built.part, torch.float32 if family == "deepspeed" else torch.float64)
 
 
 def load_case(family: str, arguments: tuple[Any, ...], folder: str, dtype: torch.dtype) -> float:
     """The last step, from a checkpoint: how far from one process in the dtype that was saved."""
-    with FAMILIES[family]("shapes", *arguments) as built:
+    with FAMILIES[family]("stacks", *arguments) as built:
         gwt_dist.load(folder, built.model, built.optimizer)
-        built.take(steps_of("shapes")[-1])
+        built.take(steps_of("stacks")[-1])
         return far(built.weights(), built.part, dtype)
 
 
 def load_alone(folder: str, dtype: torch.dtype) -> float:
     """The same in this process."""
-    model = fresh("shapes", dtype)
+    model = fresh("stacks", dtype)
     optimizer = GWTAdamW(groups_of(model))
     gwt_dist.load(folder, model, optimizer)
     for name, parameter in model.named_parameters():
-        if name in steps_of("shapes")[-1]:
-            parameter.grad = steps_of("shapes")[-1][name].to(dtype)
+        parameter.grad = steps_of("stacks")[-1][name].to(dtype)
     optimizer.step()
     return far({n: p.detach() for n, p in model.named_parameters()}, lambda _, whole: whole, dtype)
 
 
 def state_case(layout: str) -> dict[str, Any]:
     """State of stacks under a layout: what is not that of one process, what is a DTensor, and if torch takes it."""
-    model = fresh("shapes")
+    model = fresh("stacks")
     whole = GWTAdamW(groups_of(model))
-    for step in steps_of("shapes"):
+    for step in steps_of("stacks"):
         for name, parameter in model.named_parameters():
-            parameter.grad = step[name].double() if name in step else None
+            parameter.grad = step[name].double()
         whole.step()
     expected = {n: whole.state[p] for n, p in model.named_parameters() if "experts" in n}
-    with FAMILIES["fsdp2"]("shapes", layout) as built:
-        for step in steps_of("shapes"):
+    with FAMILIES["fsdp2"]("stacks", layout) as built:
+        for step in steps_of("stacks"):
             built.take(step)
         wrong, placed, held = [], set(), 0
         for name, parameter in built.model.named_parameters():
@@ -86,9 +85,9 @@ def state_case(layout: str) -> dict[str, Any]:
             message = ""
         except ValueError as error:
             message = str(error)
-        full = gwt_dist.full_state(built.model, built.optimizer, "came2.experts.weight")
+        full = gwt_dist.full_state(built.model, built.optimizer, "came1.experts.weight")
         gathered = {
-            field: torch.allclose(v, expected["came2.experts.weight"][field].to(v)) for field, v in full.items()
+            field: torch.allclose(v, expected["came1.experts.weight"][field].to(v)) for field, v in full.items()
         }
     return {"wrong": wrong, "placed": sorted(placed), "message": message, "held": held, "gathered": gathered}
 

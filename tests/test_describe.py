@@ -10,7 +10,7 @@ from torch import nn
 
 from describe_cases import alone, described_case
 from gwt_dist import GWTAdamW, describe, param_groups
-from gwt_dist.describe import VECTORS, Row
+from gwt_dist.description import VECTORS, Row
 
 TABLE = """\
 level  update      tensors  elements   share    state  shape  name
@@ -70,6 +70,16 @@ def test_what_is_around_an_optimizer_and_what_is_none() -> None:
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(500))]  # as ZeRO does
     with pytest.raises(ValueError, match=r"a flat parameter of 500 elements .* Call gwt_dist.attach"):
         describe(optimizer)
+
+
+def test_a_stack_is_one_tensor_of_many_matrices() -> None:
+    stack = nn.Parameter(torch.ones(4, 6, 10))
+    optimizer = GWTAdamW([{"params": [stack], "level": 1, "stacked": True, "recipe": "paper"}])
+    stack.grad = torch.ones_like(stack)
+    optimizer.step()
+    found = describe(optimizer)
+    assert [(row.shape, row.level, row.update, row.tensors) for row in found.rows] == [((4, 6, 10), 1, "paper", 1)]
+    assert found.bytes == found.held == sum(its.nbytes for its in optimizer.state[stack].values())
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp1", "fsdp2"])

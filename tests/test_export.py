@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ def test_nothing_is_overwritten(tmp_path, capsys) -> None:
     for out in (full, file, link):
         assert main(["export", str(tmp_path / "run"), str(out)]) == 2
         assert "exists and is no empty folder; nothing in it is overwritten" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), str(file / "within")]) == 2
+    assert re.search(r"error: .*/file/within cannot be written: .+; name a folder", capsys.readouterr().err)
     assert (full / "mine").read_text() == file.read_text() == "mine"
     assert main(["export", str(tmp_path / "run"), str(empty)]) == 0
     assert (empty / "config.json").stat().st_mode == (full / "mine").stat().st_mode

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stacks": {"layout", "exchange"},
     "units": {"layout"},
     "wavelet": {"units"},
+    "shipped": set(),
     "formats": set(),
     "declare": {"formats"},
     "keys": {"formats"},
@@ -119,22 +120,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
     "activations": {"targets", "kernels"},
-    "describe": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
-    "": MATH | RUNTIME | STATE | {"engines", "activations", "describe"},
+    "description": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
+    "": MATH | RUNTIME | STATE | {"engines", "activations", "description"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
-    "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
+    "train": MATH | RUNTIME | STATE | {"shipped", "declare", "keys", "engines", "integrations", ""},
     "report": {"checkpoint", "train"},
     "study": MATH | RUNTIME | STATE | {"keys", "engines", "integrations", "train", ""},
     "cli": MATH
     | RUNTIME
     | STATE
-    | {"declare", "keys", "piece", "activations", "engines", "integrations", "train", "report", "study", ""},
+    | {"shipped", "declare", "keys", "piece", "activations", "engines", "integrations", "train", "report", "study", ""},
     "__main__": {"cli"},
 }
 
 # Packages beside the standard library that a part may import at all; torch alone if not listed.
 EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
+    "shipped": set(),
     "layout": set(),
     "exchange": set(),
     "stacks": set(),
@@ -163,7 +165,12 @@ LIGHT = {"torch", "pywt"}
 ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
 # Nor these, which import triton: functions import them.
 LAZY = {
-    *("products/symmetric_kernels.py", "kernels/triton_formats.py", "kernels/triton_kernels.py"),
+    *(
+        "products/symmetric_kernels.py",
+        "kernels/triton_activations.py",
+        "kernels/triton_formats.py",
+        "kernels/triton_kernels.py",
+    ),
     *("kernels/triton_lines.py", "kernels/triton_math.py", "kernels/triton_travel_kernels.py"),
     *(
         path.relative_to(PACKAGE).as_posix()

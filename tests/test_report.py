@@ -277,10 +277,10 @@ def test_where_a_run_was_resumed_is_marked(tmp_path: Path) -> None:
         marks = figures(page)[id_]["layout"]["shapes"]
         assert all(mark["x0"] == mark["x1"] for mark in marks)
         assert [(mark["name"], mark["x0"]) for mark in marks] == [("0", 7), ("0", 13), ("1", 10), ("1", 18)]
-    assert table(page, "overview")["resumed after step"] == ["7, 13", "10, 18", "–"]
+    assert table(page, "overview")["resumed after step (dotted)"] == ["7, 13", "10, 18", "–"]
     assert "dotted upright: resumed" in page
     page = report(tmp_path / "other.html", runs[2])
-    assert "dotted upright" not in page and "resumed after step" not in table(page, "overview")
+    assert "dotted upright" not in page and "resumed after step (dotted)" not in table(page, "overview")
 
 
 # ---- what is not there, or not what it should be

@@ -81,7 +81,7 @@ STACKS = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9))
 EXACT = [name for name, options in OPTIONS.items() if "state_dtype" not in options]
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(worlds(st.one_of(STACKS, STACKS, SHAPES)), st.sampled_from(EXACT))
 def test_ranks_change_nothing(world, name) -> None:
     """Wherever boundaries fall: between matrices, in them, in rows. Matrices and vectors are in the same group."""
@@ -220,6 +220,18 @@ def test_the_kernel_of_a_convolution_is_what_it_was() -> None:
     assert planned == sum(v.nbytes for v in state.values()) == 4 * (1 + E + 2 * E * R * C // 2)
 
 
+def test_what_a_group_says_stays_what_it_is() -> None:
+    """Once a step was taken: the state of a stack cannot become that of one matrix."""
+    model, optimizer = stepped(True)
+    optimizer.param_groups[0]["stacked"] = False
+    before = model.experts.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"differ from level=1, wavelet='haar', stacked=True with .* at its first step"
+    ):
+        optimizer.step()
+    assert torch.equal(model.experts, before)
+
+
 def test_the_same_steps_go_on_from_a_state_dict() -> None:
     """By torch's own road, copies included."""
     model, optimizer = stepped(True)
@@ -246,6 +258,10 @@ def test_a_frozen_stack_in_a_flat_buffer() -> None:
     optimizer.step()
     assert bool((flat[:size] == 1).all()) and bool((flat[size:] != 1).all())
     assert dict(optimizer.missed(flat)) == {"a": 1}
+    plan = optimizer.plan_of(flat, 0)
+    assert (
+        plan and all(o is owners[i // E] for i, o in enumerate(plan.shard.owners)) and len(plan.shard.owners) == 2 * E
+    )
     owners[1].requires_grad_(False)
     before = flat.detach().clone()
     optimizer.step()

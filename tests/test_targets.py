@@ -151,6 +151,7 @@ class Stacked(nn.Module):
         self.gate, self.experts = nn.Linear(8, 4), nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 16))
         self.experts.gate_up_proj_bias = nn.Parameter(torch.zeros(4, 16))
+        self.token_weight = nn.Parameter(torch.zeros(1, 8))
         self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
 
 
@@ -184,6 +185,26 @@ def tied() -> nn.Module:
     return model
 
 
+class Told(nn.Module):
+    """A language model without blocks that tells of its head, which is not its last module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.embed, self.body = nn.Linear(8, 9), nn.Embedding(9, 8), nn.LSTM(8, 8)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def one_layer() -> nn.Module:
+    """Of which a part shares the weight of an embedding that is in the block too."""
+    model, block = nn.Module(), Block(8)
+    block.attention = nn.ModuleDict({"embed": nn.Embedding(9, 8), "logits": nn.Linear(8, 9, bias=False)})
+    block.attention["logits"].weight = block.attention["embed"].weight
+    model.stem, model.layers, model.head = nn.Linear(8, 8), nn.ModuleList([block]), nn.Linear(8, 9)
+    return model
+
+
 ENCODER = "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"
 VIT = "attention.qkv.weight", "attention.proj.weight", "ffn.0.weight", "ffn.2.weight"
 HAND_WRITTEN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
@@ -200,6 +221,8 @@ HAND_WRITTEN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     ),
     "convolutions": (lambda: convolutions(nn.Conv2d(8, 8, 3)), {"0.weight", "2.weight"}),
     "blocks of convolutions": (lambda: convolutions(Residual(), Residual()), {"2.wide.weight", "3.wide.weight"}),
+    "one layer": (one_layer, {"layers.0.ffn.0.weight", "layers.0.ffn.2.weight"}),
+    "a head that is told": (Told, {"body.weight_ih_l0", "body.weight_hh_l0"}),
     "tied": (tied, {"body.weight"}),
     "recurrent": (
         lambda: nn.Sequential(nn.Embedding(9, 8), nn.LSTM(8, 8), nn.Linear(8, 9)),

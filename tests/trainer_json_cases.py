@@ -164,6 +164,15 @@ def section_case(stage: int, folder: str) -> dict[str, Any]:
     }
 
 
+def page_case(settings: dict[str, Any], folder: str) -> dict[str, int]:
+    """The levels of a run whose optimizer is a section of this JSON, by name."""
+    from gwt_dist.engines.attach import find_optimizer
+
+    trainer = trainer_of(settings, folder)
+    trainer.train()
+    return levels_of(find_optimizer(trainer.optimizer))
+
+
 def refused_cases(folder: str) -> dict[str, str]:
     """What is told of sections that cannot be honoured."""
     path = Path(folder, f"twice-{dist.get_rank()}.json")

@@ -58,7 +58,7 @@ def export_model(
     Raises:
         CheckpointError: If the checkpoint is damaged, has no config, or is not of the model that the config describes;
             names the tensor or the file.
-        ValueError: If `out` holds something, or `max_shard_size` makes no sense.
+        ValueError: If `out` holds something or cannot be written, or `max_shard_size` makes no sense.
     """
     out = Path(out).absolute()
     if os.path.lexists(out) and (not out.is_dir() or out.is_symlink() or any(out.iterdir())):
@@ -85,10 +85,10 @@ def export_model(
             raise CheckpointError(f"{name!r} is {index.tensors[name].dtype}, which safetensors files do not have")
     model_config.dtype = str(_main(index, dtypes)).removeprefix("torch.")
     writing = out.with_name(f".{out.name}.exporting")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(writing, ignore_errors=True)  # of an export that was killed
-    writing.mkdir()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(writing, ignore_errors=True)  # of an export that was killed
+        writing.mkdir()
         with Reader(where, index.files) as reader:
             _write(writing, index, reader, names, dtypes, max_shard_size, progress)
         model_config.save_pretrained(writing)
@@ -97,6 +97,9 @@ def export_model(
             folder.sync_file(path)
         folder.sync_folder(writing)
         os.rename(writing, out)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}; name a folder elsewhere") from error
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise

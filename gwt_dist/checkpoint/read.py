@@ -26,13 +26,21 @@ from gwt_dist.layout import Overlap
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What `load` found beside the state that it put back."""
+    """What `load` found beside the state that it put back.
 
-    step: int  # optimizer steps done
-    extra: Any  # what `save` was given
+    Attributes:
+        step: Optimizer steps done.
+        extra: What `save` was given.
+        folder: The folder of the checkpoint.
+        random_restored: Whether this rank's number had random states in the checkpoint.
+        left: Tensors that it did not touch.
+    """
+
+    step: int
+    extra: Any
     folder: Path
-    random_restored: bool  # whether this rank's number had random states in the checkpoint
-    left: Left  # tensors that it did not touch
+    random_restored: bool
+    left: Left
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
-    from gwt_dist import ds_json
+    from gwt_dist import ds_json, shipped
     from gwt_dist.cli import diagnosis
     from gwt_dist.cli.models import meta_model
 
@@ -48,7 +48,7 @@ def doctor(
         "rank": rank,
     }
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
-    settings = None if deepspeed_config is None else ds_json.read(deepspeed_config)
+    settings = None if deepspeed_config is None else ds_json.read(shipped.find(deepspeed_config) or deepspeed_config)
     # Without a JSON what is not given has the defaults of this command, with one those of the JSON.
     options = {
         key: value

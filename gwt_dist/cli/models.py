@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gwt_dist.memory.model import KNOWN, ModelSpec, of_config, of_module
+from gwt_dist import shipped
+from gwt_dist.memory.configs import KNOWN, of_config
+from gwt_dist.memory.model import ModelSpec, of_module
 
 if TYPE_CHECKING:
     from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-MODELS = Path("configs", "models")
+MODELS = "configs/models"
 
 
 def read_model(name: str) -> ModelSpec:
@@ -74,19 +75,19 @@ def meta_model(name: str, within: AbstractContextManager[Any] | None = None) -> 
 
 
 def _configuration(name: str) -> Path:
-    path = Path(name)
-    for candidate in (path, path / "config.json", MODELS / f"{name}.json", REPOSITORY / MODELS / f"{name}.json"):
-        if candidate.is_file():
-            return candidate
+    for candidate in (Path(name), Path(name, "config.json"), f"{MODELS}/{name}.json"):
+        if (found := shipped.find(candidate)) is not None:
+            return found
+    if Path(name).is_dir():
+        raise ValueError(f"{name} is a folder without a config.json; name one that has it, or the file itself")
     if "/" in name or "." not in name:
         cached = _cached(name)
         if cached is not None:
             return cached
-    names = sorted(found.stem for found in (REPOSITORY / MODELS).glob("*.json"))
-    shown = f", one of {', '.join(names)}" if names else ""
     raise ValueError(
-        f"no model {name!r}: neither a configuration file, nor a folder with a config.json{shown}, nor a model in the "
-        f"cache of the Hugging Face hub (nothing is downloaded). package.module:function builds one of your own"
+        f"no model {name!r}: neither a configuration file, nor a folder with a config.json, nor one of "
+        f"{', '.join(shipped.names(MODELS, '.json'))}, nor a model in the cache of the Hugging Face hub (nothing is "
+        f"downloaded). package.module:function builds one of your own"
     )
 
 
@@ -106,7 +107,11 @@ def _cached(name: str) -> Path | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}); name the config.json of a model") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, not an object")

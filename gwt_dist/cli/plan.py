@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gwt_dist import ds_json
+from gwt_dist import ds_json, shipped
 from gwt_dist.cli.models import read_model
 from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.keys import PROJ_TYPES
@@ -100,8 +100,8 @@ def plan(
 ) -> None:
     """Bytes of each rank for weights, gradients, masters and moments, and what is sent in a step. Allocates nothing."""
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
-    if html is not None:
-        check_free(html, force)
+    if engine not in (*ENGINES, "hsdp"):
+        raise ValueError(f"engine {engine!r} must be one of {', '.join(ENGINES)}, or hsdp")
     if activations and activations not in FORWARD:
         raise ValueError(f"--activations {activations!r} must be one of {', '.join(FORWARD)}")
     if activations and fit:
@@ -110,6 +110,8 @@ def plan(
             "done about activations, and give its bytes as --reserve"
         )
     spec = read_model(model)
+    if html is not None:
+        check_free(html, force)
     # Arguments of `param_groups`, and what is beside them.
     options: dict[str, Any] = {
         "level": level,
@@ -141,7 +143,7 @@ def plan(
         both = sorted(f"--{name}" for name in given & set(WITH_FILE))
         if both:
             raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
-        settings = ds_json.read(deepspeed_config)
+        settings = ds_json.read(shipped.find(deepspeed_config) or deepspeed_config)
         for mistake in ds_json.mistakes(settings):
             raise ValueError(f"{mistake} (in {deepspeed_config})")
         base = setup_of(settings, world)

@@ -1,9 +1,10 @@
 """transformers' `Trainer`: the optimizer from its `TrainingArguments`, and a callback that attaches it under DeepSpeed.
 
 args = TrainingArguments(..., optim_target_modules=["attn", "mlp"], optim_args="level=2, recipe=energy")
-trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args), callbacks=[AttachCallback()])
+trainer = Trainer(model=model, args=args, train_dataset=data, **trainer_kwargs(args))
 
-With an optimizer section of type GWTAdamW in the DeepSpeed JSON the callback is all there is to pass.
+The same under one process, DDP, FSDP2 and ZeRO; `portable(trainer)` has it save and resume on any number of ranks. With
+an optimizer section of type GWTAdamW in the DeepSpeed JSON ``callbacks=[AttachCallback()]`` is all there is to pass.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,12 +20,42 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gwt_dist import GWTAdamW, ds_json, param_groups
 from gwt_dist.engines import section
-from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
+from gwt_dist.integrations.engaged import asked_for, engage, warn_of_one_process
+from gwt_dist.integrations.portable import portable
 from gwt_dist.recipes import DEFAULT
 from gwt_dist.targets import ALL, BLOCKS, Targets
 
+__all__ = ["AttachCallback", "optimizer_cls_and_kwargs", "parse_optim_args", "portable", "trainer_kwargs"]
 _KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
 _KEYWORDS.append("rest")  # of `param_groups`
+
+
+def trainer_kwargs(
+    args: TrainingArguments,
+    *,
+    targets: Targets | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """All that a Trainer is to be given: ``Trainer(model=..., args=args, train_dataset=..., **trainer_kwargs(args))``.
+
+    Args:
+        args: The arguments of the Trainer, whose learning rate, betas, weight decay, ``optim_target_modules`` and
+            ``optim_args`` count; see `optimizer_cls_and_kwargs`.
+        targets: As there.
+        callbacks: Your own, which the Trainer gets too.
+        options: Keywords of `GWTAdamW` such as ``level=2``; they win over `args`.
+
+    Returns:
+        ``optimizer_cls_and_kwargs`` and ``callbacks``, with an `AttachCallback` before yours.
+
+    Raises:
+        ValueError: As `optimizer_cls_and_kwargs` does.
+    """
+    return {
+        "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs(args, targets=targets, **options),
+        "callbacks": [AttachCallback(), *callbacks],
+    }
 
 
 def optimizer_cls_and_kwargs(
@@ -119,15 +150,15 @@ class AttachCallback(TrainerCallback):
         """Raises `ValueError` as `gwt_dist.integrations.engaged.engage` does, and for a JSON that is not one."""
         _read_again(args)
         warn_of_one_process()
-        # By the arguments first: what transformers tells Accelerate through the environment it may take back.
-        asked = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
-        self.held = engage(kwargs["optimizer"], kwargs["model"], asked[0] if asked else asked_of_accelerate())
+        self.held = engage(kwargs["optimizer"], kwargs["model"], asked_for(args))
 
 
 class _Factory:
-    """The Trainer calls ``factory()(model, **kwargs)`` for what is not an optimizer class."""
+    """The Trainer calls ``factory()(model, **kwargs)`` for what is no optimizer class, Axolotl's with its `args`."""
 
-    def __call__(self, model: nn.Module, *, targets: Targets, weight_decay: float, **options: Any) -> GWTAdamW:
+    def __call__(
+        self, model: nn.Module, args: Any = None, *, targets: Targets, weight_decay: float, **options: Any
+    ) -> GWTAdamW:
         # Its `self` is not used; a Trainer that overrides it cannot be asked from here.
         decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
         groups: list[dict[str, Any]] = [

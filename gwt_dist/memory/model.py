@@ -1,9 +1,9 @@
-"""A model as names and shapes: from a configuration by arithmetic, or from a module."""
+"""A model as names and shapes, from a module; `configs` has them from a configuration."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
-
-# Configurations whose shapes are written down in `of_config`; a key "model_type" that is missing is a LLaMA's.
-KNOWN = ("llama", "mistral", "qwen2")
-NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,58 +74,6 @@ def groups_of(
         GroupSpec.of(keys, tuple(tensors), f"parameter group {number}")
         for number, (keys, tensors) in enumerate(by_keys.groups())
     ]
-
-
-def of_config(config: Mapping[str, Any], where: str) -> ModelSpec | None:
-    """The parameters of transformers' ``...ForCausalLM`` for a ``config.json``; None for a type that is not `KNOWN`.
-
-    Raises `ValueError` for a number that is missing or none.
-    """
-    kind = config.get("model_type", "llama")
-    if kind not in KNOWN:
-        return None
-    numbers = {}
-    for key in NEEDED:
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} in {where} is {value!r} and must be a whole number above 0, to know the shapes")
-        numbers[key] = value
-    if numbers["num_hidden_layers"] > 100_000:
-        raise ValueError(f"num_hidden_layers={numbers['num_hidden_layers']} in {where} is more than 100,000")
-    return ModelSpec(where, tuple(_decoder(kind, config, numbers)))
-
-
-def _decoder(kind: str, config: Mapping[str, Any], numbers: Mapping[str, int]) -> Iterator[TensorSpec]:
-    width, inner, heads = numbers["hidden_size"], numbers["intermediate_size"], numbers["num_attention_heads"]
-    head = config.get("head_dim") or width // heads
-    queries, shared = heads * head, (config.get("num_key_value_heads") or heads) * head
-    bias = kind == "qwen2" or (kind == "llama" and bool(config.get("attention_bias")))
-    output_bias = kind == "llama" and bias
-    mlp_bias = kind == "llama" and bool(config.get("mlp_bias"))
-    linears = (
-        ("self_attn.q_proj", (queries, width), bias),
-        ("self_attn.k_proj", (shared, width), bias),
-        ("self_attn.v_proj", (shared, width), bias),
-        ("self_attn.o_proj", (width, queries), output_bias),
-        ("mlp.gate_proj", (inner, width), mlp_bias),
-        ("mlp.up_proj", (inner, width), mlp_bias),
-        ("mlp.down_proj", (width, inner), mlp_bias),
-    )
-    tied = bool(config.get("tie_word_embeddings", False))
-    # A weight that a Linear module shares is that module's to `param_groups` too.
-    shared_head = Matrix("lm_head", is_tied=True) if tied else None
-    yield TensorSpec("model.embed_tokens.weight", (numbers["vocab_size"], width), shared_head)
-    for layer in range(numbers["num_hidden_layers"]):
-        unit = f"model.layers.{layer}"
-        for name, shape, has_bias in linears:
-            yield TensorSpec(f"{unit}.{name}.weight", shape, Matrix(f"{unit}.{name}", in_blocks=True), unit)
-            if has_bias:
-                yield TensorSpec(f"{unit}.{name}.bias", shape[:1], None, unit)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield TensorSpec(f"{unit}.{name}.weight", (width,), None, unit)
-    yield TensorSpec("model.norm.weight", (width,))
-    if not tied:
-        yield TensorSpec("lm_head.weight", (numbers["vocab_size"], width), Matrix("lm_head"))
 
 
 def of_module(module: nn.Module, name: str) -> ModelSpec:

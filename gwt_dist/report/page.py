@@ -181,7 +181,7 @@ def _told(run: Run) -> Iterator[tuple[str, str]]:
     yield "... of the rest", param("rest.lr")
     yield "ZeRO stage", settings.get("deepspeed.zero_optimization.stage", NOTHING)
     yield "ranks", str(run.record.get("ranks", len(run.ranks) or NOTHING))
-    yield "resumed after step", ", ".join(f"{step:,}" for step in run.resumed) or NOTHING
+    yield "resumed after step (dotted)", ", ".join(f"{step:,}" for step in run.resumed) or NOTHING
     yield "device", str(run.record.get("device", NOTHING))
     yield "training loss, last", of_last(run.training, "loss")
     yield "validation loss, last", of_last(run.validation, "validation_loss")
