@@ -33,6 +33,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "2GB",
     progress: Callable[[int], object] = lambda count: None,
+    beside: Callable[[Path, Index], object] = lambda folder, index: None,
 ) -> Path:
     """Write the weights of a checkpoint to a new folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
@@ -48,6 +49,8 @@ def export_model(
             engine rounds it. float32 keeps what an fp32 master has beyond a bf16 weight.
         max_shard_size: Bytes of a file, or text such as ``"2GB"``; a tensor that is larger has a file of its own.
         progress: Called with the bytes of a tensor as it is stored, when it is done.
+        beside: Called with the folder as it is written, which has config and weights then, and the checkpoint's index;
+            for files that belong with them, such as those of `gwt_dist.report.card.describe`.
 
     Returns:
         `out`.
@@ -89,7 +92,8 @@ def export_model(
         with Reader(where, index.files) as reader:
             _write(writing, index, reader, names, dtypes, max_shard_size, progress)
         model_config.save_pretrained(writing)
-        for path in sorted(writing.iterdir()):
+        beside(writing, index)
+        for path in sorted(path for path in writing.rglob("*") if path.is_file()):
             folder.sync_file(path)
         folder.sync_folder(writing)
         os.rename(writing, out)
