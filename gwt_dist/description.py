@@ -57,11 +57,11 @@ class Description:
         return sum(row.elements for row in self.rows if row.level >= least) / max(1, self.elements)
 
     def __str__(self) -> str:
-        all_of_them = Row("(share: of those with a level)", (), 0, 0, "", 0, 0, 0)
+        all_of_them = Row(f"({self.share():.2%} has a level)", (), 0, 0, "", 0, 0, 0)
         lines = [
             ("level", "update", "tensors", "elements", "share", "state", "shape", "name"),
             *(_line(row, str(row.level), row.elements / max(1, self.elements)) for row in self._sorted()),
-            _line(replace(all_of_them, **self._sums()), "all", self.share()),
+            _line(replace(all_of_them, **self._sums()), "all", 1.0),
         ]
         columns = [list(column) for column in zip(*lines, strict=True)]
         for i, column in enumerate(columns):
@@ -69,7 +69,10 @@ class Description:
             columns[i] = [cell.ljust(width) if i in (1, 6, 7) else cell.rjust(width) for cell in column]
         table = [*("  ".join(line).rstrip() for line in zip(*columns, strict=True))]
         held = f" This rank has {_size(self.held)} of state." if self.held else ""
-        return "\n".join([*table, f"AdamW in fp32 would keep {_size(8 * self.elements)}.{held}"])
+        both = (
+            f"{_size(self.bytes)} of state on all ranks together, where AdamW in fp32 has {_size(8 * self.elements)}."
+        )
+        return "\n".join([*table, both + held])
 
     def _sorted(self) -> list[Row]:
         return sorted(self.rows, key=lambda row: (-row.level, row.update == "AdamW", row.group))
@@ -102,7 +105,8 @@ def describe(optimizer: Any, model: nn.Module | None = None) -> Description:
     ours = next((one for one in wrappers if isinstance(one, GWTAdamW)), None)
     if ours is None:
         raise ValueError(
-            f"{type(optimizer).__name__} is no GWTAdamW, nor around one, so nothing is known of its levels"
+            f"{type(optimizer).__name__} is no GWTAdamW, nor around one, so nothing is known of its levels. Under "
+            f"DeepSpeed transformers' Trainer leaves optimizers=(...) out: give it **trainer_kwargs(args)"
         )
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
     rows: list[Row] = []

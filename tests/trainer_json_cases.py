@@ -194,6 +194,7 @@ def refused_cases(folder: str) -> dict[str, str]:
         "given twice": lambda: trainer_of(documented(2), folder, ours=True, optim_args="level=3"),
         "given twice, callback alone": lambda: trainer_of(documented(2), folder, optim_target_modules=["mlp"]),
         "another type, callback alone": lambda: trainer_of(adamw, folder),
+        "decay left out": lambda: trainer_of({**documented(2), **untargeted}, folder),
         "level auto": lambda: train(level="auto"),
         "in quotes": lambda: train(scale="0.5"),
         "unknown": lambda: train(levle=2),

@@ -181,7 +181,7 @@ def _refuse_beside_a_section(args: Any, said: Mapping[str, Any]) -> None:
     plugin = getattr(args, "deepspeed_plugin", None)
     config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
     kind = None if config is None else ds_json.value(config.config, "optimizer.type")
-    if kind is None:
+    if config is None or kind is None:
         return
     if kind != ds_json.TYPE:
         raise ValueError(
@@ -194,6 +194,15 @@ def _refuse_beside_a_section(args: Any, said: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name}={value!r} is given, and an optimizer section of type {ds_json.TYPE} in the DeepSpeed JSON "
                 f"too, which the Trainer would take alone; remove one of them"
+            )
+    params = ds_json.value(config.config, "optimizer.params", {})
+    for key, name in (("weight_decay", "weight_decay"), ("lr", "learning_rate")):
+        value = getattr(args, name, None)
+        if value is not None and value != getattr(TrainingArguments, name) and key not in params:
+            raise ValueError(
+                f"{name}={value!r} is given, and the optimizer section of the DeepSpeed JSON, which the Trainer takes "
+                f'alone, has no {key!r}: it would be left out. Write "{key}": "auto" into optimizer.params, or remove '
+                f"the section and give the Trainer **trainer_kwargs(args)"
             )
 
 
