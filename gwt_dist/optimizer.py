@@ -38,8 +38,7 @@ class GWTAdamW(torch.optim.Optimizer):
     Every keyword is also a key of a parameter group. State of a parameter: ``step`` (0-d fp32), ``exp_avg`` and
     ``exp_avg_sq`` (``[R, ceil(C / 2**level)]``, one packed vector for a flat buffer; fp32, or fp64 for fp64
     parameters) and ``limited_norm`` (one number a tensor), or what else the recipe declares. A flat buffer has in each
-    what its tensors have; a field that none of them has is not there. Of `torch.optim.AdamW` ``foreach``, ``fused`` and
-    ``capturable`` are taken, which change no step; True is refused for ``amsgrad``, ``maximize``, ``differentiable``.
+    what its tensors have; a field that none of them has is not there.
 
     Args:
         params: Parameters or parameter groups.
@@ -86,16 +85,12 @@ class GWTAdamW(torch.optim.Optimizer):
             2022; see `formulas.critical`); 0 for none. Each costs as much as a moment in fp32.
         critical_decay: Of the same: what their priorities are multiplied by at each step.
         critical_form: Of the same: ``"mean"`` of the fresh one and all of them, or the ``"sum"`` of it and their mean.
-        rank: Of ``"low-rank"``, as in the groups of galore-torch: vectors of the subspace; 0, as where no rank is said,
-            is AdamW. `GaLoreAdamW` has the arguments of that package.
+        rank: Of ``"low-rank"``: vectors of the subspace, as with galore-torch (see `GaLoreAdamW`); 0 is AdamW.
         update_proj_gap: Of the same: steps from one subspace of a matrix to the next.
-        proj_type: Of the same: ``"std"`` (vectors along the shorter side), ``"reverse_std"``, ``"right"``, ``"left"``
-            or ``"full"`` (both sides).
+        proj_type: Of the same: vectors along the shorter side (``"std"``), or as the others of `keys.PROJ_TYPES`.
         residual: Of the same: whether what the subspace leaves out goes along (Fira, arXiv 2410.01623).
-        randomized: Of the same: whether subspaces are found by products with random vectors, many times faster, and not
-            by a whole decomposition.
-        refresh_offset: Of the same: by how many steps a group renews its subspaces earlier, so that those of all groups
-            are not renewed at once.
+        randomized: Of the same: subspaces by products with random vectors, many times faster than a decomposition.
+        refresh_offset: Of the same: by how many steps a group renews its subspaces earlier than others do.
         products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
         least_level: Of ``"orthogonal"``, ``"factored"`` and ``"came"``: 0 takes matrices of level 0 too, which is
@@ -104,9 +99,15 @@ class GWTAdamW(torch.optim.Optimizer):
         state_dtype: In which format moments are kept: ``"fp32"`` (fp64 for fp64 parameters), ``"bf16"``, or ``"int8"``
             with an fp32 scale for 64 neighbours of a row, ``exp_avg_scale``. See `formulas.codecs`. What is kept is
             what the update uses, and its bits are the same under every sharding.
-        stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by chance, so that
-            changes below half of what bf16 can say are not lost. The same chance under every sharding.
+        stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by the same chance under
+            every sharding, so that changes below half of what bf16 can say are not lost.
         rounding_seed: Of both, 0 to 2**32 - 1; the same on all ranks.
+        foreach: Of `torch.optim.AdamW`, as those that follow; a step is fused anyway.
+        fused: Likewise.
+        capturable: A step can be captured anyway (docs/kernels.md).
+        amsgrad: True is refused.
+        maximize: Likewise.
+        differentiable: Likewise.
 
     Raises:
         ValueError: For a value out of range, an unknown wavelet or recipe, a misspelt key, complex or sparse tensors.
