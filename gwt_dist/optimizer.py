@@ -99,8 +99,8 @@ class GWTAdamW(torch.optim.Optimizer):
         state_dtype: In which format moments are kept: ``"fp32"`` (fp64 for fp64 parameters), ``"bf16"``, or ``"int8"``
             with an fp32 scale for 64 neighbours of a row, ``exp_avg_scale``. See `formulas.codecs`. What is kept is
             what the update uses, and its bits are the same under every sharding.
-        stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by the same chance under
-            every sharding, so that changes below half of what bf16 can say are not lost.
+        stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights by chance, the same under every
+            sharding, so that changes below half of what bf16 can say are not lost.
         rounding_seed: Of both, 0 to 2**32 - 1; the same on all ranks.
         foreach: Of `torch.optim.AdamW`, as those that follow; a step is fused anyway.
         fused: Likewise.

@@ -30,6 +30,11 @@ def chosen(net: nn.Module, groups: list[dict]) -> dict[int, set[str]]:
     return {g["level"]: {names[id(p)] for p in g["params"]} for g in groups}
 
 
+def test_groups_in_the_place_of_the_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"given list as the model, .*param_groups\(model, params=groups\) keeps"):
+        param_groups([{"params": []}])  # type: ignore[arg-type]
+
+
 def test_linear_weights_that_match_get_the_level_and_all_others_level_0() -> None:
     net = model()
     groups = chosen(net, param_groups(net, level=3))
