@@ -67,8 +67,8 @@ def param_groups(
 
     if not hasattr(model, "named_parameters"):
         raise ValueError(
-            f"param_groups was given {type(model).__name__} as the model, and needs the nn.Module, which knows the names "
-            f"of its weights: param_groups(model, params=groups) keeps groups of your own and their options"
+            f"param_groups was given {type(model).__name__} as the model, and needs the nn.Module, which has names for "
+            f"its weights: param_groups(model, params=groups) keeps groups of your own and their options"
         )
     _check_options(group_options, rest or {})
     patterns = levels_by_pattern(targets, level_of(group_options.get("recipe")) if level is None else level)
