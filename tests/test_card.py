@@ -72,7 +72,7 @@ def make(folder: Path, vocab_size: int, spec: str, bpe: str | None, **kept: Any)
         "device": "a | <device>",
         "train": {"steps": 6, "warmup_steps": 2, "min_lr_ratio": 0.1},
         "deepspeed": {"zero_optimization": {"stage": 3}},
-        "corpus": {"source": "/home/someone/text"},
+        "corpus": {"source": "/data/text"},
     }
     (folder / "run.json").write_text(json.dumps(record))
     lines = [{"step": step, "loss": 5 - step / 7, "tokens": 384 * step} for step in range(1, 7)]
