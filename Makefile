@@ -8,6 +8,7 @@
 #   make bench                 time of a step beside other optimizers, into benchmarks/results
 #   make gpu                   all that a GPU can show, in eight minutes: tests, engines, step times, graphs
 #   make bench-checkpoints     save and load beside DeepSpeed's and PyTorch's own, likewise
+#   make docs                  the site of docs/, with the API from the docstrings, into build/site
 #   make lint | format | clean
 #   PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip call (a mirror, CPU-only wheels of torch).
 
@@ -21,7 +22,7 @@ STAMP := .venv/.installed
 # The venv's programs first: the deepspeed launcher starts `python` and DeepSpeed's compiler step starts `ninja` by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: test matrix faults pretrain support study-smoke study bench gpu bench-checkpoints lint format clean
+.PHONY: test matrix faults pretrain support study-smoke study bench gpu bench-checkpoints docs lint format clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -62,6 +63,11 @@ gpu: $(STAMP)
 bench-checkpoints: $(STAMP)
 	$(BIN)/python benchmarks/checkpoint_time.py $(ARGS)
 
+# A link, an anchor or a public name that leads nowhere is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,6 +90,6 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) setuptools wheel ninja
-	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,cli,lightning,dev]'
+	$(PIP) --no-build-isolation -e '.[deepspeed,fairscale,mpi,hf,cli,lightning,dev,docs]'
 	$(PIP) --no-deps 'torchtitan; python_version >= "3.11"' tyro docstring_parser typeguard spmd_types
 	@touch $@

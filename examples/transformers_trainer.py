@@ -13,7 +13,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from tiny import BATCH, STEPS, Text, spread_on_cpus, tiny_llama
 from transformers import Trainer, TrainingArguments
 
-from gwt_dist.integrations.transformers import AttachCallback, optimizer_cls_and_kwargs
+from gwt_dist.integrations.transformers import trainer_kwargs
 
 OPTIMIZER = {"optim_target_modules": ["attn", "mlp"], "optim_args": "level=2, recipe=energy"}
 ENGINES = {
@@ -60,13 +60,7 @@ def train(engine: str, output: str, resume: bool = False, steps: int = STEPS) ->
         **OPTIMIZER,
         **ENGINES[engine],
     )
-    trainer = CPUTrainer(
-        model=tiny_llama(),
-        args=args,
-        train_dataset=Text(),
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
-        callbacks=[AttachCallback()],
-    )
+    trainer = CPUTrainer(model=tiny_llama(), args=args, train_dataset=Text(), **trainer_kwargs(args))
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer
 

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
+    # From the modules of the functions: who reads sources alone, as the API page does, takes `engines.attach` for one.
     from gwt_dist.activations import compress_activations
     from gwt_dist.checkpoint import CheckpointError, full_state, load, save
-    from gwt_dist.engines import attach, fuse_backward, initialize
+    from gwt_dist.description import describe
+    from gwt_dist.engines.attach import attach
+    from gwt_dist.engines.fuse import fuse_backward
+    from gwt_dist.engines.initialize import initialize
     from gwt_dist.galore import GaLoreAdamW
     from gwt_dist.groups import param_groups
     from gwt_dist.layout import Fragment, LayoutError
@@ -27,6 +31,7 @@ __all__ = [
     "LayoutError",
     "attach",
     "compress_activations",
+    "describe",
     "full_state",
     "fuse_backward",
     "initialize",
@@ -42,6 +47,7 @@ _HOMES = {
     "LayoutError": "layout",
     "attach": "engines",
     "compress_activations": "activations",
+    "describe": "description",
     "full_state": "checkpoint",
     "fuse_backward": "engines",
     "initialize": "engines",

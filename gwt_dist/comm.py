@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gwt_dist import exchange
+from gwt_dist import exchange, stacks
 from gwt_dist.layout import Fragment
 
 
@@ -46,15 +46,57 @@ class Shard:
     groups: tuple[ProcessGroup, ...]  # summing over one after the other takes in all ranks; none: a world of 1
     row_groups: tuple[ProcessGroup, ...]  # the same for the ranks that hold the rest of this one's cut units
     peers: Peers
-    local_shape: tuple[int, ...] | None = None  # shape of the local part, where it is that of one tensor
+    # Shape of the local part, where it is that of one tensor, or of one stack of matrices.
+    local_shape: tuple[int, ...] | None = None
     # The model's parameters, one a tensor, where an engine steps on other tensors in their place; else none.
     owners: tuple[Tensor, ...] = field(default=(), compare=False)
+    # Of each tensor that is a matrix of a stack: the stack's name, the place in it and the number of its matrices.
+    stacks: Mapping[str, tuple[str, int, int]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def whole(cls, fqn: str, shape: tuple[int, ...]) -> Shard:
         """A tensor that this process holds whole, in its own shape."""
         fragments = (Fragment(fqn, shape, 0, prod(shape)),)
         return cls((exchange.Whole(fqn, shape, ()),), fragments, (), (), alone(fragments), shape)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the parameter is one stack of matrices, in its own shape."""
+        return self.local_shape is not None and bool(self.stacks)
+
+    def source(self, fqn: str) -> tuple[str, int, int]:
+        """Of one of its tensors: the name that the model has, its place under it, and how many there are."""
+        return self.stacks.get(fqn, (fqn, 0, 1))
+
+    def unstacked(self) -> Shard:
+        """The same with a tensor for each matrix of each tensor of three dimensions.
+
+        Raises `LayoutError` for tensors of more.
+        """
+        tensors: list[exchange.Whole] = []
+        owners: list[Tensor] = []
+        found: dict[str, tuple[str, int, int]] = {}
+        for number, tensor in enumerate(self.tensors):
+            its = stacks.matrices(tensor)
+            tensors += its
+            owners += [self.owners[number]] * len(its) if self.owners else []
+            if its[0] is not tensor:
+                found |= {one.fqn: (tensor.fqn, place, len(its)) for place, one in enumerate(its)}
+        if not found:
+            return self
+
+        def of(fragments: Sequence[Fragment]) -> tuple[Fragment, ...]:
+            return tuple(part for fragment in fragments for part in stacks.parts(fragment))
+
+        held = self.peers.fragments
+        return replace(
+            self,
+            tensors=tuple(tensors),
+            fragments=of(self.fragments),
+            peers=replace(self.peers, fragments=lambda place: of(held(place))),
+            owners=tuple(owners),
+            stacks=found,
+        )
 
 
 def alone(fragments: Sequence[Fragment]) -> Peers:

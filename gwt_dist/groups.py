@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from gwt_dist.keys import COMMON, KEYS, of_recipes, refuse_unknown
+from gwt_dist.keys import KEYS, check_keys, refuse_misspelt, refuse_unknown
 from gwt_dist.recipes import DEFAULT, RECIPES, check_group, level_of, own_keys, program_of, refuse_plain, spelled
+from gwt_dist.targets import BLOCKS, Matrix, Targets, first_match, levels_by_pattern, unmatched
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
+
+STACKED = "stacked"  # the key of groups of tensors [experts, rows, columns]
 
 Group = dict[str, Any]
 T = TypeVar("T")
@@ -24,21 +25,26 @@ T = TypeVar("T")
 def param_groups(
     model: nn.Module,
     level: int | None = None,
-    targets: str | Sequence[str] | Mapping[str, int] = ("attn", "mlp"),
+    targets: Targets = BLOCKS,
     *,
     params: Iterable[Tensor] | Iterable[Group] | None = None,
     rest: Mapping[str, Any] | None = None,
     **group_options: Any,
 ) -> list[Group]:
-    """Parameter groups of a model: Linear weights that match a target get a level, all others level 0.
+    """Parameter groups of a model: weight matrices that match a target get a level, all others level 0.
 
-    What matches no target (embeddings, head, norms, biases) has the same options, but for what `rest` says of it:
-    ``rest={"level": 1, "recipe": "energy", "state_dtype": "int8"}``.
+    What matches no target (embeddings, head, norms, biases, convolutions) has the same options, but for what `rest`
+    says of it: ``rest={"level": 1, "recipe": "energy", "state_dtype": "int8"}``.
 
-    A target matches the name of an `nn.Linear` module (such as ``model.layers.0.mlp.down_proj``) if it is a part of
-    it, or if it is a regular expression that matches all of it. ``"all-linear"`` matches every one. Patterns are
-    tried in order and the first that matches decides. Frozen parameters are left out; a weight shared by modules is
-    taken once, under the name that `named_parameters` gives it.
+    ``"blocks"`` is the weight matrices of the blocks, whatever they are called, as `gwt_dist.blocks` finds them: not
+    embeddings, not the head, not what is tied to an embedding; where there are no blocks, all but the output layer.
+    ``"all-linear"`` is every matrix that is no embedding and not tied to one, the head too. Any other target matches
+    the name of a module (such as ``model.layers.0.mlp.down_proj``), or of a parameter that is not called ``weight``
+    (``model.layers.0.mlp.experts.down_proj``), if it is a part of it, or if it is a regular expression that matches all
+    of it. Patterns are tried in order and the first that matches decides. Frozen parameters are left out; a weight
+    shared by modules is taken once, under the name of the first of them.
+
+    A matrix is read as it is stored: rows of `nn.Linear` are outputs, those of transformers' ``Conv1D`` inputs.
 
     Args:
         model: The model; under `deepspeed.zero.Init` too.
@@ -49,54 +55,54 @@ def param_groups(
         group_options: Further keys of every group, such as ``lr`` or ``recipe``.
 
     Returns:
-        A group per level, and one for what matches no target, the last; each of them per given group where `params`
-        are groups. ``level`` is set in each.
+        A group per level, those of stacked experts with ``stacked`` apart, and one for what matches no target, the
+        last; each of them per given group where `params` are groups. ``level`` is set in each.
 
     Raises:
-        ValueError: If a pattern matches no Linear weight to be trained, a parameter does not belong to `model`, or
-            a key is mistyped, or `rest` has one that is unknown or would orthogonalize in silence.
+        ValueError: If a pattern but ``"blocks"``, which a warning tells of, matches no weight to be trained, a
+            parameter does not belong to `model`, a key is mistyped or its value wrong, or `rest` has a key that is
+            unknown or would orthogonalize in silence.
     """
-    from torch import nn
+    from gwt_dist.blocks import matrices_of, shape_of
 
+    if not hasattr(model, "named_parameters"):
+        raise ValueError(
+            f"param_groups was given {type(model).__name__} as the model, and needs the nn.Module, which has names for "
+            f"its weights: param_groups(model, params=groups) keeps groups of your own and their options"
+        )
     _check_options(group_options, rest or {})
     patterns = levels_by_pattern(targets, level_of(group_options.get("recipe")) if level is None else level)
-    names = {id(p): name for name, p in model.named_parameters()}
-    linear = {
-        id(module.weight): name
-        for name, module in reversed(list(model.named_modules()))
-        if isinstance(module, nn.Linear)
-    }
+    names, matrices = {id(p): name for name, p in model.named_parameters()}, matrices_of(model)
     groups: list[Group] = []
-    matched: dict[str, list[Tensor]] = {pattern: [] for pattern in patterns}
-    others: list[Tensor] = []
-    for given in _given_groups(model, params):
+    trained: list[Matrix] = []
+    shapes: dict[str | None, list[tuple[int, ...]]] = {pattern: [] for pattern in (*patterns, None)}
+    for number, given in enumerate(_given_groups(model, params)):
         parameters = given.pop("params")
+        refuse_misspelt(given, f"group {number} of params")
         by_keys: Grouped[Tensor] = Grouped(group_options | given, rest or {})
         for parameter in parameters:
             if id(parameter) not in names:
                 raise ValueError(
-                    f"a parameter of shape {_shape(parameter)} in `params` does not belong to the model, so no target "
-                    f"can match it; pass the parameters of this model"
+                    f"a parameter of shape {shape_of(parameter)} in `params` does not belong to the model, so no "
+                    f"target can match it; pass the parameters of this model"
                 )
             if not parameter.requires_grad:
                 continue
-            pattern = first_match(patterns, linear.get(id(parameter)))
-            (others if pattern is None else matched[pattern]).append(parameter)
-            by_keys.add(parameter, None if pattern is None else patterns[pattern])
+            matrix = matrices.get(id(parameter))
+            trained += [] if matrix is None else [matrix]
+            pattern = by_keys.choose(parameter, matrix, patterns)
+            shapes[pattern].append(shape_of(parameter))
         groups += [{**keys, "params": its} for keys, its in by_keys.groups()]
-    for pattern, its in matched.items():
-        if not its:
-            raise no_match(pattern, linear.values())
-    _log_table(patterns, matched, others, (rest or {}).get("level", 0))
+    if told := unmatched(patterns, (pattern for pattern, its in shapes.items() if its), trained):
+        logger.warning(told)
+    _log_table(dict(patterns) | {None: (rest or {}).get("level", 0)}, shapes)
     return groups
 
 
 def _check_options(options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a mistyped key, and for a level of `rest` whose recipe nobody here knows."""
-    for name in options:  # others may be a schedule's
-        near = difflib.get_close_matches(name, [*COMMON, *of_recipes()], n=1, cutoff=0.85)
-        if near and near[0] != name:
-            raise ValueError(f"param_groups has the unknown key {name!r}, which no optimizer would read: {near[0]!r}?")
+    """Raise `ValueError` for a mistyped key or a wrong value, and for a level of `rest` of an unknown recipe."""
+    refuse_misspelt(options, "param_groups")
+    check_keys(options, "the options of param_groups")
     if isinstance(rest, Mapping) and rest.get("level") and "recipe" not in {**options, **rest}:
         raise ValueError(
             f"rest has level={rest['level']} and no recipe, and param_groups was told none: that of the optimizer "
@@ -105,23 +111,29 @@ def _check_options(options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
 
 
 class Grouped(Generic[T]):
-    """Tensors by the keys of their group: those of a level, and those that match no target."""
+    """Tensors by the keys of their group: those of a level, stacked ones apart, and those that match no target."""
 
     def __init__(self, options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
         self._options, self._rest = options, keys_of_rest(options, rest)
         if options.get("recipe") in list(RECIPES):  # what is none is refused with the groups
             refuse_plain(options)
-        self._by_level: dict[int, list[T]] = {}
+        self._by_level: dict[tuple[int, bool], list[T]] = {}
         self._others: list[T] = []
 
-    def add(self, tensor: T, level: int | None) -> None:
-        """Add a tensor of this level; None for one that matches no target."""
-        (self._others if level is None else self._by_level.setdefault(level, [])).append(tensor)
+    def choose(self, tensor: T, matrix: Matrix | None, patterns: Mapping[str, int]) -> str | None:
+        """Add a tensor, of which `matrix` is known if it is one; returns the pattern that matches it, or None."""
+        pattern = first_match(patterns, matrix)
+        if pattern is None or matrix is None:
+            self._others.append(tensor)
+        else:
+            self._by_level.setdefault((patterns[pattern], matrix.is_stacked), []).append(tensor)
+        return pattern
 
     def groups(self) -> list[tuple[Group, list[T]]]:
         """Keys and tensors of each group that has any, high levels first, what matches no target last."""
-        levels = sorted(self._by_level, reverse=True)
-        found: list[tuple[Group, list[T]]] = [({**self._options, "level": lv}, self._by_level[lv]) for lv in levels]
+        found: list[tuple[Group, list[T]]] = []
+        for (level, stacked), its in sorted(self._by_level.items(), key=lambda item: (-item[0][0], item[0][1])):
+            found.append(({**self._options, "level": level, **({STACKED: True} if stacked else {})}, its))
         return found + ([(self._rest, self._others)] if self._others else [])
 
 
@@ -160,35 +172,6 @@ def keys_of_rest(options: Mapping[str, Any], rest: Mapping[str, Any]) -> Group:
     return keys
 
 
-def levels_by_pattern(targets: str | Sequence[str] | Mapping[str, int], level: int) -> dict[str, int]:
-    """The patterns of `targets` in order, each with its level; raises `ValueError` for what is no pattern."""
-    if isinstance(targets, Mapping):
-        patterns = dict(targets)
-    else:
-        patterns = dict.fromkeys([targets] if isinstance(targets, str) else targets, level)
-    if not patterns:
-        raise ValueError("targets is empty, so every weight would be AdamW; name modules, or use torch.optim.AdamW")
-    for pattern in patterns:
-        checked_pattern(pattern, "target", "module name")
-    return patterns
-
-
-def checked_pattern(pattern: object, what: str, whose: str) -> str:
-    """A pattern that `matches` takes; raises `ValueError`, in which it is a `what` for a `whose`, for anything else."""
-    if not isinstance(pattern, str) or not pattern:
-        raise ValueError(f"{what} {pattern!r} must be a part of a {whose} or a regular expression")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error
-    return pattern
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is a part of a name, or a regular expression that matches all of it."""
-    return pattern in name or re.fullmatch(pattern, name) is not None
-
-
 def _given_groups(model: nn.Module, params: Iterable[Tensor] | Iterable[Group] | None) -> list[Group]:
     given = list(model.parameters() if params is None else params)
     if given and isinstance(given[0], dict):
@@ -196,42 +179,13 @@ def _given_groups(model: nn.Module, params: Iterable[Tensor] | Iterable[Group] |
     return [{"params": given}]
 
 
-def first_match(patterns: Iterable[str], name: str | None) -> str | None:
-    """The first pattern that matches the name of a Linear module; None for no match, or for what is no Linear."""
-    if name is None:
-        return None
-    for pattern in patterns:
-        if pattern == "all-linear" or matches(pattern, name):
-            return pattern
-    return None
-
-
-def _shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor; `deepspeed.zero.Init` leaves an empty one behind."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def no_match(pattern: str, linear: Iterable[str]) -> ValueError:
-    """The error for a target that matches none of the Linear modules of these names."""
-    return ValueError(
-        f"target {pattern!r} matches no Linear weight to be trained, so it would be AdamW in silence. Names that can "
-        f"match: {_examples(linear)}"
-    )
-
-
-def _examples(linear: Iterable[str]) -> str:
-    names = sorted(linear)
-    shown = ", ".join(names[:4]) or "none, the model has no nn.Linear"
-    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _log_table(
-    patterns: Mapping[str, int], matched: Mapping[str, list[Tensor]], others: list[Tensor], level: int
-) -> None:
-    rows = [(pattern, patterns[pattern], matched[pattern]) for pattern in patterns] + [("all others", level, others)]
+def _log_table(levels: Mapping[Any, int], shapes: Mapping[str | None, list[tuple[int, ...]]]) -> None:
+    """Log what each pattern matched; None is what none did."""
+    numbers = {pattern: sum(map(prod, its)) for pattern, its in shapes.items()}
+    total = max(1, sum(numbers.values()))
     lines = [
-        f"  {pattern:<20} level {level:<2} {len(tensors):>5} tensors {sum(prod(_shape(t)) for t in tensors):>15,} "
-        f"elements"
-        for pattern, level, tensors in rows
+        f"  {pattern or 'all others':<20} level {levels[pattern]:<2} {len(shapes[pattern]):>5} tensors "
+        f"{number:>15,} elements {number / total:>7.2%}"
+        for pattern, number in numbers.items()
     ]
     logger.info("levels by name, first match wins:\n%s", "\n".join(lines))

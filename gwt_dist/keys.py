@@ -28,6 +28,11 @@ class Key:
     meaning: bool = False  # moments of another value mean something else, so a checkpoint must have the same
 
 
+def plain(value: Any) -> Any:
+    """A value of a key: of a number of numpy's the same of Python's, as checkpoints and kernels take them."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
 def within(value: object, low: float, high: float) -> bool:
     """Whether `value` is a finite number in ``[low, high]``; a tensor of one real element is a number too."""
     number: Any = value
@@ -73,6 +78,7 @@ KEYS: dict[str, Key] = {
     "betas": Key((0.9, 0.999), _betas, "must be two numbers in [0, 1)", of_recipe=False),
     "eps": Key(1e-6, lambda v: _number(v) and v > 0, "must be a finite number > 0", of_recipe=False),
     "weight_decay": Key(0.0, _number, _NUMBER, of_recipe=False),
+    "stacked": Key(False, lambda v: isinstance(v, bool), "must be True or False", of_recipe=False, meaning=True),
     "scale": Key(1.0, _number, f"{_NUMBER} {_MEANT}"),
     "second_moment": Key(
         "energy", lambda v: v in SECOND_MOMENTS, f"must be one of {SECOND_MOMENTS} {_MEANT}", meaning=True
@@ -110,7 +116,7 @@ KEYS: dict[str, Key] = {
 }
 
 # Arguments of `GWTAdamW` that every recipe has, beside the parameters.
-COMMON = "lr", "betas", "eps", "weight_decay", "level", "wavelet", "recipe"
+COMMON = "lr", "betas", "eps", "weight_decay", "level", "wavelet", "recipe", "stacked"
 
 
 def of_recipes() -> list[str]:
@@ -127,6 +133,24 @@ def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{where} has the unknown key {name!r}{hint} Known keys: {', '.join(known)}")
 
+
+def refuse_misspelt(names: Iterable[str], where: str) -> None:
+    """Raise `ValueError` for the first of `names` that is nearly a key of a group; others may be anybody's."""
+    known = ["params", "param_names", *COMMON, *of_recipes(), *OF_TORCH, *REFUSED_OF_TORCH]
+    for name in names:
+        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.85)
+        if near and name not in known:
+            raise ValueError(f"{where} has the unknown key {name!r}, which no optimizer would read: {near[0]!r}?")
+
+
+# Arguments of `torch.optim.AdamW` that say how it computes and not what: a step here is fused, and can be captured.
+OF_TORCH = "foreach", "fused", "capturable"
+# Those that say what: None and False are what is done here.
+REFUSED_OF_TORCH = {
+    "amsgrad": "no largest second moment is kept. Remove it",
+    "maximize": "it would minimize all the same. Negate the loss",
+    "differentiable": "no gradient flows through a step. Remove it",
+}
 
 # Group keys of apollo-torch and the published GWT: what to write here in their place.
 FOREIGN_KEYS = {
@@ -148,6 +172,9 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
             f"{', '.join(foreign)} in {where}: keys of another optimizer (galore-torch, apollo-torch or the published "
             f"GWT), which GWTAdamW would ignore in silence. Here: {instead}"
         )
+    for name, why in REFUSED_OF_TORCH.items():
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]!r} in {where}, which GWTAdamW has not: {why}")
     for name, key in KEYS.items():
         value = group.get(name, key.default)
         if not (value is None and key.of_recipe) and not key.legal(value):

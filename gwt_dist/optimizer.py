@@ -12,11 +12,12 @@ from torch import Tensor
 
 from gwt_dist import dtensor, replaced, state
 from gwt_dist.comm import Shard
-from gwt_dist.keys import COMMON, of_recipes
-from gwt_dist.notes import rate_note, tall_note
+from gwt_dist.keys import COMMON, REFUSED_OF_TORCH, of_recipes, plain, refuse_misspelt
+from gwt_dist.notes import bare_note, notes_of
 from gwt_dist.plan import Plan
-from gwt_dist.recipes import DEFAULT, check_group, level_of
+from gwt_dist.recipes import DEFAULT, check_group
 from gwt_dist.shards import is_flat
+from gwt_dist.stacks import number_of
 from gwt_dist.steps import Group, Steps
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 class GWTAdamW(torch.optim.Optimizer):
     r"""Adam whose moments live on the wavelet approximation of the gradient, ``2**level`` times smaller than AdamW's.
 
-    Drop-in for `torch.optim.AdamW`. Tensors of two or more dimensions are read as ``[shape[0], rest]`` and transformed
-    along their rows; scalars and 1-D tensors are level 0, which is AdamW. See `param_groups` for the usual choice of
-    levels by module name.
+    Drop-in for `torch.optim.AdamW`: ``model.parameters()`` alone are level 0, AdamW, and a warning says so;
+    `param_groups` chooses the matrices that get a level. Tensors of two or more dimensions are read as ``[shape[0],
+    rest]`` (a kernel is a row for each output channel), along their rows; scalars and 1-D tensors are level 0 always.
 
     DTensor parameters (FSDP2, HSDP, tensor parallelism) are recognised at the first step. Under an engine that hides
     the layout of the weights behind flat buffers (DeepSpeed ZeRO, FSDP1), call `gwt_dist.attach(optimizer, engine)`
@@ -45,7 +46,7 @@ class GWTAdamW(torch.optim.Optimizer):
         betas: Decay rates of the first and second moment.
         eps: Added to the uncorrected ``sqrt(exp_avg_sq)``, as in the published code.
         weight_decay: Decoupled, multiplied by ``lr``.
-        level: 0 (AdamW) to 16; moments shrink by ``2**level``. None is 1, or 0 with ``"low-rank"``, which has none.
+        level: 0 (AdamW) to 16, of groups that say none; moments shrink by ``2**level``. None is 0.
         wavelet: A discrete wavelet of PyWavelets, ``"haar"`` being the fast closed form.
         recipe: ``"orthogonal"``, which None stands for (momentum alone; the update of the whole matrix is
             orthogonalized as Muon's, on one rank each, see `formulas.orthogonal`), ``"energy"`` (twice the state: a
@@ -57,6 +58,10 @@ class GWTAdamW(torch.optim.Optimizer):
             `formulas.low_rank`) or ``"paper"`` (moment of the approximation, full details, norm-growth limiter 1.01).
             Tensors of level 0 are AdamW but under ``"adalomo"``, with a ``rank`` and with ``least_level=0``. A tensor
             that looks like an embedding, and would be orthogonalized because no recipe was named, is told by a warning.
+        stacked: Whether a tensor of three dimensions is a stack of matrices, ``[E, R, C]``, as the experts of a
+            mixture: each of them is stepped as a parameter by itself, units lie within its rows, and state has the
+            ``E`` in front (``exp_avg``: ``[E, R, ceil(C / 2**level)]``). Tensors of less are what they always are, of
+            more an error. Shape alone does not say it: the kernel of a convolution has three dimensions too.
         scale: Factor on the update of tensors that the recipe takes, as matrices are under ``"orthogonal"``; None as
             the recipe says, so that AdamW's `lr` is theirs too (``"paper"``, ``"low-rank"``: the published 0.25).
         second_moment: ``"approximation"``, ``"energy"`` or ``"none"``, which orthogonalizes; None as the recipe says.
@@ -80,16 +85,12 @@ class GWTAdamW(torch.optim.Optimizer):
             2022; see `formulas.critical`); 0 for none. Each costs as much as a moment in fp32.
         critical_decay: Of the same: what their priorities are multiplied by at each step.
         critical_form: Of the same: ``"mean"`` of the fresh one and all of them, or the ``"sum"`` of it and their mean.
-        rank: Of ``"low-rank"``, as in the groups of galore-torch: vectors of the subspace; 0, as where no rank is said,
-            is AdamW. `GaLoreAdamW` has the arguments of that package.
+        rank: Of ``"low-rank"``: vectors of the subspace, as with galore-torch (see `GaLoreAdamW`); 0 is AdamW.
         update_proj_gap: Of the same: steps from one subspace of a matrix to the next.
-        proj_type: Of the same: ``"std"`` (vectors along the shorter side), ``"reverse_std"``, ``"right"``, ``"left"``
-            or ``"full"`` (both sides).
+        proj_type: Of the same: vectors along the shorter side (``"std"``), or as the others of `keys.PROJ_TYPES`.
         residual: Of the same: whether what the subspace leaves out goes along (Fira, arXiv 2410.01623).
-        randomized: Of the same: whether subspaces are found by products with random vectors, many times faster, and not
-            by a whole decomposition.
-        refresh_offset: Of the same: by how many steps a group renews its subspaces earlier, so that those of all groups
-            are not renewed at once.
+        randomized: Of the same: subspaces by products with random vectors, many times faster than a decomposition.
+        refresh_offset: Of the same: by how many steps a group renews its subspaces earlier than others do.
         products: Of ``"orthogonal"``: dtype in which matrices travel and are multiplied: ``"bf16"`` (sums in fp32),
             ``"fp32"`` (fp64 for fp64 parameters) or ``"auto"``, bf16 on GPUs that have it and fp32 elsewhere.
         least_level: Of ``"orthogonal"``, ``"factored"`` and ``"came"``: 0 takes matrices of level 0 too, which is
@@ -98,16 +99,22 @@ class GWTAdamW(torch.optim.Optimizer):
         state_dtype: In which format moments are kept: ``"fp32"`` (fp64 for fp64 parameters), ``"bf16"``, or ``"int8"``
             with an fp32 scale for 64 neighbours of a row, ``exp_avg_scale``. See `formulas.codecs`. What is kept is
             what the update uses, and its bits are the same under every sharding.
-        stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights up or down by chance, so that
-            changes below half of what bf16 can say are not lost. The same chance under every sharding.
+        stochastic_rounding: For bf16 parameters without fp32 masters: rounds weights by chance, the same under every
+            sharding, so that changes below half of what bf16 can say are not lost.
         rounding_seed: Of both, 0 to 2**32 - 1; the same on all ranks.
+        foreach: Of `torch.optim.AdamW`, as those that follow; a step is fused anyway.
+        fused: Likewise.
+        capturable: A step can be captured anyway (docs/kernels.md).
+        amsgrad: True is refused.
+        maximize: Likewise.
+        differentiable: Likewise.
 
     Raises:
-        ValueError: For a value out of range, an unknown wavelet or recipe, or complex or sparse tensors.
+        ValueError: For a value out of range, an unknown wavelet or recipe, a misspelt key, complex or sparse tensors.
     """
 
-    _is_level_named = True  # by the arguments, so that it is that of groups which name another recipe
     _is_recipe_named = True  # by the arguments; of a copy nobody knows, so it tells nothing
+    _is_untold = False  # whether no level was said, and no warning told of it
     is_default = False  # whether a group has the default recipe because nobody named one
 
     def __init__(
@@ -121,6 +128,7 @@ class GWTAdamW(torch.optim.Optimizer):
         level: int | None = None,
         wavelet: str = "haar",
         recipe: str | None = None,
+        stacked: bool = False,
         scale: float | None = None,
         second_moment: str | None = None,
         detail_gain: float | str | None = None,
@@ -146,15 +154,20 @@ class GWTAdamW(torch.optim.Optimizer):
         state_dtype: str | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
     ) -> None:
         said = dict(locals())
         self._forget_layout()
-        defaults = {key: said[key] for key in (*COMMON, *of_recipes()) if key in said}
-        defaults |= {"recipe": DEFAULT if recipe is None else recipe}
-        defaults |= {"level": level_of(recipe) if level is None else level}
-        self._is_level_named = level is not None
+        defaults = {key: plain(said[key]) for key in (*COMMON, *of_recipes()) if key in said}
+        defaults |= {"recipe": DEFAULT if recipe is None else recipe, "level": 0 if level is None else plain(level)}
+        self._is_untold = level is None
         self._is_recipe_named = recipe is not None
-        check_group(defaults, "the arguments of GWTAdamW")
+        check_group({key: said[key] for key in REFUSED_OF_TORCH} | defaults, "the arguments of GWTAdamW")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -163,26 +176,31 @@ class GWTAdamW(torch.optim.Optimizer):
         Raises `ValueError` for values out of range, and parameters of a dtype for which a key of the group is not.
         """
         where = f"parameter group {len(self.param_groups)}"
-        if "level" not in param_group and "recipe" in param_group and not self._is_level_named:
-            param_group = {**param_group, "level": level_of(param_group["recipe"])}
+        refuse_misspelt(param_group, where)
+        param_group = {key: its if key == "params" else plain(its) for key, its in param_group.items()}
         check_group({**self.defaults, **param_group}, where)
         unnamed = not self._is_recipe_named and "recipe" not in param_group
+        unleveled = "level" not in param_group
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # `deepspeed.zero.Init` leaves an empty tensor behind.
+        shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in group["params"]]
         try:
-            self._steps.refuse_dtypes(self.param_groups[-1]["params"], self.param_groups)
+            for shape in shapes if group["stacked"] else ():
+                number_of(shape)
+            self._steps.refuse_dtypes(group["params"], self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
-        for parameter in self.param_groups[-1]["params"]:
-            self._steps.given[parameter] = True
-        group = self.param_groups[-1]
-        notes = [rate_note(group, where)]
-        if unnamed:
-            self.is_default = True
-            # `deepspeed.zero.Init` leaves an empty tensor behind.
-            notes.append(tall_note(group, [getattr(p, "ds_shape", p.shape) for p in group["params"]], where))
-        for note in filter(None, notes):
+        self._steps.given.update(dict.fromkeys(group["params"], True))
+        self.is_default |= unnamed
+        for note in notes_of(group, shapes, where, unnamed=unnamed and unleveled, bare=unleveled and self._is_untold):
+            self._is_untold &= note != bare_note(group, shapes, where)
             logger.warning(note)
+
+    def is_given(self, parameter: Tensor) -> bool:
+        """Whether somebody passed this parameter, rather than an engine a buffer of its own."""
+        return parameter in self._steps.given
 
     @property
     def shards(self) -> Mapping[Tensor, Shard]:
@@ -369,12 +387,7 @@ class GWTAdamW(torch.optim.Optimizer):
     def refuse_copy(self) -> None:
         """Raise `ValueError` for a copy of an attached optimizer that was not attached itself."""
         if self._steps.copied:
-            raise ValueError(
-                f"this optimizer was copied or unpickled from one that was attached to a sharding engine, and "
-                f"{len(self._steps.copied)} flat parameters of the copy have rows that are unknown here. Without them "
-                f"a step would be another optimizer. Call gwt_dist.attach(optimizer, engine) with the engine that "
-                f"holds these very parameters. {replaced.CARRY}"
-            )
+            raise ValueError(replaced.copied(len(self._steps.copied)))
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -30,13 +30,14 @@ class Form:
     formula: str  # where the state of tensors with level > 0 comes from, so what it means
     least_level: int = 1  # of the tensors that are stepped by it
     cell: int = 1  # coefficients that are kept together
+    stacked: bool = False  # tensors of three dimensions are read as their matrices
 
     @classmethod
-    def of(cls, level: int, wavelet: str, rule: Rule) -> Form:
+    def of(cls, level: int, wavelet: str, rule: Rule, stacked: bool = False) -> Form:
         """That of a group of these options."""
         program, plain = rule.program, rule.plain
         cell = max(program.cell, plain.cell)
-        return cls(level, wavelet, program.fields, plain.fields, program.formula, program.least_level, cell)
+        return cls(level, wavelet, program.fields, plain.fields, program.formula, program.least_level, cell, stacked)
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Whether the recipe's own program steps a tensor of `shape`; else the plain one does."""
@@ -52,7 +53,8 @@ class Form:
 
     def __str__(self) -> str:
         names = ", ".join(map(str, self.leveled))
-        return f"level={self.level}, wavelet={self.wavelet!r} with {names} by {self.formula}"
+        stacked = ", stacked=True" if self.stacked else ""
+        return f"level={self.level}, wavelet={self.wavelet!r}{stacked} with {names} by {self.formula}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,16 @@ class Plan:
         """State before the first step, sharded as `parameter` is; on its device, if no other is named."""
         device = parameter.device if device is None else device
         state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-        shape = self.shard.tensors[0].shape
+        shape, number = self.shard.tensors[0].shape, len(self.shard.stacks)
+        stack = (number,) if self.shard.is_stack else ()
         for field in self.fields:
             dtype = stored_dtype(field, parameter.dtype)
             zeros = torch.zeros(self.shapes[field.name], dtype=dtype, device=device)
             if field.extent in extents.SHARDED and self.shard.local_shape is not None:
                 units = extents.units_along(field.extent, shape, self.form.units(shape))
-                zeros = dtensor.wrap(zeros, parameter, _whole(field, shape, self.form), units)
+                zeros = dtensor.wrap(zeros, parameter, (*stack, *_whole(field, shape, self.form)), units, number)
+            elif field.extent is not Extent.TENSOR and stack:
+                zeros = dtensor.wrap_stack(zeros, parameter, (*stack, *_whole(field, shape, self.form)))
             elif field.extent in (Extent.COLUMN, Extent.OWNED) and self.shard.local_shape is not None:
                 keep = self._keep(field)
                 if len(keep) < self.shard.peers.world_size:
@@ -178,14 +183,19 @@ def _owned(
 
 
 def _shape(shard: Shard, form: Form, field: Field, kept: Sequence[dict[str, Fragment]]) -> tuple[int, ...]:
-    """Of this rank's buffer of a field: one vector for a flat parameter, else as the local part is."""
+    """Of this rank's buffer of a field: one vector for a flat parameter, else as the local part is.
+
+    Of a stack, one matrix after the other.
+    """
     if field.extent is Extent.TENSOR:
-        return () if shard.local_shape is not None else (len(shard.tensors),)
+        return () if shard.local_shape is not None and not shard.is_stack else (len(shard.tensors),)
     numbers = sum(its[field.name].numel for its in kept if field.name in its)
-    if shard.local_shape is None or (field.extent in (Extent.COLUMN, Extent.OWNED) and not numbers):
+    if shard.local_shape is None or (field.extent in (Extent.COLUMN, Extent.OWNED) and not (numbers or shard.is_stack)):
         return (numbers,)
     local, shape = shard.local_shape, shard.tensors[0].shape
     whole = _whole(field, shape, form)
+    if shard.is_stack:
+        return _shape_of_stack(field, local, whole, numbers)
     if field.extent in (Extent.COLUMN, Extent.OWNED):
         return whole
     # Level 0, or rows of one element, of which no cell is cut.
@@ -196,6 +206,17 @@ def _shape(shard: Shard, form: Form, field: Field, kept: Sequence[dict[str, Frag
     if len(shape) < 2:  # a vector of which a cell is cut, or cells of a vector
         return (numbers,)
     return local[0], numbers // local[0] if numbers else whole[1]
+
+
+def _shape_of_stack(field: Field, local: tuple[int, ...], whole: tuple[int, ...], numbers: int) -> tuple[int, ...]:
+    """Of this rank's buffer of a field of a stack: that of a matrix, `whole`, with the matrices before it.
+
+    One vector where ranks that hold parts of the same matrices keep fields of some of these.
+    """
+    matrices, rows = local[:2]
+    if field.extent in extents.SHARDED:
+        return matrices, rows, numbers // (matrices * rows) if numbers else whole[1]
+    return (matrices, *whole) if numbers == matrices * prod(whole) else (numbers,)
 
 
 def _whole(field: Field, shape: tuple[int, ...], form: Form) -> tuple[int, ...]:

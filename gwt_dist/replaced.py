@@ -17,6 +17,15 @@ CARRY = (
 )
 
 
+def copied(number: int) -> str:
+    """What to tell of a copy of an attached optimizer that has so many flat parameters."""
+    return (
+        f"this optimizer was copied or unpickled from one that was attached to a sharding engine, and {number} flat "
+        f"parameters of the copy have rows that are unknown here. Without them a step would be another optimizer. Call "
+        f"gwt_dist.attach(optimizer, engine) with the engine that holds these very parameters. {CARRY}"
+    )
+
+
 def refuse(
     parameters: Sequence[Tensor],
     groups: Sequence[Mapping[str, Any]],

@@ -17,21 +17,37 @@ def is_flat(parameter: Tensor) -> bool:
     return any(marks) or bool(getattr(parameter, "_is_sharded", False))
 
 
-def shard_of(parameter: Tensor, attached: Mapping[Tensor, Shard], given: Container[Tensor], where: str) -> Shard | None:
+def shard_of(
+    parameter: Tensor, attached: Mapping[Tensor, Shard], given: Container[Tensor], where: str, stacked: bool = False
+) -> Shard | None:
     """The shard of a parameter; `given` are those that the user passed, `where` is its name for messages.
+
+    Where its group says `stacked`, a tensor of three dimensions is as many tensors as it has matrices.
 
     None for the zero-gradient dry run that engines make on buffers of their own.
 
     Raises:
-        ValueError: On the first real step of a buffer whose layout is unknown, and for complex parameters and sparse
-            gradients.
+        ValueError: On the first real step of a buffer whose layout is unknown, for complex parameters and sparse
+            gradients, and for what is no stack in a group that says so.
     """
-    if parameter in attached:
-        return attached[parameter]
+    if isinstance(parameter, DTensor) and parameter not in attached:
+        _refuse_kinds(parameter, where)
+        return dtensor.shard_of(parameter, where, stacked)
+    shard = _as_it_is(parameter, attached, given, where)
+    return shard.unstacked() if stacked and shard is not None else shard
+
+
+def _refuse_kinds(parameter: Tensor, where: str) -> None:
     if parameter.is_complex() or (parameter.grad is not None and parameter.grad.is_sparse):
         raise ValueError(f"{where} is complex or has a sparse gradient; GWTAdamW takes real, dense tensors")
-    if isinstance(parameter, DTensor):
-        return dtensor.shard_of(parameter, where)
+
+
+def _as_it_is(
+    parameter: Tensor, attached: Mapping[Tensor, Shard], given: Container[Tensor], where: str
+) -> Shard | None:
+    if parameter in attached:
+        return attached[parameter]
+    _refuse_kinds(parameter, where)
     if hasattr(parameter, "_fsdp_flattened"):
         raise ValueError(
             f"{where} is a part of a flat parameter of FSDP1, and the rows of its tensors are unknown. Without "

@@ -25,6 +25,7 @@ from gwt_dist.units import takes
 
 STEP = "step"
 STATE_DTYPE = "state_dtype"
+_TENSOR = Extent.TENSOR
 _MATH = torch.float32, torch.float64
 MISSED = "missed"  # the key of a state_dict that says which steps tensors of flat parameters did not take
 LAYOUTS = "layouts"  # the key of a state_dict that says which elements the states of flat parameters are of
@@ -53,11 +54,13 @@ def check_writable(states: Mapping[Tensor, Group], groups: Sequence[Group], step
     for parameter, state in states.items():
         if not isinstance(parameter, DTensor) or parameter not in steps.plans:
             continue
-        fields = [f for f in steps.plans[parameter].fields if f.extent in SHARDED and f.name in state]
-        twice = [f for f in fields if not isinstance(state[f.name], DTensor)]
+        plan = steps.plans[parameter]
+        sharded = [f for f in plan.fields if f.extent in SHARDED or (plan.shard.is_stack and f.extent is not _TENSOR)]
+        twice = [f for f in sharded if f.name in state and not isinstance(state[f.name], DTensor)]
         if twice:
-            cell = steps.plans[parameter].form.cell
+            cell = plan.form.cell
             what = "cell" if cell > 1 and twice[0].extent is not Extent.ROW else twice[0].extent.value
+            what = what if twice[0].extent in SHARDED else "matrix"
             way_out = "Shard columns in multiples of 2**level or lower the level (a row: shard rows alone)"
             if what == "cell":
                 way_out = (
@@ -112,13 +115,14 @@ def check_loadable(state_dict: Group, groups: Sequence[Group], steps: Steps) -> 
     by_id: dict[Any, Tensor] = {}
     tags = state_dict.get(LAYOUTS, {})
     for i, (mine, theirs) in enumerate(zip(groups, state_dict["param_groups"], strict=False)):
-        saved = {**mine, STATE_DTYPE: None, **theirs}  # which was fp32 before there was a choice
-        for key in ("level", "wavelet"):
+        # Which were fp32, and no stacks, before there was a choice.
+        saved = {**mine, STATE_DTYPE: None, "stacked": False, **theirs}
+        for key in ("level", "wavelet", "stacked"):
             if saved[key] != mine[key]:
                 raise ValueError(
-                    f"{key} of parameter group {i} is {theirs[key]!r} in the state to load and {mine[key]!r} in "
+                    f"{key} of parameter group {i} is {saved[key]!r} in the state to load and {mine[key]!r} in "
                     f"this optimizer; its moments would mean something else. Build the optimizer with "
-                    f"{key}={theirs[key]!r}"
+                    f"{key}={saved[key]!r}"
                 )
         check_group(saved, f"parameter group {i} of the state to load")
         then, now = (rule_of(group).of(mine["level"]) for group in (saved, mine))
@@ -228,10 +232,10 @@ def _check_state(
     state: Mapping[str, Any], tag: Layout | None, parameter: Tensor, group: Group, i: int, steps: Steps
 ) -> None:
     where = f"a parameter of shape {tuple(parameter.shape)} in group {i}"
-    shard = shard_of(parameter, steps.shards, steps.given, where) if state else None
+    shard = shard_of(parameter, steps.shards, steps.given, where, group["stacked"]) if state else None
     if shard is None:  # nothing to load, or a buffer of an engine that is attached later
         return
-    form = Form.of(group["level"], group["wavelet"], rule_of(group))
+    form = Form.of(group["level"], group["wavelet"], rule_of(group), group["stacked"])
     plan = Plan.of(shard, form, steps.turn(parameter, shard))
     if state.keys() != {STEP, *plan.shapes}:
         raise ValueError(

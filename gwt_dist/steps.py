@@ -80,7 +80,7 @@ class Steps:
             _run(schedule, [members[i][1] for i in moving], [gradients[i] for i in moving], states, rules)
             for member, i in zip(schedule.members, numbers, strict=True) if frozen else ():
                 if member.moves and member.frozen:
-                    self.frozen.pass_by(members[i][1], member.frozen)
+                    self.frozen.pass_by(members[i][1], frozen[id(members[i][1])])
 
     def _rule(self, number: int, group: Group) -> Rule:
         """The rule of a group, whose options may change from step to step, and are checked when they do.
@@ -114,7 +114,9 @@ class Steps:
     ) -> list[Scheduled]:
         key = (
             tuple(frozen.items()),
-            tuple((g["level"], g["wavelet"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)),
+            tuple(
+                (g["level"], g["wavelet"], g["stacked"], r.program, r.plain) for g, r in zip(groups, rules, strict=True)
+            ),
             tuple([(id(p), g is None, p.dtype, p.device) for (_, p), g in zip(members, gradients, strict=True)]),
         )
         known = self._schedules.get(key)
@@ -133,7 +135,8 @@ class Steps:
             if plan is None:
                 dry_run = True
             else:
-                rule, still = rules[number], frozen.get(id(parameter), frozenset())
+                rule, names = rules[number], frozen.get(id(parameter), frozenset())
+                still = frozenset(t.fqn for t in plan.shard.tensors if plan.shard.source(t.fqn)[0] in names)
                 member = Member(
                     plan,
                     number,
@@ -165,9 +168,10 @@ class Steps:
         """
         plan, group = self.plans.get(parameter), groups[number]
         rule = rule or rule_of(group)
-        form = Form.of(group["level"], group["wavelet"], rule)
+        form = Form.of(group["level"], group["wavelet"], rule, group["stacked"])
         if plan is None:
-            shard = shard_of(parameter, self.shards, self.given, self._where(parameter, number, groups))
+            where = self._where(parameter, number, groups)
+            shard = shard_of(parameter, self.shards, self.given, where, form.stacked)
             if shard is None:
                 return None
             plan = self.plans[parameter] = Plan.of(shard, form, self.turn(parameter, shard))

@@ -12,6 +12,7 @@ PAGES = sorted(
     for depth in ("*.md", "*/*.md", "*/*/*.md")
     for path in ROOT.glob(depth)
     if not any(part.startswith(".") or part == "runs" for part in path.relative_to(ROOT).parts)
+    and not path.parent.is_symlink()  # gwt_dist/configs
 )
 
 
@@ -57,3 +58,15 @@ def blocks(page: str) -> list[Block]:
 
 def all_blocks() -> list[Block]:
     return [block for page in PAGES for block in blocks(page)]
+
+
+def anchors(page: str) -> list[str]:
+    """The anchors of a page's headings, as GitHub makes them; the second of equal headings ends in -1, and so on."""
+    fenced = {number for block in blocks(page) for number in range(block.line, block.line + block.text.count("\n") + 1)}
+    found: list[str] = []
+    for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
+        heading = re.fullmatch(r"#{1,6} +(.*?) *#*", line)
+        if heading and number not in fenced:
+            text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1]).lower()
+            found.append(re.sub(r"[^\w\- ]", "", text).replace(" ", "-"))
+    return [a if found[:i].count(a) == 0 else f"{a}-{found[:i].count(a)}" for i, a in enumerate(found)]

@@ -187,7 +187,7 @@ def refused_case(kind: str, what: str) -> str:
         before = groups(plain, kind, 2, "paper")
         model = shard(plain, kind)
         if what == "built before":
-            return _message(lambda: gwt_dist.attach(GWTAdamW(before), model))
+            return _message(lambda: gwt_dist.attach(GWTAdamW(before, level=1), model))
         optimizer = GWTAdamW(groups(model, kind, 2, "paper"))
         if what == "forgotten":
             backward(model, five_steps()[0])

@@ -117,7 +117,7 @@ def _columns(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _tensor_parallel(model: nn.Module) -> nn.Module:
-    """Rows of one matrix and columns of two over one mesh axis, all of it under FSDP over the other."""
+    """Rows of one matrix and columns of two and of stacked ones over one mesh axis, all under FSDP over the other."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
     styles = {"attn_q": ColwiseParallel(), "mlp_down": RowwiseParallel(), "mlp_thin": RowwiseParallel()}
     plan = {n: styles[n.split(".")[-1]] for n, _ in model.named_modules() if n.split(".")[-1] in styles}
@@ -125,6 +125,9 @@ def _tensor_parallel(model: nn.Module) -> nn.Module:
     for block in model.children():
         if hasattr(block, "attn_tied"):
             block.attn_tied.weight = block.attn_q.weight
+        if hasattr(block, "experts"):
+            columns = distribute_tensor(block.experts.weight.detach(), mesh["tp"], [Shard(2)])
+            block.experts.weight = nn.Parameter(columns)
     return _fully(model, mesh["dp"])
 
 

@@ -27,7 +27,7 @@ import whole_tensor_cases
 import zero_engine_cases
 from gwt_dist import GWTAdamW, attach, initialize
 from gwt_dist.kernels.choice import VARIABLE
-from zero_cases import Dot, Scale, gradients, load, options, shapes_of
+from zero_cases import Dot, Experts, Scale, gradients, load, options, shapes_of
 from zero_engine_cases import Recorder, initial
 
 Weights = dict[str, Tensor]
@@ -41,6 +41,8 @@ COMBINATIONS = [
 BLOCKS = {"shapes": COMBINATIONS, "vectors": [(2, "paper")]}
 # For traffic: groups whose matrices have one program, with numbers of rows and without, in both dtypes of products.
 BLOCKS["travelling"] = [*COMBINATIONS, (1, "orthogonal"), *((level, "bf16") for level in (1, 3))]
+# For checkpoints of stacks: state of every extent, norms of a limiter and priorities among it.
+BLOCKS["stacks"] = [(2, "paper"), (1, "normuon"), (2, "critical"), (1, "came"), (0, "fira")]
 # State in every format, of fp32 weights or masters, and of bf16 weights that are rounded by chance.
 FORMATTED = [(1, "energy8"), (2, "energy16"), (2, "foam8"), (1, "muon8"), (2, "muon16")]
 BLOCKS |= {"formats": FORMATTED, "rounded": [(level, f"rounded {name}") for level, name in FORMATTED]}
@@ -62,7 +64,10 @@ NAMED |= {f"rounded {name}": {**NAMED[name], "stochastic_rounding": True} for _,
 
 
 class Shapes(nn.Module):
-    """Every shape: units that end at no boundary, rows and elements fewer than ranks, tied, 1-D, frozen, unused."""
+    """Every shape: units that end at no boundary, rows and elements fewer than ranks, tied, 1-D, frozen, unused.
+
+    And a stack of an odd number of matrices; its group says so, which is nothing to the other tensors.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +78,7 @@ class Shapes(nn.Module):
         self.mlp_thin = Dot(2, 3)
         self.mlp_tiny = Dot(1, 2)
         self.mlp_one = Dot(1, 1)
+        self.experts = Experts(3, 6, 11)
         self.attn_tied = Dot(66, 97)
         self.attn_tied.weight = self.attn_q.weight
         self.unused = Dot(7, 9)
@@ -106,7 +112,17 @@ class Cells(Vectors):
         self.attn_q = Dot(66, 97)
         self.mlp_down = Dot(16, 683, bias=True)
         self.norm = Scale(131)
+        self.experts = Experts(3, 2, 150)
         self.mlp_tiny = Dot(1, 2)
+
+
+class Stacks(Vectors):
+    """A stack of matrices beside a matrix and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_q = Dot(6, 9)
+        self.experts = Experts(3, 6, 11)
 
 
 class Model(nn.Module):
@@ -114,7 +130,7 @@ class Model(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        block = {"vectors": Vectors, "formats": Cells, "rounded": Cells}.get(kind, Shapes)
+        block = {"vectors": Vectors, "formats": Cells, "rounded": Cells, "stacks": Stacks}.get(kind, Shapes)
         for level, recipe in BLOCKS[kind]:
             self.add_module(f"{recipe}{level}", block())
 
@@ -137,7 +153,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
         if parameter.requires_grad:
             block = next(part for part in name.split(".") if part in names)
             keys = {**options(int(block[-1]), block[:-1]), **NAMED.get(block[:-1], {})}
-            group = groups.setdefault(block, {"params": [], **keys})
+            group = groups.setdefault(block, {"params": [], "stacked": True, **keys})
             group["params"].append(parameter)
     return list(groups.values())
 

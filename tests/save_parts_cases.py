@@ -186,7 +186,7 @@ def groups_case(folder: str, kind: str, members: Sequence[Sequence[int]]) -> Any
     mine = next((i for i, ranks in enumerate(members) if dist.get_rank() in ranks), None)
     if mine is None:
         model = Adapted(1.0)
-        optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad])
+        optimizer = GWTAdamW([p for p in model.parameters() if p.requires_grad], level=1)
         messages = list(_messages(folder, model, optimizer, groups[0]))
         return messages
     path, group = Path(folder, str(mine)), groups[mine]

@@ -221,7 +221,7 @@ MISFITS: dict[str, tuple[Callable[[], Run], str]] = {
         r"has moments of 'embed.weight', which this optimizer",
     ),
     "another model": (
-        lambda: (Net(), GWTAdamW(Net().parameters())),
+        lambda: (Net(), GWTAdamW(Net().parameters(), level=1)),
         "is none of the model's as it is now",
     ),
 }

@@ -14,6 +14,7 @@ import pytest
 
 from gwt_dist.cli import EXTRAS
 from gwt_dist.cli.app import COMMANDS, main
+from gwt_dist.study.results import Writer
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +31,11 @@ def test_the_installed_command_is_this_one() -> None:
 
 def test_unknown_commands_and_no_command_leave_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inpsect"]) == 2
-    assert "inpsect" in capsys.readouterr().err
+    assert "No such command 'inpsect'. Did you mean 'inspect'?" in capsys.readouterr().err
+    assert main(["plam"]) == 2
+    assert "No such command 'plam'. Did you mean 'plan'?" in capsys.readouterr().err
+    assert main(["zzz"]) == 2
+    assert "Commands: compare, doctor, export" in capsys.readouterr().err
     assert main([]) == 2
 
 
@@ -39,6 +44,49 @@ def test_train_is_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean '--steps'?" in capsys.readouterr().err
     assert main(["train", "--help"]) == 0
     assert "--sequence_length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["plan", ""], "the argument after 'plan' is"),
+        (["compare", "smoke", "--row", ""], "the argument after 'compare smoke --row' is"),
+        (["compare", "smoke", "--row="], "option --row is"),
+        (["train", "--output="], "option --output is"),
+        (["report", "a", ""], "the argument after 'report a' is"),
+    ],
+)
+def test_an_empty_argument_is_refused(arguments: list[str], where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {where} empty; give it a value") and told.count("\n") == 1
+
+
+def test_inputs_are_looked_at_before_the_page_that_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "page.html").write_text("mine")
+    assert main(["report", str(tmp_path / "nope"), "--output", str(tmp_path / "page.html")]) == 2
+    assert "nope is no folder; name the run folder" in capsys.readouterr().err
+    assert main(["plan", "nope", "--html", str(tmp_path / "page.html")]) == 2
+    assert "no model 'nope'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["plan", "tiny"], ["doctor"]], ids=lambda command: command[0])
+def test_a_deepspeed_json_that_is_none_is_named(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "it.json").write_bytes(b"{\xc6}")
+    for name, message in (("it.json", "it.json' is no text ('utf-8' codec"), ("", "' is a folder; name the JSON")):
+        assert main([*command, "--deepspeed-config", str(tmp_path / name)]) == 2
+        told = capsys.readouterr().err
+        assert message in told and str(tmp_path) in told and told.count("\n") == 1
+
+
+def test_a_study_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"results\.jsonl cannot be written: .+; give --output another"):
+        Writer(tmp_path / "file" / "results.jsonl")
 
 
 WITHOUT = """

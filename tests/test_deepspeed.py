@@ -130,7 +130,7 @@ def test_another_layout_on_one_rank_is_refused_by_all(ranks, stage, what, expect
         ({}, {"levle": 2}, "unknown key 'levle'; did you mean 'level'?"),
         ({}, {"level": 17}, "level=17 must be a whole number from 0"),
         ({}, {"wavelet": "har"}, "wavelet='har' is not a discrete wavelet"),
-        ({}, {"targets": ["mpl"]}, "target 'mpl' matches no Linear weight"),
+        ({}, {"targets": ["mpl"]}, "target 'mpl' matches no weight matrix"),
     ],
     ids=str,
 )

@@ -53,7 +53,7 @@ def test_steps_are_those_of_the_makefile() -> None:
     there = [step for step in there if step not in left_out]
     assert here == there == ["torch", "setuptools wheel ninja", "--no-build-isolation -e '.[]'"]
     extras = [set(re.findall(r"'\.\[(.*)\]'", text)[0].split(",")) for text in (runs, makefile)]
-    assert extras[0] == extras[1] - {"dev", "lightning"}
+    assert extras[0] == extras[1] - {"dev", "docs", "lightning"}
     assert runs.count("pip install") == runs.count("-c constraints.txt") == runs.count("${PIP_ARGS}")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from documents import PAGES, ROOT, Block, all_blocks, blocks
+from documents import PAGES, ROOT, Block, all_blocks, anchors, blocks
 from gwt_dist.cli.app import main
 from pretrain_cases import finish, free_port, started
 
@@ -49,6 +49,14 @@ ELSEWHERE = {
         "sbatch --nodes 2 launch/slurm.sbatch": "test_launchers.py::test_slurm_starts_one_torchrun_a_node",
     },
     SWITCHING: {"python": "test_docs.py::test_code_of_the_switching_page_is_that_of_the_examples"},
+    "docs/trainers.md": {
+        "python": "test_trainers.py::test_code_of_the_page",
+        "python trl": "test_trainers.py::test_code_of_the_page_with_trl",
+        "python axolotl": "test_trainers.py::test_plugin_for_axolotl",
+        "yaml": "test_trainers.py::test_plugin_for_axolotl",
+        "python llamafactory": "test_trainers.py::test_script_for_llama_factory",
+        "json": "test_trainers.py::test_json_for_llama_factory",
+    },
     "examples/README.md": {
         EXAMPLE + "transformers_trainer.py --engine deepspeed": "test_examples.py::test_trainer_deepspeed",
         EXAMPLE + "transformers_trainer.py --engine fsdp2": "test_examples.py::test_trainer_fsdp2",
@@ -98,8 +106,9 @@ ELSEWHERE = {
 }
 # Blocks of text that no command prints, by their first line.
 TEXTS = {
+    "from gwt_dist.integrations.transformers import trainer_kwargs": "test_trainers.py::test_code_of_the_page",
     "backward ─► reduce-scatter": "a drawing",
-    "gwt_dist/": "test_the_tree_of_the_readme_is_there",
+    "gwt_dist/": "test_the_tree_of_the_contributors_is_there",
     "output/checkpoints/": "test_a_page_runs",
 }
 # What a page takes as given.
@@ -232,8 +241,8 @@ def test_code_of_the_switching_page_is_that_of_the_examples() -> None:
     assert seen == 7
 
 
-def test_the_tree_of_the_readme_is_there() -> None:
-    (tree,) = [block for block in blocks("README.md") if block.text.startswith("gwt_dist/")]
+def test_the_tree_of_the_contributors_is_there() -> None:
+    (tree,) = [block for block in blocks("CONTRIBUTING.md") if block.text.startswith("gwt_dist/")]
     package, rest = tree.text.split("\nlaunch/")
     said = re.findall(r"(?:^|  )([\w/]+(?:\.py|/))(?=  )", package, re.M)
     assert len(said) > 15
@@ -319,7 +328,26 @@ def test_errors_have_the_texts_of_the_sources() -> None:
     assert [row for row in rows if row not in text] == []
 
 
+def broken_links(page: str, text: str) -> list[str]:
+    """Links of a page to a file, or an anchor, that is not there."""
+    found = []
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)", text):
+        name, _, anchor = link.partition("#")
+        file = (ROOT / page).parent.joinpath(name) if name else ROOT / page
+        if not file.exists() or (anchor and anchor not in anchors(file.resolve().relative_to(ROOT).as_posix())):
+            found.append(link)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text())
-    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    assert broken_links(page, (ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_anchors_are_those_of_github() -> None:
+    assert "plan-what-each-rank-will-hold" in anchors("docs/plan.md")
+    assert "why-not-galore-apollo-or-8-bit-adam" in anchors("docs/faq.md")
+    assert broken_links("docs/faq.md", "[a](plan.md#what-fits) [b](plan.md#what-fits-not) [c](no.md) [d](#lora)") == [
+        "plan.md#what-fits-not",
+        "no.md",
+    ]

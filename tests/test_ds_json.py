@@ -99,10 +99,10 @@ def test_text_in_base64_is_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ds_json.read(encoded(TEXTS["twice"]))
     with pytest.raises(ValueError, match=r"'no\.json' is not a file"):
         ds_json.read("no.json")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is a folder; name the JSON file itself"):
         ds_json.read(tmp_path)
     (tmp_path / "latin.json").write_bytes('{"a": "é"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"latin\.json' is no text \(.*name another file"):
         ds_json.read(tmp_path / "latin.json")
     monkeypatch.setitem(sys.modules, "hjson", None)
     with pytest.raises(ValueError, match="pip install hjson"):
@@ -407,3 +407,10 @@ def test_reading_loads_neither_torch_nor_deepspeed() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     loaded = done.stdout.split()
     assert "hjson" in loaded and not {"torch", "deepspeed", "numpy"} & set(loaded), done.stderr
+
+
+def test_a_misspelt_section_is_refused_whatever_the_optimizer_is() -> None:
+    """Else DeepSpeed would train with the optimizer that is passed, or with none."""
+    settings = {"train_micro_batch_size_per_gpu": 1, "optimzer": {"type": "GWTAdamW", "params": {"lr": 0.01}}}
+    with pytest.raises(ValueError, match=r"unknown key 'optimzer' in the DeepSpeed JSON.*did you mean 'optimizer'"):
+        gwt_dist.initialize(model=net(), config=settings)

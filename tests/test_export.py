@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gwt_dist.cli.app import main
 
 def saved_in(folder: Path, model: Any, **keywords: Any) -> Path:
     extra = {"model_config": model.config.to_dict()}
-    return gwt_dist.save(folder, model, GWTAdamW(model.parameters()), step=0, **{"extra": extra} | keywords)
+    return gwt_dist.save(folder, model, GWTAdamW(model.parameters(), level=1), step=0, **{"extra": extra} | keywords)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
@@ -160,6 +161,8 @@ def test_nothing_is_overwritten(tmp_path, capsys) -> None:
     for out in (full, file, link):
         assert main(["export", str(tmp_path / "run"), str(out)]) == 2
         assert "exists and is no empty folder; nothing in it is overwritten" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), str(file / "within")]) == 2
+    assert re.search(r"error: .*/file/within cannot be written: .+; name a folder", capsys.readouterr().err)
     assert (full / "mine").read_text() == file.read_text() == "mine"
     assert main(["export", str(tmp_path / "run"), str(empty)]) == 0
     assert (empty / "config.json").stat().st_mode == (full / "mine").stat().st_mode

@@ -182,8 +182,8 @@ class Adapted(nn.Module):
 
 def test_adapters_have_a_level_and_what_is_frozen_no_state() -> None:
     model = nn.ModuleDict({"attn": Adapted(96, 64, 8)})
-    with pytest.raises(ValueError, match="target 'mlp' matches no Linear weight to be trained"):
-        param_groups(model, level=2)
+    with pytest.raises(ValueError, match="target 'mlp' matches no weight matrix to be trained"):
+        param_groups(model, level=2, targets=["attn", "mlp"])
     optimizer = GWTAdamW(param_groups(model, level=2, targets="lora_"), lr=1e-2, recipe="energy")
     model["attn"](torch.randn(5, 64)).square().sum().backward()
     optimizer.step()
@@ -192,16 +192,15 @@ def test_adapters_have_a_level_and_what_is_frozen_no_state() -> None:
     assert moments == 2 * (8 * 64 + 96 * 8) // 4
 
 
-def test_experts_in_one_tensor_are_adamw_unless_their_group_says_else() -> None:
+def test_experts_in_one_tensor_are_a_matrix_each() -> None:
     model = nn.ModuleDict({"mlp": nn.Linear(8, 8)})
-    model.experts = nn.Parameter(torch.randn(4, 6, 10))
-    levels = {id(p): group["level"] for group in param_groups(model, targets="mlp", level=2) for p in group["params"]}
-    assert levels[id(model.experts)] == 0
-    assert levels[id(model["mlp"].weight)] == 2
-    optimizer = GWTAdamW([{"params": [model.experts], "level": 2}], lr=1e-2, recipe="energy")
-    model.experts.square().sum().backward()
+    model.experts_proj = nn.Parameter(torch.randn(4, 6, 10))
+    groups = param_groups(model, targets=["mlp", "experts"], level=2, recipe="energy")
+    assert [(group["level"], group.get("stacked")) for group in groups] == [(2, None), (2, True), (0, None)]
+    optimizer = GWTAdamW(groups, lr=1e-2)
+    model.experts_proj.square().sum().backward()
     optimizer.step()
-    assert optimizer.state[model.experts]["exp_avg"].shape == (4, 15)
+    assert optimizer.state[model.experts_proj]["exp_avg"].shape == (4, 6, 3)
 
 
 def test_the_state_of_adamw_is_refused() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PARTS = "machine", "tests", "engines", "slices", "steps", "capture", "products", "training"
+PARTS = "machine", "tests", "engines", "slices", "steps", "capture", "products", "activations", "training"
 
 
 def started(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,8 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(tmp_path: Path) -> None:
     assert not [row for its in rows.values() for row in its if "error" in row]
     assert {"torch", "triton", "deepspeed", "GPU", "copy"} <= {row["case"] for row in rows["machine"]}
     assert rows["tests"][0]["case"].endswith(
-        " tests of test_formats_triton.py, test_symmetric.py, test_triton.py, test_triton_travel.py"
+        " tests of test_activations_triton.py, test_formats_triton.py, test_symmetric.py, test_triton.py, "
+        "test_triton_travel.py"
     )
     engines = [row for row in rows["engines"] if "ok" in row]
     assert len(engines) == 11 and all(row["ok"] and 0 < row["error to fp64"] < 1e-3 for row in engines)
@@ -45,6 +46,8 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(tmp_path: Path) -> None:
     measured = {row["optimizer"] for row in rows["steps"] if row.get("ms", 0) > 0 and row["state B/param"] > 0}
     assert measured >= {"AdamW fused", "energy-2", "paper-2", "orthogonal-1", "torch.optim.Muon"}
     assert [row["ok"] for row in rows["capture"]] == [True] * 5
+    assert [row["ok"] for row in rows["activations"]] == [True] * 2
+    assert all(row["pack ms"] > 0 and row["unpack, share of copy"] > 0 for row in rows["activations"])
     # Times are of this machine as it is now; that there are any is what counts here.
     assert all(row["share of the iteration"] > 0 for row in rows["training"]) and len(rows["training"]) == 4
     text = path.with_suffix(".md").read_text()

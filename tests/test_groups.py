@@ -30,6 +30,11 @@ def chosen(net: nn.Module, groups: list[dict]) -> dict[int, set[str]]:
     return {g["level"]: {names[id(p)] for p in g["params"]} for g in groups}
 
 
+def test_groups_in_the_place_of_the_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"given list as the model, .*param_groups\(model, params=groups\) keeps"):
+        param_groups([{"params": []}])  # type: ignore[arg-type]
+
+
 def test_linear_weights_that_match_get_the_level_and_all_others_level_0() -> None:
     net = model()
     groups = chosen(net, param_groups(net, level=3))
@@ -49,9 +54,13 @@ def test_first_match_wins_and_a_regular_expression_matches_the_whole_name() -> N
     assert groups[2] == {"layers.1.self_attn.weight"}
 
 
-def test_all_linear_includes_a_tied_head() -> None:
+def test_all_linear_leaves_a_tied_embedding_and_includes_a_head_of_its_own() -> None:
     net = model()
-    assert "embed.weight" in chosen(net, param_groups(net, targets="all-linear", level=2))[2]
+    found = chosen(net, param_groups(net, targets="all-linear", level=2))
+    assert len(found[2]) == 6 and "embed.weight" in found[0]
+    assert "embed.weight" in chosen(net, param_groups(net, targets=["all-linear", "head"], level=2))[2]
+    net.head.weight = nn.Parameter(torch.zeros(10, 8))
+    assert "head.weight" in chosen(net, param_groups(net, targets="all-linear", level=2))[2]
 
 
 def test_options_reach_every_group_and_given_groups_keep_their_own() -> None:
@@ -79,8 +88,8 @@ def test_frozen_parameters_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["attn", "mpl"], r"target 'mpl' matches no Linear weight to be trained.*layers\.0\.mlp\.0"),
-        ("embed", "target 'embed' matches no Linear weight"),
+        (["attn", "mpl"], r"target 'mpl' matches no weight matrix to be trained.*layers\.0\.mlp\.0"),
+        ("embed", "target 'embed' matches no weight matrix"),
         ([], "targets is empty"),
         (["mlp", "("], r"target '\(' is not a regular expression"),
         ([""], "target '' must be a part of a module name"),
@@ -95,8 +104,10 @@ def test_a_frozen_target_is_refused() -> None:
     net = model()
     for layer in net.layers:
         layer.mlp.requires_grad_(False)
-    with pytest.raises(ValueError, match="target 'mlp' matches no Linear weight to be trained"):
-        param_groups(net)
+    message = r"'mlp' matches no weight matrix to be trained.*: head, layers\.0\.self_attn, layers\.1\.self_attn$"
+    with pytest.raises(ValueError, match=message):
+        param_groups(net, targets=["attn", "mlp"])
+    assert len(chosen(net, param_groups(net, level=2))[2]) == 2, "what is no pattern takes what there is"
 
 
 def test_a_parameter_of_another_model_is_refused() -> None:
@@ -107,7 +118,7 @@ def test_a_parameter_of_another_model_is_refused() -> None:
 def test_it_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="gwt_dist"):
         param_groups(model(), level=2)
-    assert "attn                 level 2      2 tensors             128 elements" in caplog.text
+    assert "blocks               level 2      6 tensors             640 elements  83.33%" in caplog.text
     assert "all others           level 0" in caplog.text
 
 
@@ -166,6 +177,11 @@ def test_keys_of_the_rest_that_are_refused(rest: dict, message: str) -> None:
     ("options", "message"),
     [
         ({"state_dtpye": "int8"}, "unknown key 'state_dtpye', which no optimizer would read: 'state_dtype'"),
+        ({"weigth_decay": 0.1}, "unknown key 'weigth_decay', which no optimizer would read: 'weight_decay'"),
+        ({"LR": 0.1}, "unknown key 'LR', which no optimizer would read: 'lr'"),
+        ({"lr": "x"}, "lr='x' in the options of param_groups must be a finite number"),
+        ({"maximize": True}, "maximize=True in the options of param_groups, which GWTAdamW has not"),
+        ({"params": [{"params": [], "weight_decya": 0.1}]}, "group 0 of params has the unknown key 'weight_decya'"),
         ({"rest": {"level": 1}}, "rest has level=1 and no recipe, and param_groups was told none"),
         ({"rest": "int8"}, "rest='int8' must be a mapping of keys"),
     ],
@@ -174,4 +190,20 @@ def test_keys_of_the_rest_that_are_refused(rest: dict, message: str) -> None:
 def test_what_an_optimizer_would_take_in_silence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         param_groups(model(), level=1, **options)
-    assert param_groups(model(), level=1, lr_scale=2.0)[0]["lr_scale"] == 2.0, "a schedule may have keys of its own"
+    own = {
+        "lr_scale": 2.0,
+        "initial_lr": 0.1,
+        "name": "body",
+        "max_lr": 1.0,
+        "use_muon": True,
+        "layer": 3,
+        "fused": True,
+    }
+    group = param_groups(model(), level=1, **own)[0]
+    assert group.items() >= own.items(), "schedules and users may have keys of their own"
+
+
+def test_levels_of_targets_are_checked() -> None:
+    for targets in ({"mlp": 17}, {"blocks": -1}):
+        with pytest.raises(ValueError, match=r"level=(17|-1) must be a whole number from 0"):
+            param_groups(model(), targets=targets)

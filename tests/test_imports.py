@@ -21,15 +21,17 @@ LINES = 400  # aim at 300; at this length a module does two things
 # right under gwt_dist (its own modules may import each other); "" is gwt_dist/__init__.py.
 DECLARED = {"formats", "declare", "keys", "programs", "recipes", "notes", "extents"}  # what a recipe is, without torch
 MATH = {"units", "wavelet", "noise", "piece", "products", "formulas", *DECLARED}
-LAYOUT = {"layout", "exchange", "owners", "matrices", "comm", "dtensor", "groups"}
+LAYOUT = {"layout", "exchange", "stacks", "owners", "matrices", "comm", "dtensor", "targets", "blocks", "groups"}
 RUNTIME = {*LAYOUT, "kernels", "plan", "sums", "seats", "rounds", "stages", "schedule", "shards", "frozen"}
 RUNTIME |= {"replaced", "steps", "state", "optimizer", "galore"}
 STATE = {"checkpoint", "memory", "config", "ds_json"}
 MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "exchange": {"layout"},
+    "stacks": {"layout", "exchange"},
     "units": {"layout"},
     "wavelet": {"units"},
+    "shipped": set(),
     "formats": set(),
     "declare": {"formats"},
     "keys": {"formats"},
@@ -45,9 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "owners": {"layout"},
     "matrices": {"layout", "owners"},
     "kernels": {"wavelet", "layout", "noise", "formats", "declare", "programs", "recipes", "piece", "formulas"},
-    "comm": {"layout", "exchange"},
-    "groups": {"keys", "recipes"},
-    "dtensor": {"layout", "exchange", "comm"},
+    "comm": {"layout", "exchange", "stacks"},
+    "targets": {"units"},
+    "blocks": {"targets"},
+    "groups": {"keys", "recipes", "targets", "blocks"},
+    "dtensor": {"layout", "exchange", "stacks", "comm"},
     "plan": {"units", "exchange", "formats", "declare", "extents", "owners", "piece", "layout", "comm", "dtensor"},
     "sums": {"declare", "extents", "piece", "kernels", "plan"},
     "seats": {"declare", "formulas", "kernels", "layout", "noise", "plan"},
@@ -86,38 +90,56 @@ MAY_IMPORT: dict[str, set[str]] = {
         "steps",
     },
     "galore": {"optimizer"},
-    "optimizer": {"comm", "dtensor", "keys", "notes", "plan", "recipes", "replaced", "shards", "steps", "state"},
+    "optimizer": {
+        "comm",
+        "dtensor",
+        "keys",
+        "notes",
+        "plan",
+        "recipes",
+        "replaced",
+        "shards",
+        "stacks",
+        "steps",
+        "state",
+    },
     "engines": MATH | RUNTIME | {"activations", "ds_json"},
     "checkpoint": MATH | RUNTIME | {"engines"},
     "memory": {
         "layout",
         "exchange",
+        "stacks",
         "units",
         "groups",
+        "targets",
+        "blocks",
         "owners",
         "matrices",
         "ds_json",
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
-    "activations": {"groups", "kernels"},
-    "": MATH | RUNTIME | STATE | {"engines", "activations"},
+    "activations": {"targets", "kernels"},
+    "description": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
+    "": MATH | RUNTIME | STATE | {"engines", "activations", "description"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
-    "train": MATH | RUNTIME | STATE | {"declare", "keys", "engines", "integrations", ""},
-    "report": {"train"},
+    "train": MATH | RUNTIME | STATE | {"shipped", "declare", "keys", "engines", "integrations", ""},
+    "report": {"checkpoint", "train"},
     "study": MATH | RUNTIME | STATE | {"keys", "engines", "integrations", "train", ""},
     "cli": MATH
     | RUNTIME
     | STATE
-    | {"declare", "keys", "piece", "activations", "engines", "integrations", "train", "report", "study", ""},
+    | {"shipped", "declare", "keys", "piece", "activations", "engines", "integrations", "train", "report", "study", ""},
     "__main__": {"cli"},
 }
 
 # Packages beside the standard library that a part may import at all; torch alone if not listed.
 EVERYTHING = {"*"}
 THIRD_PARTY: dict[str, set[str]] = {
+    "shipped": set(),
     "layout": set(),
     "exchange": set(),
+    "stacks": set(),
     "owners": set(),
     "matrices": set(),
     **{part: set() for part in DECLARED},
@@ -143,7 +165,12 @@ LIGHT = {"torch", "pywt"}
 ON_TOP_OF_THE_PACKAGE = {"integrations", "train", "report", "study", "cli", "__main__"}
 # Nor these, which import triton: functions import them.
 LAZY = {
-    *("products/symmetric_kernels.py", "kernels/triton_formats.py", "kernels/triton_kernels.py"),
+    *(
+        "products/symmetric_kernels.py",
+        "kernels/triton_activations.py",
+        "kernels/triton_formats.py",
+        "kernels/triton_kernels.py",
+    ),
     *("kernels/triton_lines.py", "kernels/triton_math.py", "kernels/triton_travel_kernels.py"),
     *(
         path.relative_to(PACKAGE).as_posix()

@@ -192,7 +192,7 @@ def test_names_cannot_speak_to_the_terminal(tmp_path, capsys, monkeypatch) -> No
     monkeypatch.setenv("COLUMNS", "200")
     model = nn.Module()
     model.register_parameter("[bold]a\x1b]0;title\x07", nn.Parameter(torch.ones(3)))
-    gwt_dist.save(tmp_path, model, GWTAdamW(model.parameters()), step=0)
+    gwt_dist.save(tmp_path, model, GWTAdamW(model.parameters(), level=1), step=0)
     assert main(["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "[bold]a\\x1b]0;title\\x07" in shown

@@ -115,8 +115,8 @@ from gwt_dist import GWTAdamW
 p = torch.nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones(8, 8)
 with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
-    GWTAdamW([p]).step()
-    GWTAdamW([p]).step()
+    GWTAdamW([p], level=1).step()
+    GWTAdamW([p], level=1).step()
 print(*[f"{w.category.__name__}: {w.message}" for w in found])
 """
 

@@ -55,10 +55,12 @@ def _intervals(draw: st.DrawFn, fqn: str, shape: tuple[int, ...], world: int) ->
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[dict[str, tuple[int, ...]], list[list[Fragment]]]:
+def worlds(
+    draw: st.DrawFn, every: st.SearchStrategy[tuple[int, ...]] = SHAPES
+) -> tuple[dict[str, tuple[int, ...]], list[list[Fragment]]]:
     """Shapes, and who holds what: each tensor cut at random among 1 to 9 ranks in random order, some of them empty."""
     world = draw(st.integers(1, 9))
-    shapes = {f"t{i}": shape for i, shape in enumerate(draw(st.lists(SHAPES, min_size=1, max_size=3)))}
+    shapes = {f"t{i}": shape for i, shape in enumerate(draw(st.lists(every, min_size=1, max_size=3)))}
     ranks: list[list[Fragment]] = [[] for _ in range(world)]
     used = [0] * world
     for fqn, shape in shapes.items():

@@ -279,7 +279,7 @@ def test_groups_by_names() -> None:
     assert "projector" in optimizer.state[model["attn"].weight]  # type: ignore[index]
     with pytest.raises(ValueError, match="'low-rank' and no rank: what matches a target would be AdamW in silence"):
         param_groups(model, targets=["attn"], recipe="low-rank")
-    with pytest.raises(ValueError, match="proj_type='up' in the options of all groups must be one of"):
+    with pytest.raises(ValueError, match="proj_type='up' in the options of param_groups must be one of"):
         param_groups(model, targets=["attn"], recipe="low-rank", rank=4, proj_type="up")
     for parameter in (*model["embed"].parameters(), *model["norm"].parameters(), model["attn"].bias):
         assert optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq", "limited_norm"}  # type: ignore[index]

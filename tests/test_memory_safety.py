@@ -109,7 +109,7 @@ def test_options_that_change_in_place_are_taken() -> None:
 def test_parameters_that_to_empty_replaced_are_refused() -> None:
     with torch.device("meta"):
         model = nn.Linear(4, 3)
-    optimizer = GWTAdamW(model.parameters())
+    optimizer = GWTAdamW(model.parameters(), level=1)
     model.to_empty(device="cpu")
     model.reset_parameters()
     model(torch.ones(2, 4)).sum().backward()
@@ -195,7 +195,7 @@ def test_a_gradient_that_torch_negates_when_it_is_read() -> None:
         p = nn.Parameter(torch.ones(1))
         p.grad = gradient if gradient is not None else found[0].clone().resolve_neg()
         found.append(p.grad)
-        optimizer = GWTAdamW([p], lr=0.1)
+        optimizer = GWTAdamW([p], lr=0.1, level=1)
         optimizer.step()
         found.append(p.detach())
     assert found[0].is_neg() and not found[2].is_neg()

@@ -38,22 +38,35 @@ def told(caplog: pytest.LogCaptureFixture, groups: Any, **options: Any) -> list[
 
 
 def test_the_default_is_orthogonal_at_level_1() -> None:
-    optimizer = GWTAdamW(weights())
-    assert optimizer.is_default and not GWTAdamW(weights(), recipe="orthogonal").is_default
-    for where in (optimizer.defaults, optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]):
+    optimizer = GWTAdamW(param_groups(net()))
+    assert optimizer.is_default and not GWTAdamW(param_groups(net()), recipe="orthogonal").is_default
+    for where in (optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]):
         assert (where["recipe"], where["level"]) == ("orthogonal", 1)
 
 
 def test_an_embedding_that_nobody_asked_to_orthogonalize(caplog: pytest.LogCaptureFixture) -> None:
-    (message,) = told(caplog, weights())
+    (message,) = told(caplog, weights(), level=1)
     assert message.startswith("parameter group 0 has 1 tensors with over 8 times as many rows as columns")
     for part in ("shape (81, 10)", "no recipe was named", "param_groups(model)", "write recipe='orthogonal'"):
         assert part in message
     # Of a group of its own too, whose number is said, and of no other.
     vector, matrix, tall, _ = weights()
-    (message,) = told(caplog, [{"params": [vector, matrix]}, {"params": [tall]}])
+    (message,) = told(caplog, [{"params": [vector, matrix]}, {"params": [tall]}], level=1)
     assert message.startswith("parameter group 1 has")
-    assert told(caplog, [vector, matrix]) == []
+    assert told(caplog, [vector, matrix], level=1) == []
+
+
+def test_matrices_of_which_no_level_was_said(caplog: pytest.LogCaptureFixture) -> None:
+    """They are AdamW's, and one warning says so, but where it was meant or changes nothing."""
+    for options in ({}, {"recipe": "energy"}):
+        (message,) = told(caplog, [{"params": weights()[:2], **options}, {"params": weights()}])
+        assert message.startswith("parameter group 0 says no level, so its 1 matrices are AdamW's")
+        assert "GWTAdamW(gwt_dist.param_groups(model))" in message and "level=0" in message
+    bare = GWTAdamW(weights(), recipe="foam")
+    assert (bare.defaults["level"], bare.param_groups[0]["level"]) == (0, 0)
+    for options in ({"level": 0}, {"level": 2}, {"recipe": "adalomo"}, {"recipe": "low-rank"}, {"least_level": 0}):
+        assert told(caplog, weights(), **{"recipe": "orthogonal", **options}) == [], options
+    assert told(caplog, weights()[:1]) == []
 
 
 def test_an_embedding_of_which_something_was_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,8 +74,8 @@ def test_an_embedding_of_which_something_was_said(caplog: pytest.LogCaptureFixtu
         *({"recipe": name} for name in ("orthogonal", "foam", "energy")),
         *({"level": 0}, {"second_moment": "energy"}),
     ):
-        assert told(caplog, weights(), **options) == [], options
-        assert told(caplog, [{"params": weights(), **options}]) == [], options
+        assert told(caplog, weights(), **{"level": 1, **options}) == [], options
+        assert told(caplog, [{"params": weights(), "level": 1, **options}]) == [], options
     model = nn.ModuleDict(
         {
             "embed": nn.Embedding(81, 10),
@@ -72,23 +85,23 @@ def test_an_embedding_of_which_something_was_said(caplog: pytest.LogCaptureFixtu
         }
     )
     assert told(caplog, param_groups(model)) == []
-    assert len(told(caplog, param_groups(model, targets="all-linear"))) == 1, "a head that is a target is none"
+    assert told(caplog, param_groups(model, targets="all-linear")) == [], "nor a head, or an adapter, that is a target"
 
 
 def test_a_copy_does_not_know_what_was_said(caplog: pytest.LogCaptureFixture) -> None:
     vector, matrix, tall, _ = weights()
-    twin = copy.deepcopy(GWTAdamW([vector, matrix]))
+    twin = copy.deepcopy(GWTAdamW([vector, matrix], level=1))
     with caplog.at_level(logging.INFO, logger=LOGGER):
         twin.add_param_group({"params": [tall]})
     assert not caplog.records and twin.param_groups[1]["recipe"] == "orthogonal"
 
 
 def test_a_rate_of_the_time_of_another_scale(caplog: pytest.LogCaptureFixture) -> None:
-    (message,) = told(caplog, weights()[:1], lr=HIGH_RATE, recipe="foam")
+    (message,) = told(caplog, weights()[:1], lr=HIGH_RATE, recipe="foam", level=1)
     assert "lr=0.005 in parameter group 0" in message and "is now 1 with the recipe 'foam'" in message
     new = ({"recipe": recipe} for recipe in ("factored", "came", "adalomo"))  # which never had a scale of 0.25
     for options in ({"lr": 0.0049}, {"scale": 0.25}, {"scale": 1.0}, {"recipe": "paper"}, {"level": 0}, *new):
-        assert told(caplog, weights()[:1], **{"lr": HIGH_RATE, "recipe": "foam", **options}) == [], options
+        assert told(caplog, weights()[:1], **{"lr": HIGH_RATE, "recipe": "foam", "level": 1, **options}) == [], options
 
 
 def net() -> nn.Module:

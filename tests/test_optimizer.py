@@ -6,6 +6,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -324,3 +325,32 @@ def test_group_keys_of_other_optimizers_are_told_by_their_names_here(keys, told)
         GWTAdamW([plain, {"params": [nn.Parameter(torch.zeros(4, 8))], **keys}])
     for part in told:
         assert part in str(raised.value)
+
+
+def test_arguments_of_adamw_that_change_nothing_are_taken() -> None:
+    weight = nn.Parameter(torch.ones(4, 8))
+    GWTAdamW([weight], level=0, foreach=True, fused=True, capturable=True, amsgrad=False, maximize=False)
+    GWTAdamW([{"params": [weight], "fused": True, "amsgrad": False}], level=0, foreach=None, differentiable=False)
+    for key in ("amsgrad", "maximize", "differentiable"):
+        with pytest.raises(ValueError, match=f"{key}=True in the arguments of GWTAdamW, which GWTAdamW has not"):
+            GWTAdamW([weight], **{key: True})
+        with pytest.raises(ValueError, match=f"{key}=True in parameter group 0, which GWTAdamW has not"):
+            GWTAdamW([{"params": [weight], key: True}])
+
+
+def test_a_group_by_hand_with_a_misspelt_key_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(4, 8))
+    with pytest.raises(ValueError, match=r"parameter group 0 has the unknown key 'weigth_decay'.*'weight_decay'"):
+        GWTAdamW([{"params": [weight], "weigth_decay": 0.1}])
+    own = {"initial_lr": 0.1, "name": "body", "lr_scale": 2.0}
+    assert GWTAdamW([{"params": [weight], **own}], level=0).param_groups[0].items() >= own.items()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    weight = nn.Parameter(torch.ones(4, 8))
+    optimizer = GWTAdamW(
+        [{"params": [weight], "weight_decay": np.float32(0.5)}], lr=np.float32(0.25), level=np.int64(1)
+    )
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["level"]) == (0.25, 0.5, 1)
+    assert [type(group[key]) for key in ("lr", "weight_decay", "level")] == [float, float, int]

@@ -25,7 +25,7 @@ def test_the_step_that_torch_takes_on_a_fresh_optimizer(ranks) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1 flat"])
 def test_the_state_loads_with_weights_only(ranks, tmp_path, kind) -> None:
     for kinds in ranks(2, weights_only_case, str(tmp_path), kind):
-        assert kinds == ["NoneType", "Tensor", "float", "int", "list", "str", "tuple"]
+        assert kinds == ["NoneType", "Tensor", "bool", "float", "int", "list", "str", "tuple"]
 
 
 @pytest.mark.usefixtures("torch_extensions_dir")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib.metadata
 import re
-import shutil
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -53,28 +50,6 @@ def text_files() -> list[Path]:
         parts = [p for p in parts if p.name not in left and p.suffix != ".egg-info"]
         paths = [f for p in parts for f in ([p] if p.is_file() else p.rglob("*"))]
     return [p for p in paths if p.is_file() and b"\0" not in p.read_bytes()[:8192]]
-
-
-def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
-    # Built from a copy: setuptools leaves build/ and *.egg-info beside what it builds.
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    junk = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for folder in ("gwt_dist", "tests", "launch", "configs"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=junk)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(tree)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA")))
-    source = {path.relative_to(tree).as_posix() for path in (tree / "gwt_dist").rglob("*") if path.is_file()}
-    assert "gwt_dist/py.typed" in packed
-    assert packed == source
-    assert re.search(rb"^License(-Expression)?: Apache-2.0$", metadata, re.M)
 
 
 def test_every_requirement_is_pinned() -> None:

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from gwt_dist import memory, param_groups, recipes, units
+from gwt_dist import memory, recipes, units
 from gwt_dist.cli.models import read_model
 from gwt_dist.comm import Shard, alone
 from gwt_dist.declare import Extent, Field, Pass, Program, Sum
 from gwt_dist.exchange import join
 from gwt_dist.memory import compare, fill, splits
+from gwt_dist.memory.configs import of_config
 from gwt_dist.memory.deepspeed import setup_of
-from gwt_dist.memory.model import ModelSpec, TensorSpec, of_config, of_module
+from gwt_dist.memory.model import ModelSpec, TensorSpec, of_module
 from gwt_dist.memory.model import groups_of as groups_by_name
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import DEVICES, Setup
@@ -34,9 +35,11 @@ from gwt_dist.plan import Plan as ParameterPlan
 from gwt_dist.products import stacks as products
 from gwt_dist.schedule import Member
 from gwt_dist.sums import lay_out
+from gwt_dist.targets import Matrix
 from matrix_cases import Model, groups_of
 from plan_cases import allocated_case, checkpoint_case
 from test_matrix import ENGINES, kinds
+from test_plan_models import SHAPES
 
 SUITE = {"deepspeed 1", "deepspeed 2 bf16", "deepspeed 3 bf16 init", "fsdp2 rows", "fsdp2 hsdp", "fsdp1 FULL_SHARD"} | {
     "fsdp1 HYBRID_SHARD, flat",
@@ -213,41 +216,6 @@ def test_llamas_on_64_ranks_that_are_faked(rank_ids: tuple[int, ...]) -> None:
     assert len(spread) == (5 if 7 in rank_ids else 4)  # the last of 8 shards of 5461 rows has fewer
 
 
-CONFIGS = {
-    "llama": {"model_type": "llama"},
-    "no type": {},
-    "grouped heads, tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "head_dim": {"model_type": "llama", "head_dim": 24},
-    "mistral": {"model_type": "mistral", "num_key_value_heads": 2},
-    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
-}
-SHAPES = {
-    "hidden_size": 64,
-    "intermediate_size": 171,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 97,
-}
-
-
-@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS.keys())
-def test_shapes_by_arithmetic_are_those_of_transformers(change: dict[str, Any]) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = {**SHAPES, **change}
-    found = of_config(config, "it")
-    kind = config.pop("model_type", "llama")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
-    assert found is not None
-    assert {t.name: t for t in found.tensors} == {t.name: t for t in of_module(model, "it").tensors}
-    # ... in the same order, which decides where ZeRO's boundaries fall, and in the groups that a run makes.
-    assert [t.name for t in found.tensors] == [name for name, _ in model.named_parameters()]
-    targets = {"self_attn": 1, r".*mlp\.(up|gate)_proj": 3}
-    assert groups_by_name(found, 2, targets) == memory.specs(model.named_parameters(), param_groups(model, 2, targets))
-
-
 def test_another_type_is_built_by_transformers(tmp_path: Path) -> None:
     config = {"model_type": "gpt_neox", **SHAPES, "max_position_embeddings": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -383,7 +351,7 @@ def test_bytes_a_weight_in_8_bits(recipe: str, level: int, most: float) -> None:
 
 
 def test_formats_that_a_run_refuses_are_not_planned() -> None:
-    model = ModelSpec("", (TensorSpec("a.weight", (4, 8), "a"),))
+    model = ModelSpec("", (TensorSpec("a.weight", (4, 8), Matrix("a")),))
 
     def planned_with(weights: str, engine: str = "fsdp2", **keys: Any) -> MemoryPlan:
         return fill.plan(model, groups_by_name(model, 1, "a", **keys), Setup(engine, 2, weights=weights))
@@ -442,7 +410,7 @@ def test_what_is_sent_in_a_step() -> None:
 def test_matrices_that_travel_by_hand() -> None:
     """Two matrices [16, 10] on 3 ranks."""
     shapes = [("a.q", (16, 10)), ("a.k", (16, 10))]
-    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, name) for name, shape in shapes))
+    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, Matrix(name)) for name, shape in shapes))
 
     def sent(engine: str, device: str = "cuda", world: int = 3, **keys: Any) -> list[int]:
         groups = groups_by_name(model, 1, "a", recipe="orthogonal", **keys)
@@ -464,7 +432,7 @@ def test_matrices_that_travel_by_hand() -> None:
 def test_matrices_are_handed_out_in_the_order_of_the_groups(use_orig_params: bool) -> None:
     """Of three that are as dear, each in equal parts on 3 ranks, and of which the model has the largest first."""
     shapes = [("a", (2, 18)), ("b", (3, 8)), ("c", (3, 8))]
-    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, name, name) for name, shape in shapes))
+    model = ModelSpec("", tuple(TensorSpec(f"{name}.weight", shape, Matrix(name), name) for name, shape in shapes))
     groups = groups_by_name(model, 1, {"a": 1, "b": 2, "c": 2}, recipe="orthogonal")
     found = fill.plan(model, groups, Setup("fsdp1", 3, weights="fp32", use_orig_params=use_orig_params))
     # Level 2 is the first group: b to rank 0, c to rank 1, a to rank 2.

@@ -128,7 +128,16 @@ def test_bytes_a_weight_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sizes() -> None:
-    assert [size(x) for x in ("24GB", "24GiB", "1.5 kib", "7", "2tb")] == [24 * 10**9, 24 * 2**30, 1536, 7, 2 * 10**12]
+    assert [size(x) for x in ("24GB", "24GiB", "1.5 kib", "7B", "2tb", "0")] == [
+        24 * 10**9,
+        24 * 2**30,
+        1536,
+        7,
+        2 * 10**12,
+        0,
+    ]
+    with pytest.raises(ValueError, match="'24' has no unit; write 24GB \\(10\\^9 bytes\\), 24GiB"):
+        size("24")
     for wrong in ("", "24 potatoes", "-1GB", "GB"):
         with pytest.raises(ValueError, match="is no size"):
             size(wrong)
@@ -188,8 +197,13 @@ def test_every_key_of_a_deepspeed_json_counts(tmp_path: Path, capsys: pytest.Cap
     [
         (["nothing"], "no model 'nothing'"),
         (["no.such.module:f"], "cannot be imported|can be imported"),
-        (["tiny", "--engine", "zero9"], "engine 'zero9' must be one of"),
-        (["tiny", "--target", "mpl"], "target 'mpl' matches no Linear weight"),
+        (["tiny", "--engine", "zero9"], "engine 'zero9' must be one of .*fairscale, or hsdp"),
+        (["tiny", "--world", "100001"], "100,001 ranks are more than 100,000"),
+        (["tiny", "--engine", "hsdp", "--mesh", "1000x101"], "101,000 ranks are more than"),
+        (["tiny", "--fit", "24"], "'24' has no unit; write 24GB"),
+        (["tiny", "--fit", "24GB", "--reserve", "1.5"], "'1.5' has no unit; write 1.5GB"),
+        (["configs"], "configs is a folder without a config.json"),
+        (["tiny", "--target", "mpl"], "target 'mpl' matches no weight matrix"),
         (["tiny", "--level", "17"], "level=17"),
         (["tiny", "--wavelet", "haarr"], "wavelet='haarr'"),
         (["tiny", "--recipe", "pepper"], "recipe='pepper'"),

@@ -245,7 +245,7 @@ def test_each_engine_setting_trains(
         ({}, optimizer(level=17), "level"),
         ({}, optimizer(wavelet="haaar"), "haaar"),
         ({}, optimizer(recipe="secret"), "recipe"),
-        ({}, optimizer(targets=["conv"]), "'conv' matches no Linear weight"),
+        ({}, optimizer(targets=["conv"]), "'conv' matches no weight matrix"),
     ],
 )
 def test_bad_input_is_one_error_and_writes_nothing(

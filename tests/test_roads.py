@@ -92,7 +92,7 @@ def test_recipes_of_tensors_without_a_level_mean_the_same() -> None:
     first[1].param_groups[0]["second_moment"] = None
     train(first, 0, 1)
     with pytest.raises(ValueError, match="second_moment"):  # level 0 has the second moment that its group names
-        GWTAdamW(second[0].parameters(), second_moment="all")
+        GWTAdamW(second[0].parameters(), level=1, second_moment="all")
     vectors = [GWTAdamW([nn.Parameter(torch.ones(5))], recipe=r, level=2) for r in ("paper", "energy")]
     vectors[0].param_groups[0]["params"][0].grad = torch.ones(5)
     vectors[0].step()

@@ -76,7 +76,7 @@ def test_ranks_that_disagree(ranks, tmp_path) -> None:
 
 def run() -> tuple[nn.Module, GWTAdamW]:
     model = Adapted(1.0)
-    return model, GWTAdamW([p for p in model.parameters() if p.requires_grad])
+    return model, GWTAdamW([p for p in model.parameters() if p.requires_grad], level=1)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_patterns_that_cannot_be_meant(tmp_path, exclude, message) -> None:
 def test_all_frozen_of_a_model_that_is_all_trained(tmp_path) -> None:
     model = nn.Linear(3, 3)
     with pytest.raises(CheckpointError, match="exclude='all-frozen' matches no frozen parameter"):
-        gwt_dist.save(tmp_path, model, GWTAdamW(model.parameters()), step=0, exclude="all-frozen")
+        gwt_dist.save(tmp_path, model, GWTAdamW(model.parameters(), level=1), step=0, exclude="all-frozen")
 
 
 def test_what_another_optimizer_may_step_is_not_frozen(tmp_path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    optimizer = GWTAdamW(model[0].parameters())
+    optimizer = GWTAdamW(model[0].parameters(), level=1)
     with pytest.raises(CheckpointError, match=r"1.bias, 1.weight is in no group of this optimizer and requires a grad"):
         gwt_dist.save(tmp_path, model, optimizer, step=0, exclude="all-frozen")
     model[1].requires_grad_(False)
@@ -152,7 +152,7 @@ def test_what_was_left_out_must_be_there(tmp_path) -> None:
     assert gwt_dist.load(tmp_path, model, weights_only=True, strict=False).left.in_checkpoint == ("frozen.weight",)
     thawed = Adapted(2.0)
     thawed.frozen.weight.requires_grad_(True)
-    optimizer = GWTAdamW([p for p in thawed.parameters() if p.requires_grad])
+    optimizer = GWTAdamW([p for p in thawed.parameters() if p.requires_grad], level=1)
     assert "frozen.weight" in gwt_dist.load(tmp_path, thawed, optimizer).left.excluded
     assert bool((thawed.frozen.weight == 2.0).all())
 

@@ -338,7 +338,7 @@ class Slotted:
 
 def test_a_state_that_cannot_be_read_names_its_schedule(tmp_path) -> None:
     model = nn.Linear(4, 4)
-    optimizer = GWTAdamW(model.parameters())
+    optimizer = GWTAdamW(model.parameters(), level=1)
     schedule = torch_schedules.LambdaLR(optimizer, Slotted())
     with pytest.raises(CheckpointError, match=r"state_dict of scheduler \(LambdaLR\) cannot be read: AttributeError"):
         gwt_dist.save(tmp_path, model, optimizer, step=0, scheduler=schedule)

@@ -57,10 +57,11 @@ TOLD: dict[str, list[str]] = {
     "given twice": ["optim_args='level=3' is given, and an optimizer section", "remove one of them"],
     "given twice, callback alone": ["optim_target_modules=['mlp'] is given, and an optimizer section"],
     "another type, callback alone": ["an optimizer section of type 'AdamW'"],
+    "decay left out": ["weight_decay=0.1 is given", 'Write "weight_decay": "auto" into optimizer.params'],
     "level auto": ["`optimizer.params.level` without `auto`"],  # in Accelerate's words
     "in quotes": ["optimizer.params.scale is the text '0.5'", "without quotes"],
     "unknown": ["optimizer.params has the unknown key 'levle'; did you mean 'level'?"],
-    "target": ["target 'mpl' matches no Linear weight"],
+    "target": ["target 'mpl' matches no weight matrix"],
     "stands twice": ["twice-", "has the key zero_optimization more than once"],
 }
 

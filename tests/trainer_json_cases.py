@@ -164,6 +164,15 @@ def section_case(stage: int, folder: str) -> dict[str, Any]:
     }
 
 
+def page_case(settings: dict[str, Any], folder: str) -> dict[str, int]:
+    """The levels of a run whose optimizer is a section of this JSON, by name."""
+    from gwt_dist.engines.attach import find_optimizer
+
+    trainer = trainer_of(settings, folder)
+    trainer.train()
+    return levels_of(find_optimizer(trainer.optimizer))
+
+
 def refused_cases(folder: str) -> dict[str, str]:
     """What is told of sections that cannot be honoured."""
     path = Path(folder, f"twice-{dist.get_rank()}.json")
@@ -185,6 +194,7 @@ def refused_cases(folder: str) -> dict[str, str]:
         "given twice": lambda: trainer_of(documented(2), folder, ours=True, optim_args="level=3"),
         "given twice, callback alone": lambda: trainer_of(documented(2), folder, optim_target_modules=["mlp"]),
         "another type, callback alone": lambda: trainer_of(adamw, folder),
+        "decay left out": lambda: trainer_of({**documented(2), **untargeted}, folder),
         "level auto": lambda: train(level="auto"),
         "in quotes": lambda: train(scale="0.5"),
         "unknown": lambda: train(levle=2),

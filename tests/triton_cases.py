@@ -354,7 +354,7 @@ def of_one_step(recipe: str, numbers: tuple[int, ...]) -> list[tuple[list[str], 
         weights = [torch.nn.Parameter(torch.randn(8, 16) if i % 3 else torch.randn(5)) for i in range(number)]
         rate = torch.tensor(0.01)  # read on the device
         with interpreter(), kernel("triton"):
-            optimizer = GWTAdamW(weights, lr=rate, recipe=recipe)
+            optimizer = GWTAdamW(weights, lr=rate, recipe=recipe, level=1)
             for weight in weights:
                 weight.grad = torch.randn_like(weight)
             optimizer.step()

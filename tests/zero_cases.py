@@ -41,6 +41,17 @@ class Scale(nn.Module):
         return (self.weight * gradients["weight"]).sum()
 
 
+class Experts(nn.Module):
+    """A stack of matrices in one parameter, as mixtures of experts keep them."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, gradients: dict[str, Tensor]) -> Tensor:
+        return (self.weight * gradients["weight"]).sum()
+
+
 class Net(nn.Module):
     """Odd shapes: units that end at no boundary, a row shorter than a unit, fewer elements than ranks, 1-D, frozen."""
 
@@ -323,7 +334,7 @@ def refused_case(change: dict[str, Any], params: dict[str, Any], client: bool = 
         config[section] = {**config.get(section, {}), **value} if isinstance(value, dict) else value
     config["optimizer"] = {"type": "GWTAdamW", "params": {**options(2, "paper"), "targets": ["mlp"], **params}}
     model = Net()
-    optimizer = GWTAdamW(model.parameters()) if client else None
+    optimizer = GWTAdamW(model.parameters(), level=1) if client else None
     try:
         gwt_dist.initialize(model=model, config=config, optimizer=optimizer)
     except ValueError as error:

@@ -366,7 +366,7 @@ def refused_attach_case(config: dict[str, Any], what: str) -> str:
         optimizer.opt_id, optimizer.ds_opt_adam = 0, SimpleNamespace(destroy_adam=lambda _: None)
         optimizer = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
     elif what == "other":
-        optimizer = GWTAdamW(Net().parameters())
+        optimizer = GWTAdamW(Net().parameters(), level=1)
     else:
         target = engine.optimizer
     try:

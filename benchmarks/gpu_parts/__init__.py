@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gpu_parts import capture, engines, machine, products, slices, steps, suite, training
+from gpu_parts import activations, capture, engines, machine, products, slices, steps, suite, training
 from gpu_parts.setting import Row, Setting
 
 
@@ -31,6 +31,8 @@ all that memory can do); `waits`: whether `step()` waits for the GPU, which it s
 state for each weight."""
 CAPTURE = "`ok`: after eight steps all weights and all state have the bits of plain steps."
 PRODUCTS = "`ratio`: of the symmetric kernel to `torch.bmm` in the same rounds; it is faster below 1. Errors: to fp64."
+ACTIVATIONS = """`ok`: the codes of torch's operations, bit for bit; `share of copy`: time of a copy of as many bytes,
+of the time that it takes (1 is all that memory can do)."""
 TRAINING = "Forward, backward and step in bf16 autocast; `step ms` is the optimizer's part, measured after a backward."
 
 # The first is there always; the others in the order of what a cut-off run should have.
@@ -42,5 +44,6 @@ PARTS = (
     Part("steps", "Time of a step", steps.rows, 150, False, STEPS),
     Part("capture", "A whole training step in a CUDA graph, and compiled models", capture.rows, 70, True, CAPTURE),
     Part("products", "Symmetric products beside `torch.bmm`", products.rows, 30, False, PRODUCTS),
+    Part("activations", "Saved activations in 8 bits", activations.rows, 20, True, ACTIVATIONS),
     Part("training", "The step within an iteration of 131,072 tokens", training.rows, 120, False, TRAINING),
 )

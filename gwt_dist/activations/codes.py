@@ -25,11 +25,17 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from gwt_dist.kernels import triton
 from gwt_dist.kernels.build import BuildError, load
 
 GROUP = 128
 LARGEST = 255  # code
 _LOWER = 0xFFFF  # the bits of fp32 that bf16 has not
+# Dtypes that the kernels of a device take.
+_TAKEN = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Codes:
 def encode(x_TC: Tensor, generator: torch.Generator | None = None) -> Codes:
     """Codes of a floating tensor, (T, C); with a generator of its device they are rounded by chance.
 
-    On a CPU there is a kernel for fp32 and bf16 that are rounded to nearest, which has the same codes.
+    To nearest a kernel rounds, which has the same codes: in C++ fp32 and bf16 on a CPU, in Triton on a GPU.
     """
     kernel = _kernel_of(x_TC) if generator is None else None
     if kernel is None:
@@ -84,15 +90,21 @@ class _NoMemory:
 
 
 def _kernel_of(x_TC: Tensor) -> Any:
+    """What has `encode` and `decode` for such a tensor; None where torch's operations do it."""
     if isinstance(x_TC, FakeTensor):
         return _NoMemory
-    return _kernel() if x_TC.device.type == "cpu" and x_TC.dtype in (torch.float32, torch.bfloat16) else None
+    return _kernel(x_TC.device.type) if x_TC.dtype in _TAKEN.get(x_TC.device.type, ()) else None
 
 
 @cache
-def _kernel() -> ModuleType | None:
+def _kernel(device: str) -> ModuleType | None:
     try:
-        return load("activations")
+        if device == "cpu":
+            return load("activations")
+        triton.prepare()
+        from gwt_dist.kernels import triton_activations
+
+        return triton_activations
     except BuildError as error:
         warnings.warn(f"{error}\nActivations are packed by torch operations instead", RuntimeWarning, stacklevel=2)
         return None

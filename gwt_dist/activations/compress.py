@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gwt_dist.activations.codes import Codes, decode, encode
-from gwt_dist.groups import matches
+from gwt_dist.targets import matches
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,17 @@ _Saved = tuple[_Packed, torch.Size] | tuple[Tensor, int]
 
 @dataclass(eq=False)
 class Compression:
-    """What `compress_activations` did, to be undone by `remove`; bytes are counted since `reset`."""
+    """What `compress_activations` did, to be undone by `remove`; bytes are counted since `reset`.
 
-    modules: tuple[str, ...]  # names of those whose saved tensors are compressed
-    before: int = 0  # bytes of the tensors that were packed, each memory once
-    after: int = 0  # bytes of their codes
+    Attributes:
+        modules: Names of those whose saved tensors are compressed.
+        before: Bytes of the tensors that were packed, each memory once.
+        after: Bytes of their codes.
+    """
+
+    modules: tuple[str, ...]
+    before: int = 0
+    after: int = 0
     _handles: list[Any] = field(default_factory=list, repr=False)
 
     def reset(self) -> None:

@@ -133,10 +133,7 @@ def held(
         ValueError: If there are no blocks to be recomputed, or no modules that `compress_activations` chooses.
     """
     with ExitStack() as stack:
-        if recomputed:
-            stack.enter_context(_checkpointed(model))
-        if in_8_bits:
-            stack.callback(compress_activations(model).remove)
+        stack.enter_context(changed(model, recomputed=recomputed, in_8_bits=in_8_bits))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(_let_go).remove)
@@ -146,6 +143,17 @@ def held(
         kept = live.now
         loss.backward()
     return Held(kept, live.most)
+
+
+@contextmanager
+def changed(model: nn.Module, *, recomputed: bool, in_8_bits: bool) -> Iterator[None]:
+    """Within it a model has these measures; arguments and errors are those of `held`."""
+    with ExitStack() as stack:
+        if recomputed:
+            stack.enter_context(_checkpointed(model))
+        if in_8_bits:
+            stack.callback(compress_activations(model).remove)
+        yield
 
 
 def _let_go(parameter: Tensor) -> None:

@@ -23,13 +23,14 @@ from gwt_dist.formats import FORMATS, scale_of
 from gwt_dist.kernels.stored import StoredField
 from gwt_dist.layout import Fragment
 from gwt_dist.piece import Piece, stored_dtype
+from gwt_dist.stacks import together
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """One field over coefficients of one piece, saved in another format than it has here."""
 
-    name: str  # of the tensor, in the checkpoint
+    where: tuple[str, int, int]  # of the tensor in the checkpoint, see `Stepped.stored`
     saved: Field
     wanted: Field
     source: Piece  # in cells that are large enough for both formats, so that it has all that `target` keeps
@@ -42,12 +43,12 @@ class Conversion:
     @property
     def converted(self) -> set[tuple[str, str]]:
         """Tensor and field of what is not read as it stands."""
-        return {(self.name, name) for field in (self.saved, self.wanted) for name in _parts(field)}
+        return {(self.where[0], name) for field in (self.saved, self.wanted) for name in _parts(field)}
 
     def holdings(self) -> Iterator[Holding]:
         """What is to be filled from the checkpoint, in the formats that it has."""
         for name, buffer in self.stored.items():
-            kept = replace(self.source.places[name], fqn=self.name)
+            kept = together(self.source.places[name], *self.where)
             yield Holding(name, kept, kept, buffer)
 
     def finish(self) -> None:
@@ -87,7 +88,7 @@ def conversions(
             step = torch.tensor(entry.step, device=device)
             what, shift = noise.of_moment(number)
             yield Conversion(
-                entry.name,
+                one.stored(target.fragment.fqn),
                 saved,
                 wanted,
                 source,

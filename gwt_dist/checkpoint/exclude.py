@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from gwt_dist.checkpoint.dtypes import name_of
 from gwt_dist.checkpoint.format import CheckpointError, Excluded
 from gwt_dist.checkpoint.holdings import Run
-from gwt_dist.groups import checked_pattern, matches
+from gwt_dist.targets import checked_pattern, matches
 
 ALL_FROZEN = "all-frozen"
 

@@ -33,6 +33,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "2GB",
     progress: Callable[[int], object] = lambda count: None,
+    beside: Callable[[Path, Index], object] = lambda folder, index: None,
 ) -> Path:
     """Write the weights of a checkpoint to a new folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
@@ -48,6 +49,8 @@ def export_model(
             engine rounds it. float32 keeps what an fp32 master has beyond a bf16 weight.
         max_shard_size: Bytes of a file, or text such as ``"2GB"``; a tensor that is larger has a file of its own.
         progress: Called with the bytes of a tensor as it is stored, when it is done.
+        beside: Called with the folder as it is written, which has config and weights then, and the checkpoint's index;
+            for files that belong with them, such as those of `gwt_dist.report.card.describe`.
 
     Returns:
         `out`.
@@ -55,7 +58,7 @@ def export_model(
     Raises:
         CheckpointError: If the checkpoint is damaged, has no config, or is not of the model that the config describes;
             names the tensor or the file.
-        ValueError: If `out` holds something, or `max_shard_size` makes no sense.
+        ValueError: If `out` holds something or cannot be written, or `max_shard_size` makes no sense.
     """
     out = Path(out).absolute()
     if os.path.lexists(out) and (not out.is_dir() or out.is_symlink() or any(out.iterdir())):
@@ -82,17 +85,21 @@ def export_model(
             raise CheckpointError(f"{name!r} is {index.tensors[name].dtype}, which safetensors files do not have")
     model_config.dtype = str(_main(index, dtypes)).removeprefix("torch.")
     writing = out.with_name(f".{out.name}.exporting")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(writing, ignore_errors=True)  # of an export that was killed
-    writing.mkdir()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(writing, ignore_errors=True)  # of an export that was killed
+        writing.mkdir()
         with Reader(where, index.files) as reader:
             _write(writing, index, reader, names, dtypes, max_shard_size, progress)
         model_config.save_pretrained(writing)
-        for path in sorted(writing.iterdir()):
+        beside(writing, index)
+        for path in sorted(path for path in writing.rglob("*") if path.is_file()):
             folder.sync_file(path)
         folder.sync_folder(writing)
         os.rename(writing, out)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}; name a folder elsewhere") from error
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise

@@ -67,6 +67,15 @@ def check(index: Index, run: Run, where: str, convert: bool = False) -> Fit:
                     f"wavelet={here[1]!r} in this optimizer; its moments would mean something else. "
                     f"{_AS_IT_WAS}"
                 )
+            was_stacked, is_stacked = (
+                groups[number].get("stacked", False)
+                for groups, number in ((index.groups, entry.group), (run.optimizer.param_groups, about.group))
+            )
+            if entry.step is not None and len(entry.shape) == 3 and was_stacked != is_stacked:
+                raise CheckpointError(
+                    f"{name!r} of shape {entry.shape} was trained with stacked={was_stacked} in {where} and this "
+                    f"optimizer has stacked={is_stacked}; its moments would be those of other rows. {_AS_IT_WAS}"
+                )
             if entry.level or about.is_taken:
                 _check_keys(index.groups[entry.group], where)
                 check_meaning(index.groups[entry.group], run.optimizer.param_groups[about.group], repr(name), where)
@@ -136,7 +145,7 @@ def _state(index: Index, run: Run, one: Stepped, where: str) -> State | None:
         )
     if taken is None:
         return None
-    missed = {tensor.fqn: taken - (counts[name] or 0)
+    missed = {one.plan.shard.source(tensor.fqn)[0]: taken - (counts[name] or 0)
               for name, tensor in zip(one.names, one.plan.shard.tensors, strict=True) if name in still}  # fmt: skip
     tensors = run.optimizer.state.get(one.parameter) or one.plan.fresh_state(one.parameter)
     return State(tensors, taken, {name: number for name, number in missed.items() if number})
@@ -177,7 +186,7 @@ def _options(index: Index, run: Run, where: str, convert: bool) -> Iterable[dict
         try:
             loaded = {**group, **options}
             check_group(loaded, f"a parameter group of {where}")
-            then, now = (Form.of(one["level"], one["wavelet"], rule_of(one)) for one in (loaded, group))
+            then, now = (Form.of(one["level"], one["wavelet"], rule_of(one), one["stacked"]) for one in (loaded, group))
             if then != now:
                 then_as, now_as = _state_dtype(loaded), _state_dtype(group)
                 raise CheckpointError(

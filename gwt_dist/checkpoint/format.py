@@ -89,7 +89,8 @@ class Entry:
     recipe: str = ""
     fields: tuple[Field, ...] = ()  # what its state is made of
     step: int | None = None  # None: never stepped
-    numbers: dict[str, float] = field(default_factory=dict)  # once a step was taken: the fields of one number a tensor
+    # Once a step was taken: the fields of one number a tensor. Of a stack of matrices, a number of each.
+    numbers: dict[str, float | list[float]] = field(default_factory=dict)
 
     @property
     def has_master(self) -> bool:

@@ -19,9 +19,11 @@ from gwt_dist.engines.weights import Local, Weights, clean, read_weights
 from gwt_dist.layout import Fragment
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.plan import Plan
+from gwt_dist.stacks import together
 from gwt_dist.steps import Group
 from gwt_dist.units import level_of
 
+Numbers = dict[str, float | list[float]]  # by field: of a tensor, or of each matrix of a stack
 MASTER = "master weight"  # a weight in the precision of the optimizer; stored as the weight
 
 
@@ -38,7 +40,10 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """An optimizer parameter: its plan, the number of its group, and the tensors that it stands for, in order."""
+    """An optimizer parameter: its plan, the number of its group, and the tensors that it stands for, in order.
+
+    Each is one of the plan's; those that are matrices of one stack have its name, under which all of them are stored.
+    """
 
     parameter: Tensor
     group: int
@@ -48,10 +53,13 @@ class Stepped:
     @property
     def held(self) -> list[tuple[int, str]]:
         """Place and name of the tensors of which this rank holds any element."""
-        held = {clean(piece.fragment.fqn) for piece in self.plan.pieces if piece.fragment.numel}
-        if self.plan.shard.local_shape is not None:
-            held = set(self.names) if any(piece.fragment.numel for piece in self.plan.pieces) else set()
+        held = {self.stored(piece.fragment.fqn)[0] for piece in self.plan.pieces if piece.fragment.numel}
         return [(i, name) for i, name in enumerate(self.names) if name in held]
+
+    def stored(self, fqn: str) -> tuple[str, int, int]:
+        """Of a tensor of the plan: the name under which it is stored, its place there, and how many there are."""
+        source, place, number = self.plan.shard.source(fqn)
+        return clean(source) if self.plan.shard.local_shape is None else self.names[0], place, number
 
     @property
     def frozen(self) -> set[str]:
@@ -64,12 +72,20 @@ class Stepped:
         """What the state of the tensor at `place` is made of."""
         return self.plan.form.fields(self.plan.shard.tensors[place].shape)
 
-    def numbers(self, state: Mapping[str, Tensor]) -> list[dict[str, float]]:
-        """Of each tensor, the fields that are one number."""
+    def numbers(self, state: Mapping[str, Tensor]) -> dict[str, Numbers]:
+        """By name, the fields that are one number a tensor: of a stack, those of its matrices."""
         names = [f.name for f in self.plan.fields if f.extent is Extent.TENSOR]
         values = {name: state[name].reshape(-1).tolist() for name in names}
-        every = range(len(self.names))
-        return [{f.name: values[f.name][i] for f in self.fields(i) if f.name in values} for i in every]
+        found: dict[str, Numbers] = {name: {} for name in self.names}
+        for i, (name, tensor) in enumerate(zip(self.names, self.plan.shard.tensors, strict=True)):
+            for field in (f.name for f in self.fields(i) if f.name in values):
+                if tensor.fqn in self.plan.shard.stacks:
+                    its = found[name].setdefault(field, [])
+                    assert isinstance(its, list)
+                    its.append(values[field][i])
+                else:
+                    found[name][field] = values[field][i]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +136,9 @@ class Run:
             if plan is None:
                 raise CheckpointError(f"a {where} of the optimizer was never given to it")
             if parameter in self.optimizer.shards:
-                names = tuple(clean(tensor.fqn) for tensor in plan.shard.tensors)
+                names = tuple(clean(plan.shard.source(tensor.fqn)[0]) for tensor in plan.shard.tensors)
             elif id(parameter) in self.weights.names:
-                names = (self.weights.names[id(parameter)],)
+                names = (self.weights.names[id(parameter)],) * len(plan.shard.tensors)
             else:
                 raise CheckpointError(
                     f"a {where} of the optimizer is none of the model's as it is now: pass the model that this "
@@ -155,14 +171,13 @@ class Run:
             buffer = flat(dtensor.local(state[field.name]))
             for piece in one.plan.pieces:
                 if field.name in piece.places:
-                    name = clean(piece.fragment.fqn) if one.plan.shard.local_shape is None else one.names[0]
-                    kept = piece.places[field.name]
-                    owned = extents.owned(field.extent, piece.fragment, piece.units)
-                    yield Holding(field.name, replace(kept, fqn=name), replace(owned, fqn=name), buffer)
+                    where = one.stored(piece.fragment.fqn)
+                    kept = together(piece.places[field.name], *where)
+                    owned = together(extents.owned(field.extent, piece.fragment, piece.units), *where)
+                    yield Holding(field.name, kept, owned, buffer)
             for fqn, its in one.plan.owned.items():
                 if field.name in its:
-                    name = clean(fqn) if one.plan.shard.local_shape is None else one.names[0]
-                    kept = replace(its[field.name], fqn=name)
+                    kept = together(its[field.name], *one.stored(fqn))
                     yield Holding(field.name, kept, replace(kept, offset=0), buffer)
 
     def holdings(self, leave: Container[str] = ()) -> list[Holding]:

@@ -20,12 +20,18 @@ class Left:
     """Tensors that `load` did not touch, by name; each is false where there are none.
 
     Those of the model are what they were before, their masters included.
+
+    Attributes:
+        in_checkpoint: The model does not have them.
+        in_model: The checkpoint does not have them.
+        other_shape: Their shapes in the checkpoint, and here.
+        excluded: They were left out of the save.
     """
 
-    in_checkpoint: tuple[str, ...] = ()  # the model does not have them
-    in_model: tuple[str, ...] = ()  # the checkpoint does not have them
-    other_shape: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)  # in the checkpoint, and here
-    excluded: tuple[str, ...] = ()  # left out of the save
+    in_checkpoint: tuple[str, ...] = ()
+    in_model: tuple[str, ...] = ()
+    other_shape: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether any was left."""

@@ -148,7 +148,7 @@ class _Reader:
         for i, options in enumerate(groups):
             if not isinstance(options, dict):
                 self.fail(f"groups[{i}]", f"is a {type(options).__name__}")
-        entries = {name: self.entry(name, value, len(groups)) for name, value in tensors.items()}
+        entries = {name: self.entry(name, value, groups) for name, value in tensors.items()}
         states: dict[int, dict[str, Stored]] = {}
         for rank, value in random.items():
             if not re.fullmatch(r"[0-9]{1,9}", rank) or not isinstance(value, dict):
@@ -225,7 +225,7 @@ class _Reader:
             self.fail(path, "is no SHA-256")
         return value
 
-    def entry(self, name: str, value: Any, groups: int) -> Entry:
+    def entry(self, name: str, value: Any, groups: list[dict[str, Any]]) -> Entry:
         path = f"tensors.{name}"
         number = (int, type(None))
         kinds: dict[str, Any] = dict(shape=list, dtype=str, group=number, level=int, wavelet=str, recipe=str)
@@ -236,8 +236,8 @@ class _Reader:
         found = self.fields(value, path, **kinds, fields=dict, numbers=dict)
         shape, dtype, group, level, wavelet, recipe, step, parts, fields, numbers = found
         whole = self.shape(shape, f"{path}.shape")
-        if group is not None and not 0 <= group < groups:
-            self.fail(f"{path}.group", f"is {group}, of {groups}")
+        if group is not None and not 0 <= group < len(groups):
+            self.fail(f"{path}.group", f"is {group}, of {len(groups)}")
         self.known(dtype, ITEM_BYTES, f"{path}.dtype")
         kept = tuple(self.field(key, said, f"{path}.fields.{key}") for key, said in fields.items())
         scales = {scale_of(f.name) for f in kept if FORMATS[f.format].scaled}
@@ -254,8 +254,16 @@ class _Reader:
         for field in kept:
             if field.name in state:
                 self.known(stored[field.name].dtype, dtypes_of(field), f"{path}.{field.name}.dtype")
-        single = {f.name: float for f in kept if f.extent is Extent.TENSOR and step is not None}
-        self.fields(numbers, f"{path}.numbers", **single)
+        is_stack = group is not None and groups[group].get("stacked") is True and len(whole) == 3 and whole[0] > 0
+        kind = list if is_stack else float
+        self.fields(
+            numbers, f"{path}.numbers", **{f.name: kind for f in kept if f.extent is Extent.TENSOR and step is not None}
+        )
+        for field_name, its in numbers.items() if is_stack else ():
+            if len(its) != whole[0] or not all(isinstance(one, float) for one in its):
+                self.fail(
+                    f"{path}.numbers.{field_name}", f"are {_shown(its)}, and no number for each of {whole[0]} matrices"
+                )
         step = None if step is None else self.natural(step, f"{path}.step")
         level = self.natural(level, f"{path}.level")
         return Entry(name, whole, dtype, stored, group, level, wavelet, recipe, kept, step, numbers)

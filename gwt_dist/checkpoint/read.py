@@ -26,13 +26,21 @@ from gwt_dist.layout import Overlap
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What `load` found beside the state that it put back."""
+    """What `load` found beside the state that it put back.
 
-    step: int  # optimizer steps done
-    extra: Any  # what `save` was given
+    Attributes:
+        step: Optimizer steps done.
+        extra: What `save` was given.
+        folder: The folder of the checkpoint.
+        random_restored: Whether this rank's number had random states in the checkpoint.
+        left: Tensors that it did not touch.
+    """
+
+    step: int
+    extra: Any
     folder: Path
-    random_restored: bool  # whether this rank's number had random states in the checkpoint
-    left: Left  # tensors that it did not touch
+    random_restored: bool
+    left: Left
 
 
 @dataclass(slots=True)
@@ -263,11 +271,12 @@ def _put_state(index: Index, run: Run, fit: Fit) -> None:
         if state is None:
             run.optimizer.state.pop(one.parameter, None)
             continue
-        entries = [index.tensors[name] for name in one.names]
+        tensors = list(zip(one.plan.shard.tensors, (index.tensors[name] for name in one.names), strict=True))
         state.tensors["step"].fill_(float(state.step))
         for field in one.plan.fields:
             if field.extent is Extent.TENSOR:  # 0 for the tensors that have none
-                values = [entry.numbers.get(field.name, 0.0) for entry in entries]
+                numbers = [(entry.numbers.get(field.name, 0.0), one.stored(its.fqn)[1]) for its, entry in tensors]
+                values = [its[place] if isinstance(its, list) else its for its, place in numbers]
                 state.tensors[field.name].view(-1).copy_(torch.tensor(values, dtype=torch.float64))
         run.optimizer.state[one.parameter].update(state.tensors)
         run.optimizer.restored(one.parameter, state.missed)

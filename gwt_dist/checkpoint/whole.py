@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed import ProcessGroup
 from gwt_dist.checkpoint.elements import copy
 from gwt_dist.checkpoint.files import Part
 from gwt_dist.checkpoint.format import CheckpointError
-from gwt_dist.checkpoint.holdings import Run, Stepped
+from gwt_dist.checkpoint.holdings import Numbers, Run, Stepped
 from gwt_dist.checkpoint.together import Together
 from gwt_dist.comm import Shard
 from gwt_dist.declare import Extent
@@ -20,7 +21,7 @@ from gwt_dist.layout import Fragment
 from gwt_dist.piece import stored_dtype
 from gwt_dist.plan import Plan
 
-_Parts = tuple[float | None, dict[str, float], list[tuple[str, Fragment, Tensor]]]
+_Parts = tuple[float | None, Numbers, list[tuple[str, Fragment, Tensor]]]
 
 
 def full_state(
@@ -54,8 +55,11 @@ def full_state(
     step = next((step for step, _, _ in everyone if step is not None), None)
     if step is None:
         return {}
-    shape = one.plan.shard.tensors[place].shape
-    plan = Plan.of(Shard.whole(name, shape), one.plan.form)
+    tensor = one.plan.shard.tensors[place]
+    is_stack = tensor.fqn in one.plan.shard.stacks
+    shape = (one.stored(tensor.fqn)[2], *tensor.shape) if is_stack else tensor.shape
+    whole_shard = Shard.whole(name, shape)
+    plan = Plan.of(whole_shard.unstacked() if is_stack else whole_shard, one.plan.form)
     state = {"step": torch.tensor(step, dtype=torch.float32)}
     numbers = next(numbers for step, numbers, _ in everyone if step is not None)
     for field in plan.fields:
@@ -64,10 +68,9 @@ def full_state(
         if field.extent is Extent.TENSOR:
             state[field.name] = torch.tensor(numbers[field.name], dtype=dtype)
             continue
-        kept = (plan.owned[name] if field.extent is Extent.OWNED else plan.pieces[0].places)[field.name]
-        whole = torch.zeros(kept.numel, dtype=dtype)
+        whole = torch.zeros(prod(plan.shapes[field.name]), dtype=dtype)
         for fragment, values in parts:
-            for overlap in fragment.intersect(kept):
+            for overlap in fragment.intersect(Fragment(name, fragment.shape, 0, whole.numel())):
                 copy(whole, values, overlap)
         state[field.name] = whole.view(plan.shapes[field.name])
     return state
@@ -93,4 +96,4 @@ def _parts(run: Run, one: Stepped, place: int, name: str) -> _Parts:
         if holding.owned.fqn == name:
             part = Part(name, holding.kind, "", holding.owned, holding.fragment, holding.buffer)
             parts.append((holding.kind, holding.owned, part.dense().clone()))
-    return float(state["step"]), one.numbers(state)[place], parts
+    return float(state["step"]), one.numbers(state)[name], parts

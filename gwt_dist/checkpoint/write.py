@@ -30,7 +30,7 @@ from gwt_dist.checkpoint.format import (
     stored_of,
     to_json,
 )
-from gwt_dist.checkpoint.holdings import MASTER, Holding, Run, Traits
+from gwt_dist.checkpoint.holdings import MASTER, Holding, Numbers, Run, Traits
 from gwt_dist.checkpoint.random_states import capture
 from gwt_dist.checkpoint.together import Together
 from gwt_dist.engines.weights import check_boundary, clean, counters
@@ -59,7 +59,7 @@ class _Report:
     step: int
     offers: list[_Offer]
     traits: dict[str, Traits]
-    steps: dict[str, tuple[int, dict[str, float]]]
+    steps: dict[str, tuple[int, Numbers]]
     groups: list[dict[str, Any]]
     excluded: dict[str, Excluded]
 
@@ -177,14 +177,14 @@ def _report(
 ) -> _Report:
     if not 0 <= step < 10**12 or (keep is not None and keep < 1):
         raise CheckpointError(f"step={step} must be at least 0, and keep={keep} at least 1 or None")
-    steps: dict[str, tuple[int, dict[str, float]]] = {}
+    steps: dict[str, tuple[int, Numbers]] = {}
     for one in run.stepped:
         state = run.optimizer.state.get(one.parameter)
         if state:
             taken, numbers = int(state["step"]), one.numbers(state)
             missed = {clean(name): number for name, number in run.optimizer.missed(one.parameter).items()}
             # Only those with elements count: FSDP1 leaves ranks without any out of the steps.
-            steps |= {name: (taken - missed.get(name, 0), numbers[i]) for i, name in one.held}
+            steps |= {name: (taken - missed.get(name, 0), numbers[name]) for _, name in one.held}
     options = []
     for i, group in enumerate(run.groups[0]):
         options.append({key: plain(value) for key, value in group.items() if key != "params"})

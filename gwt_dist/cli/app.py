@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -31,6 +32,15 @@ class Commands(TyperGroup):
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         alone.command(cmd_name)(getattr(import_module(f"gwt_dist.cli.{cmd_name}"), cmd_name))
         return typer.main.get_command(alone)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` begins with; what is near to one that is not there is told."""
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], known, n=1)
+            told = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(sorted(known))}"
+            ctx.fail(f"No such command {args[0]!r}. {told}")
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
@@ -62,6 +72,15 @@ def train(context: typer.Context) -> None:
     raise typer.Exit(pretrain(context.args))
 
 
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise `ValueError` for text that is empty, which is most often a variable of the shell that is not set."""
+    for number, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not argument or (equals and not value and option.startswith("--")):
+            where = f"option {option} is" if argument else f"the argument after {' '.join(arguments[:number])!r} is"
+            raise ValueError(f"{where} empty; give it a value (is a variable of the shell not set?), or leave it out")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -73,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         user, told in one line on stderr. A command that runs the recipe returns the recipe's codes.
     """
     try:
+        _refuse_empty(list(sys.argv[1:] if argv is None else argv))
         app(args=argv, prog_name="gwt-dist")
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else DONE

@@ -208,7 +208,8 @@ def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, 
     if model is not None:
         return param_groups(model, **options)
     matrix, other = (nn.Parameter(torch.empty(64, 4096, device="meta")) for _ in range(2))
-    keys = {key: value for key, value in options.items() if key not in ("targets", "rest")}
+    keys = {"level": level_of(options.get("recipe"))}
+    keys |= {key: value for key, value in options.items() if key not in ("targets", "rest")}
     return [{"params": [matrix], **keys}, {"params": [other], **keys_of_rest(keys, options.get("rest") or {})}]
 
 

@@ -10,6 +10,7 @@ import typer
 
 from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of, readers
+from gwt_dist.targets import BLOCKS
 
 
 def doctor(
@@ -23,7 +24,7 @@ def doctor(
         int | None, typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, or as the JSON says]")
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
+        list[str] | None, typer.Option(help=f"Part of a name, or a regular expression; once for each. [{BLOCKS}]")
     ] = None,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
@@ -34,20 +35,20 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, programs, kernels, and what of a model and a DeepSpeed JSON would be refused. Ends with 1 if any is."""
-    from gwt_dist import ds_json
+    from gwt_dist import ds_json, shipped
     from gwt_dist.cli import diagnosis
     from gwt_dist.cli.models import meta_model
 
     values = {
         "level": level_of(recipe) if level is None else level,
-        "targets": target or ["attn", "mlp"],
+        "targets": target or BLOCKS,
         "wavelet": wavelet,
         "recipe": recipe,
         "state_dtype": state_dtype,
         "rank": rank,
     }
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
-    settings = None if deepspeed_config is None else ds_json.read(deepspeed_config)
+    settings = None if deepspeed_config is None else ds_json.read(shipped.find(deepspeed_config) or deepspeed_config)
     # Without a JSON what is not given has the defaults of this command, with one those of the JSON.
     options = {
         key: value

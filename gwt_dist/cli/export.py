@@ -30,12 +30,18 @@ def export(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, and what is held in memory at once.")] = "2GB",
 ) -> None:
-    """Write the weights to a folder that transformers' AutoModelForCausalLM.from_pretrained loads."""
+    """Write the weights to a folder that transformers' AutoModelForCausalLM.from_pretrained loads.
+
+    With a model card, README.md, and of a run of the recipe its tokenizer, unless that is plain bytes.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+    from gwt_dist.report.card import describe
+
     console = Console(highlight=False, markup=False, emoji=False)
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
+    lacking: list[str] = []
     try:
         folder, sha256 = locate(checkpoint)
         tensors = read_index(folder, sha256).tensors.values()
@@ -48,9 +54,12 @@ def export(
                 dtype=None if dtype is None else DTYPES[dtype.value],
                 max_shard_size=max_shard_size,
                 progress=lambda count: bar.advance(task, count),
+                beside=lambda writing, index: lacking.extend(describe(writing, index, folder, out.absolute().name)),
             )
     except CheckpointError as error:
         raise CheckpointError(printable(error)) from error
+    for text in lacking:
+        typer.echo(printable(text), err=True)
     size = sum(path.stat().st_size for path in written.iterdir())
     console.print(f"{written}: {len(tensors)} tensors, {size:,} bytes", soft_wrap=True)
 

@@ -7,16 +7,18 @@ import json
 import os
 import sys
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gwt_dist.memory.model import KNOWN, ModelSpec, of_config, of_module
+from gwt_dist import shipped
+from gwt_dist.memory.configs import KNOWN, of_config
+from gwt_dist.memory.model import ModelSpec, of_module
 
 if TYPE_CHECKING:
     from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-MODELS = Path("configs", "models")
+MODELS = "configs/models"
 
 
 def read_model(name: str) -> ModelSpec:
@@ -73,19 +75,19 @@ def meta_model(name: str, within: AbstractContextManager[Any] | None = None) -> 
 
 
 def _configuration(name: str) -> Path:
-    path = Path(name)
-    for candidate in (path, path / "config.json", MODELS / f"{name}.json", REPOSITORY / MODELS / f"{name}.json"):
-        if candidate.is_file():
-            return candidate
+    for candidate in (Path(name), Path(name, "config.json"), f"{MODELS}/{name}.json"):
+        if (found := shipped.find(candidate)) is not None:
+            return found
+    if Path(name).is_dir():
+        raise ValueError(f"{name} is a folder without a config.json; name one that has it, or the file itself")
     if "/" in name or "." not in name:
         cached = _cached(name)
         if cached is not None:
             return cached
-    names = sorted(found.stem for found in (REPOSITORY / MODELS).glob("*.json"))
-    shown = f", one of {', '.join(names)}" if names else ""
     raise ValueError(
-        f"no model {name!r}: neither a configuration file, nor a folder with a config.json{shown}, nor a model in the "
-        f"cache of the Hugging Face hub (nothing is downloaded). package.module:function builds one of your own"
+        f"no model {name!r}: neither a configuration file, nor a folder with a config.json, nor one of "
+        f"{', '.join(shipped.names(MODELS, '.json'))}, nor a model in the cache of the Hugging Face hub (nothing is "
+        f"downloaded). package.module:function builds one of your own"
     )
 
 
@@ -105,7 +107,11 @@ def _cached(name: str) -> Path | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}); name the config.json of a model") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, not an object")
@@ -119,17 +125,20 @@ def _by_transformers(
     kind = config.get("model_type", "llama")
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ValueError(
             f"{path} is a configuration of model_type {kind!r}, and to build it needs transformers: pip install "
             f"'gwt_dist[hf]', or give package.module:function. Shapes alone are known without, of {', '.join(KNOWN)}"
         ) from error
     try:
-        settings = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        settings = transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        # Of what is no causal language model the configuration says the class.
+        named = [getattr(transformers, str(name), None) for name in config.get("architectures") or ()]
+        causal = partial(transformers.AutoModelForCausalLM.from_config, dtype=torch.get_default_dtype())
+        builder: Any = next((its for its in named if its is not None), causal)
         with within or torch.device("meta"):
-            builder: Any = AutoModelForCausalLM
-            model: nn.Module = builder.from_config(settings, dtype=torch.get_default_dtype())
+            model: nn.Module = builder(settings)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"transformers cannot build {path}: {' '.join(str(error).split())}") from error
     return model

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gwt_dist import ds_json
+from gwt_dist import ds_json, shipped
 from gwt_dist.cli.models import read_model
 from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.keys import PROJ_TYPES
@@ -24,8 +24,8 @@ from gwt_dist.memory.report import report
 from gwt_dist.memory.setup import DEVICES, ENGINES, Setup
 from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of, readers
 from gwt_dist.report.pages import check_free, write_page
+from gwt_dist.targets import BLOCKS
 
-TARGETS = ["attn", "mlp"]
 ENGINE = "zero2"
 OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
 FORWARD = "fp32", "bf16", "fp16"
@@ -49,7 +49,7 @@ def plan(
         typer.Option(help=f"Level of the matrices that match a target. [{LEVEL}, 0 where the recipe has none]"),
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Part of a name, or a regular expression; once for each. [attn, mlp]")
+        list[str] | None, typer.Option(help=f"Part of a name, or a regular expression; once for each. [{BLOCKS}]")
     ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(RECIPES))}.")] = DEFAULT,
     wavelet: Annotated[str, typer.Option(help="A discrete wavelet of PyWavelets.")] = "haar",
@@ -100,8 +100,8 @@ def plan(
 ) -> None:
     """Bytes of each rank for weights, gradients, masters and moments, and what is sent in a step. Allocates nothing."""
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
-    if html is not None:
-        check_free(html, force)
+    if engine not in (*ENGINES, "hsdp"):
+        raise ValueError(f"engine {engine!r} must be one of {', '.join(ENGINES)}, or hsdp")
     if activations and activations not in FORWARD:
         raise ValueError(f"--activations {activations!r} must be one of {', '.join(FORWARD)}")
     if activations and fit:
@@ -110,10 +110,12 @@ def plan(
             "done about activations, and give its bytes as --reserve"
         )
     spec = read_model(model)
+    if html is not None:
+        check_free(html, force)
     # Arguments of `param_groups`, and what is beside them.
     options: dict[str, Any] = {
         "level": level,
-        "targets": target or TARGETS,
+        "targets": target or BLOCKS,
         "wavelet": wavelet,
         "recipe": recipe,
         "limiter": None,
@@ -141,7 +143,7 @@ def plan(
         both = sorted(f"--{name}" for name in given & set(WITH_FILE))
         if both:
             raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
-        settings = ds_json.read(deepspeed_config)
+        settings = ds_json.read(shipped.find(deepspeed_config) or deepspeed_config)
         for mistake in ds_json.mistakes(settings):
             raise ValueError(f"{mistake} (in {deepspeed_config})")
         base = setup_of(settings, world)

@@ -21,8 +21,8 @@ def report(
     from gwt_dist.report.pages import check_free, write_page
     from gwt_dist.report.run import read_runs
 
-    check_free(output, force)
     found = read_runs(runs)
+    check_free(output, force)
     write_page(output, page(found), force=force)
     for run in found:
         for lacking in run.lacking:

@@ -81,7 +81,7 @@ def mistakes(settings: Mapping[str, Any]) -> Iterator[str]:
         wrong = "" if found == AUTO else problem(path, found)
         if wrong:
             yield wrong
-    yield from _misspelt(settings, (*TOP_LEVEL_KEYS, OURS), "the DeepSpeed JSON", cutoff=0.85)
+    yield from misspelt(settings)
     ours = settings.get(OURS, {})
     if not isinstance(ours, Mapping) or not set(ours) <= set(OURS_KEYS):
         yield (
@@ -94,6 +94,11 @@ def mistakes(settings: Mapping[str, Any]) -> Iterator[str]:
             yield from _misspelt(said, OPTIMIZER_KEYS, f"section {section!r} of the DeepSpeed JSON", cutoff=0.6)
     if _enabled(settings, "fp16") and (_enabled(settings, "bf16") or _enabled(settings, "bfloat16")):
         yield "fp16.enabled and bf16.enabled are both true; keep one of them"
+
+
+def misspelt(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The top-level keys that are nearly DeepSpeed's, and which it would ignore."""
+    yield from _misspelt(settings, (*TOP_LEVEL_KEYS, OURS), "the DeepSpeed JSON", cutoff=0.85)
 
 
 def refuse(settings: Mapping[str, Any], where: str = "") -> None:

@@ -24,10 +24,14 @@ def read(config: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if os.path.exists(config):  # False for text that is too long to be a name
         where = f"DeepSpeed configuration {str(config)!r}"
+        if os.path.isdir(config):
+            raise ValueError(f"{where} is a folder; name the JSON file itself")
         try:
             text = Path(config).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is no text ({error}), so it is no JSON; name another file") from error
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error.strerror}") from error
         return parse(text, where)
     try:
         text = base64.urlsafe_b64decode(os.fspath(config)).decode("utf-8")

@@ -58,7 +58,8 @@ def find_optimizer(optimizer: Any) -> GWTAdamW:
     if inner is None:
         raise ValueError(
             f"{type(optimizer).__name__} holds no GWTAdamW (looked at it and at .optimizer and .optim of its "
-            f"wrappers); pass the optimizer that the engine was built with"
+            f"wrappers); pass the optimizer that the engine was built with. Under DeepSpeed transformers' Trainer "
+            f"leaves its argument optimizers=(...) out and trains with torch's AdamW: give it **trainer_kwargs(args)"
         )
     return inner
 

@@ -120,6 +120,8 @@ def _builder(
     """A function that builds the optimizer of the JSON, and `settings` made ready for it; None if it is not ours."""
     if settings is None:
         return None
+    for wrong in ds_json.misspelt(settings):  # "optimzer" would have no optimizer, or another
+        raise ValueError(wrong)
     params = ds_json.section_of(settings)
     if params is not None:
         if optimizer is not None:

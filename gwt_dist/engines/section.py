@@ -63,7 +63,8 @@ def from_section(params: Iterable[Any], **section: Any) -> GWTAdamW:
             f"callbacks=[AttachCallback()] of "
             f"gwt_dist.integrations.transformers to the Trainer when it is made; call prepare of "
             f"gwt_dist.integrations.accelerate in the place of accelerator.prepare. Or remove the section and pass "
-            f"GWTAdamW(gwt_dist.param_groups(model, ...)) as the optimizer"
+            f"GWTAdamW(gwt_dist.param_groups(model, ...)) as the optimizer; to a Trainer, which under DeepSpeed leaves "
+            f"optimizers=(...) out, **trainer_kwargs(args) of gwt_dist.integrations.transformers"
         )
     built = GWTAdamW(given, level=level, **options)
     built.is_default = unnamed

@@ -84,6 +84,13 @@ def asked_of_accelerate() -> str | None:
     return None
 
 
+def asked_for(args: Any) -> str | None:
+    """``"DeepSpeed"``, ``"FSDP"`` or None: what transformers' `TrainingArguments` ask for, or else the environment."""
+    # By the arguments first: what transformers tells Accelerate through the environment it may take back.
+    asked = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
+    return asked[0] if asked else asked_of_accelerate()
+
+
 def warn_of_one_process() -> None:
     """Warn where Accelerate counts fewer processes than there are: it then gives every rank the same batches."""
     from accelerate.state import PartialState

@@ -1,9 +1,10 @@
 """transformers' `Trainer`: the optimizer from its `TrainingArguments`, and a callback that attaches it under DeepSpeed.
 
 args = TrainingArguments(..., optim_target_modules=["attn", "mlp"], optim_args="level=2, recipe=energy")
-trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args), callbacks=[AttachCallback()])
+trainer = Trainer(model=model, args=args, train_dataset=data, **trainer_kwargs(args))
 
-With an optimizer section of type GWTAdamW in the DeepSpeed JSON the callback is all there is to pass.
+The same under one process, DDP, FSDP2 and ZeRO; `portable(trainer)` has it save and resume on any number of ranks. With
+an optimizer section of type GWTAdamW in the DeepSpeed JSON ``callbacks=[AttachCallback()]`` is all there is to pass.
 """
 
 from __future__ import annotations
@@ -19,12 +20,42 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gwt_dist import GWTAdamW, ds_json, param_groups
 from gwt_dist.engines import section
-from gwt_dist.integrations.engaged import asked_of_accelerate, engage, warn_of_one_process
+from gwt_dist.integrations.engaged import asked_for, engage, warn_of_one_process
+from gwt_dist.integrations.portable import portable
 from gwt_dist.recipes import DEFAULT
+from gwt_dist.targets import ALL, BLOCKS, Targets
 
-Targets = str | Sequence[str] | Mapping[str, int]
+__all__ = ["AttachCallback", "optimizer_cls_and_kwargs", "parse_optim_args", "portable", "trainer_kwargs"]
 _KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
 _KEYWORDS.append("rest")  # of `param_groups`
+
+
+def trainer_kwargs(
+    args: TrainingArguments,
+    *,
+    targets: Targets | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """All that a Trainer is to be given: ``Trainer(model=..., args=args, train_dataset=..., **trainer_kwargs(args))``.
+
+    Args:
+        args: The arguments of the Trainer, whose learning rate, betas, weight decay, ``optim_target_modules`` and
+            ``optim_args`` count; see `optimizer_cls_and_kwargs`.
+        targets: As there.
+        callbacks: Your own, which the Trainer gets too.
+        options: Keywords of `GWTAdamW` such as ``level=2``; they win over `args`.
+
+    Returns:
+        ``optimizer_cls_and_kwargs`` and ``callbacks``, with an `AttachCallback` before yours.
+
+    Raises:
+        ValueError: As `optimizer_cls_and_kwargs` does.
+    """
+    return {
+        "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs(args, targets=targets, **options),
+        "callbacks": [AttachCallback(), *callbacks],
+    }
 
 
 def optimizer_cls_and_kwargs(
@@ -34,8 +65,8 @@ def optimizer_cls_and_kwargs(
 
     ``learning_rate``, ``weight_decay`` and the betas come from `args`, as they do for the Trainer's own optimizers;
     ``adam_epsilon`` too where it is not its default. Biases and norms get no decay, by
-    `Trainer.get_decay_parameter_names`. ``optim_target_modules`` says which Linear weights get the level: a list of
-    parts of names or regular expressions, one regular expression, or ``"all-linear"``; not set, it is attn and mlp.
+    `Trainer.get_decay_parameter_names`. ``optim_target_modules`` says which weights get the level: a list of parts
+    of names or regular expressions, one regular expression, ``"all-linear"`` or ``"blocks"``, which it is if not set.
 
     Of a DeepSpeed JSON that has an optimizer section the Trainer takes that, and nothing else may be said here then.
 
@@ -119,15 +150,15 @@ class AttachCallback(TrainerCallback):
         """Raises `ValueError` as `gwt_dist.integrations.engaged.engage` does, and for a JSON that is not one."""
         _read_again(args)
         warn_of_one_process()
-        # By the arguments first: what transformers tells Accelerate through the environment it may take back.
-        asked = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
-        self.held = engage(kwargs["optimizer"], kwargs["model"], asked[0] if asked else asked_of_accelerate())
+        self.held = engage(kwargs["optimizer"], kwargs["model"], asked_for(args))
 
 
 class _Factory:
-    """The Trainer calls ``factory()(model, **kwargs)`` for what is not an optimizer class."""
+    """The Trainer calls ``factory()(model, **kwargs)`` for what is no optimizer class, Axolotl's with its `args`."""
 
-    def __call__(self, model: nn.Module, *, targets: Targets, weight_decay: float, **options: Any) -> GWTAdamW:
+    def __call__(
+        self, model: nn.Module, args: Any = None, *, targets: Targets, weight_decay: float, **options: Any
+    ) -> GWTAdamW:
         # Its `self` is not used; a Trainer that overrides it cannot be asked from here.
         decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
         groups: list[dict[str, Any]] = [
@@ -150,7 +181,7 @@ def _refuse_beside_a_section(args: Any, said: Mapping[str, Any]) -> None:
     plugin = getattr(args, "deepspeed_plugin", None)
     config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
     kind = None if config is None else ds_json.value(config.config, "optimizer.type")
-    if kind is None:
+    if config is None or kind is None:
         return
     if kind != ds_json.TYPE:
         raise ValueError(
@@ -163,6 +194,15 @@ def _refuse_beside_a_section(args: Any, said: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name}={value!r} is given, and an optimizer section of type {ds_json.TYPE} in the DeepSpeed JSON "
                 f"too, which the Trainer would take alone; remove one of them"
+            )
+    params = ds_json.value(config.config, "optimizer.params", {})
+    for key, name in (("weight_decay", "weight_decay"), ("lr", "learning_rate")):
+        value = getattr(args, name, None)
+        if value is not None and value != getattr(TrainingArguments, name) and key not in params:
+            raise ValueError(
+                f"{name}={value!r} is given, and the optimizer section of the DeepSpeed JSON, which the Trainer takes "
+                f'alone, has no {key!r}: it would be left out. Write "{key}": "auto" into optimizer.params, or remove '
+                f"the section and give the Trainer **trainer_kwargs(args)"
             )
 
 
@@ -196,8 +236,9 @@ def _known(key: str, where: str) -> None:
 
 def _targets(chosen: Any) -> Targets:
     if chosen is None:
-        return ("attn", "mlp")
+        return BLOCKS
     if isinstance(chosen, str):
         # One text is one expression here, which `param_groups` would also take for a part of a name.
-        return "all-linear" if chosen.replace("_", "-") == "all-linear" else f"(?:{chosen})"
+        word = chosen.replace("_", "-")
+        return word if word in (ALL, BLOCKS) else f"(?:{chosen})"
     return tuple(chosen)

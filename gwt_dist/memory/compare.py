@@ -71,13 +71,19 @@ def _sides(shape: Sequence[int], rank: int) -> tuple[int, int, int]:
 
 def quarter(groups: Sequence[GroupSpec], targeted: Collection[str]) -> int:
     """The rank that these methods are usually run with: a quarter of the model's width."""
-    sides = [_sides(shape, 1)[0] for group in groups for name, shape in group.tensors if name in targeted]
+    sides = [_sides(shape, 1)[0] for is_targeted, shape in _matrices(groups, targeted) if is_targeted]
     return max(1, max(sides, default=0) // 4)
+
+
+def _matrices(groups: Sequence[GroupSpec], targeted: Collection[str]) -> list[tuple[bool, tuple[int, ...]]]:
+    """Of each tensor, or each matrix of a stack, whether it is targeted, and its shape."""
+    tensors = [(name in targeted, group, shape) for group in groups for name, shape in group.tensors]
+    return [(chosen, its) for chosen, group, shape in tensors for its in group.matrices(shape)]
 
 
 def others(groups: Sequence[GroupSpec], targeted: Collection[str], rank: int) -> list[Other]:
     """AdamW, 8-bit Adam, GaLore and APOLLO on these tensors; the last two on what is `targeted`, AdamW on the rest."""
-    tensors = [(name in targeted and len(shape) >= 2, shape) for group in groups for name, shape in group.tensors]
+    tensors = [(chosen and len(shape) >= 2, shape) for chosen, shape in _matrices(groups, targeted)]
 
     def low_rank(of: Callable[[Sequence[int], int], int]) -> int:
         return sum(of(shape, rank) if chosen else adamw(shape) for chosen, shape in tensors)

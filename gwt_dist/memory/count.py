@@ -61,7 +61,6 @@ class Counts:
     kept: dict[Field, list[int]]  # numbers
     owned: list[int]  # bytes of all fields that are sharded as elements are
     cut: list[int]  # bytes of all fields, what another shard owns
-    tensors: list[int]
     common: int  # bytes that all shards which hold any of a tensor keep alike, once
     exchange: int
 
@@ -69,7 +68,7 @@ class Counts:
 @lru_cache(maxsize=4096)
 def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int, full: int = 4) -> Counts:
     """What `shards` ranks keep of the tensors of kind not None; a number in the format fp32 has `full` bytes."""
-    elements, owned, cut, tensors = ([0] * shards for _ in range(4))
+    elements, owned, cut = ([0] * shards for _ in range(3))
     kept: dict[Field, list[int]] = {}
     common = exchange = 0
     for number, (shape, kind) in enumerate(zip(laid.shapes, kinds, strict=True)):
@@ -92,7 +91,6 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int, full
                 )
             by_field, its_owned, its_cut = found[like]
             elements[shard] += stop - start
-            tensors[shard] += 1
             owned[shard] += its_owned
             cut[shard] += its_cut
             for by_shard, more in by_field:
@@ -102,7 +100,7 @@ def count(laid: Concatenation, kinds: tuple[Kind | None, ...], shards: int, full
         common += full * sum(prod(extents.whole(f.extent, shape, units)) for f in fields if f.extent is Extent.COLUMN)
         tensor = Whole("", shape, tuple(cuts))
         exchange += plan_exchange([tensor], [], lambda shape, units=units: units).length  # type: ignore[misc]
-    return Counts(elements, kept, owned, cut, tensors, common, exchange)
+    return Counts(elements, kept, owned, cut, common, exchange)
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from gwt_dist import owners
 from gwt_dist.declare import Program
 from gwt_dist.formats import FP32
 from gwt_dist.memory import owned, splits
-from gwt_dist.memory.count import bytes_of, count, per_tensor, summed
+from gwt_dist.memory.count import Kind, bytes_of, count, per_tensor, summed
 from gwt_dist.memory.model import ModelSpec, TensorSpec
 from gwt_dist.memory.plan import MemoryPlan
 from gwt_dist.memory.setup import Setup
@@ -75,16 +75,18 @@ class _Filler:
         """
         setup, found, size, first = self.setup, self.plan, self.setup.state_bytes, owner or 0
         groups = [self.groups.get(name) for name in names]
-        kinds = tuple(g and g.kind(shape, alone) for g, shape in zip(groups, laid.shapes, strict=True))
-        counts = count(laid, kinds, self.shards if owner is None else 1, size)
+        its, kinds = _apart(laid, groups)
+        counts = count(its, kinds, self.shards if owner is None else 1, size)
         stored = 0 if owner is not None else 4 if setup.masters else setup.bytes_of("weights")
         _add(found.elements, counts.elements, times, first)
         _add(found.cut, counts.cut, times, first)
         _add(found.checkpoint, counts.elements, times * stored, first)
         _add(found.checkpoint, counts.owned, times, first)
         found.checkpoint_common += times * counts.common
-        if alone:
-            _add(found.steps, counts.tensors, STEP, first)
+        for i, group in enumerate(groups):
+            if alone and group:
+                for shard, _, _ in laid.intervals(i):
+                    self._once(group, group.parts(laid, i), [1], shard)
         for field, numbers in counts.kept.items():
             _add(found.fields[field], numbers, times * bytes_of(field, size), first)
         if owner is None and self.shards > 1:
@@ -92,12 +94,15 @@ class _Filler:
 
     def parameter(self, group: GroupSpec, parts: Sequence[owned.Part], owner: int | None = None, turn: int = 0) -> None:
         """What a parameter of these tensors has on every shard, or on `owner`, whatever is held of them."""
-        programs = _programs(group, parts)
-        once, first = [1] * (self.shards if owner is None else 1), owner or 0
-        _add(self.plan.steps, once, STEP, first)
-        for field in per_tensor(programs):
-            _add(self.plan.fields[field], once, self.setup.state_bytes * len(parts), first)
+        tensors = [part for one in parts for part in group.parts(*one)]
+        self._once(group, tensors, [1] * (self.shards if owner is None else 1), owner or 0)
         self.shared(group, parts, owner, turn)
+
+    def _once(self, group: GroupSpec, tensors: Sequence[owned.Part], once: Sequence[int], first: int) -> None:
+        """What there is one of a parameter of these tensors, or of a tensor, on some shards from `first` on."""
+        _add(self.plan.steps, once, STEP, first)
+        for field in per_tensor(_programs(group, tensors)):
+            _add(self.plan.fields[field], once, self.setup.state_bytes * len(tensors), first)
 
     def shared(self, group: GroupSpec, parts: Sequence[owned.Part], owner: int | None = None, turn: int = 0) -> None:
         """What owners keep of a parameter, its places in sums over ranks, and its matrices.
@@ -105,6 +110,7 @@ class _Filler:
         Its places are those of each program for all of its tensors; `turn` is that of the first, see `owners.turns`.
         Parameters come in the order in which the optimizer has them.
         """
+        parts = [part for one in parts for part in group.parts(*one)]
         for shard, field, numbers in owned.kept(group.fields_for, parts, turn):
             place, size = shard if owner is None else owner, numbers * bytes_of(field, self.setup.state_bytes)
             self.plan.fields[field][place] += size
@@ -132,6 +138,19 @@ class _Filler:
         numel = sum(tensor.numel for tensor in self.frozen)
         self.everywhere(self.plan.weights, numel * self.setup.bytes_of("weights"))
         self.plan.checkpoint_common += numel * self.setup.bytes_of("weights")
+
+
+def _apart(laid: Concatenation, groups: Sequence[GroupSpec | None]) -> tuple[Concatenation, tuple[Kind | None, ...]]:
+    """Tensors of these groups as what they are read as, and of each its kind."""
+    shapes: list[tuple[int, ...]] = []
+    begins: list[int] = []
+    kinds: list[Kind | None] = []
+    for i, group in enumerate(groups):
+        its = laid.matrices(i) if group and group.stacked else laid.one(i)
+        shapes += its.shapes
+        begins += its.begins
+        kinds += [group.kind(its.shapes[0]) if group else None] * len(its.shapes)
+    return Concatenation(tuple(shapes), tuple(begins), laid.part), tuple(kinds)
 
 
 def _programs(group: GroupSpec, parts: Sequence[owned.Part]) -> set[Program]:
@@ -272,7 +291,7 @@ def _flat_units(found: MemoryPlan) -> None:
         else:
             laid = splits.flat(shapes, filler.shards)
         groups = [filler.groups.get(name) for name in names]
-        kinds = {g and (g.level, g.wavelet, g.program, g.plain) for g in groups}
+        kinds = {g and (g.level, g.wavelet, g.stacked, g.program, g.plain) for g in groups}
         if not parts and len(kinds) > 1:
             raise ValueError(
                 f"the tensors of unit {unit or 'the rest of the model'!r} have the levels "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gwt_dist.memory.plan import MemoryPlan
 
 # Powers of 1000 and of 1024, as their names say.
-_UNITS = {"": 1, "B": 1}
+_UNITS = {"B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 LEVELS = tuple(range(9))  # the compiled kernels go no further
@@ -27,9 +27,14 @@ class Tried:
 
 
 def size(text: str) -> int:
-    """Bytes of ``24GB`` (24 * 10^9), ``24GiB`` (24 * 2^30) or a plain number; raises `ValueError` for others."""
+    """Bytes of ``24GB`` (24 * 10^9), ``24GiB`` (24 * 2^30), ``24B`` or ``0``; raises `ValueError` for others."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match and _UNITS.get(match[2].upper())
+    if match and not match[2]:
+        if not float(match[1]):
+            return 0
+        given = match[1]
+        raise ValueError(f"{text!r} has no unit; write {given}GB (10^9 bytes), {given}GiB (2^30) or {given}B")
     if not match or not unit:
         raise ValueError(f"{text!r} is no size; write for example 24GB (10^9 bytes) or 24GiB (2^30)")
     return int(float(match[1]) * unit)

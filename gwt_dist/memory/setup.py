@@ -8,6 +8,7 @@ DTYPES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 DEVICES = "cuda", "cpu"
 ENGINES = ("single", "ddp", "zro", "oss", "zero0", "zero1", "zero2", "zero3", "fsdp2", "fsdp1", "fairscale")
 MESHES = ("fsdp2", "fsdp1")  # those that may shard over a part of the ranks and replicate over the rest
+MOST_RANKS = 100_000  # each is planned by itself: so many take seconds
 NORM = 8  # bytes of a squared norm in its collective: fp64
 
 
@@ -40,6 +41,11 @@ class Setup:
             raise ValueError(f"device {self.device!r} must be one of {', '.join(DEVICES)}")
         if self.world_size < 1 or self.replicas < 1 or self.world_size % self.replicas:
             raise ValueError(f"{self.world_size} ranks cannot be {self.replicas} replicas of equal size")
+        if self.world_size > MOST_RANKS:
+            raise ValueError(
+                f"{self.world_size:,} ranks are more than {MOST_RANKS:,}, and a plan of each of them takes too long; "
+                f"plan fewer: what a rank holds hardly changes beyond"
+            )
         if self.engine == "single" and self.world_size > 1:
             raise ValueError(f"engine single is one process, not {self.world_size}; choose another, such as ddp")
         if self.replicas > 1 and self.engine not in MESHES:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from math import ceil, prod
 
+from gwt_dist import stacks
 from gwt_dist.layout import Fragment, columns_of
 
 Shape = tuple[int, ...]
@@ -46,6 +47,15 @@ class Concatenation:
     def one(self, number: int) -> Concatenation:
         """A tensor by itself where it lies: quick to hash, whatever stands beside it, so that counts are kept by it."""
         return Concatenation((self.shapes[number],), (self.begins[number],), self.part)
+
+    def matrices(self, number: int) -> Concatenation:
+        """A tensor by itself as its matrices, if it is a stack of them: who holds what of which stays as it is."""
+        one, matrices = self.one(number), stacks.number_of(self.shapes[number])
+        if not matrices:
+            return one
+        shape = self.shapes[number][1:]
+        begins = tuple(one.begins[0] + i * prod(shape) for i in range(matrices))
+        return Concatenation((shape,) * matrices, begins, self.part)
 
     def intervals(self, number: int) -> Iterator[tuple[int, int, int]]:
         """``(shard, start, stop)`` of tensor `number` on the shards that hold any of it, in order."""

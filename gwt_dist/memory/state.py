@@ -8,11 +8,14 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from gwt_dist import stacks
 from gwt_dist.declare import Extent, Field, Program
 from gwt_dist.layout import Fragment, Units
 from gwt_dist.memory import owned, splits
 from gwt_dist.memory.count import Kind, bytes_of, numbers, of_owner, per_tensor
+from gwt_dist.memory.splits import Concatenation
 from gwt_dist.recipes import DEFAULT, check_group, program_of, rule_of
+from gwt_dist.stacks import number_of
 from gwt_dist.units import takes, units_of
 
 STEP = 4  # bytes of a step counter: fp32
@@ -29,6 +32,7 @@ class GroupSpec:
     tensors: Tensors
     program: Program = field(default_factory=partial(program_of, {}, 1))  # of matrices of its least level or more
     plain: Program = field(default_factory=partial(program_of, {}, 0))  # of all others
+    stacked: bool = False  # tensors of three dimensions are stacks of matrices
 
     @classmethod
     def of(cls, group: Mapping[str, Any], tensors: Tensors, where: str = "a parameter group") -> GroupSpec:
@@ -39,7 +43,23 @@ class GroupSpec:
         keys = {"wavelet": "haar", "recipe": DEFAULT, **group}
         check_group(keys, where)
         rule = rule_of(keys)
-        return cls(keys["level"], keys["wavelet"], tensors, rule.program, rule.plain)
+        found = cls(keys["level"], keys["wavelet"], tensors, rule.program, rule.plain, keys.get("stacked", False))
+        for name, shape in tensors:
+            found.matrices(shape, f"{name!r} in {where},")
+        return found
+
+    def matrices(self, shape: tuple[int, ...], what: str = "a tensor") -> list[tuple[int, ...]]:
+        """The shapes of the tensors that one of `shape` is read as: of a stack, those of its matrices.
+
+        Raises `LayoutError`, which says `what`, where a stack would have more than three dimensions.
+        """
+        number = number_of(shape, what) if self.stacked else 0
+        return [shape[1:]] * number or [shape]
+
+    def parts(self, laid: Concatenation, number: int) -> list[owned.Part]:
+        """The same of a tensor by its number, each where it lies."""
+        its = laid.matrices(number) if self.stacked else laid.one(number)
+        return [(its, i) for i in range(len(its.shapes))]
 
     def program_for(self, shape: Sequence[int]) -> Program:
         """What steps a tensor of `shape`."""
@@ -54,23 +74,18 @@ class GroupSpec:
         """Coefficients of its tensors that are kept together."""
         return max(self.program.cell, self.plain.cell)
 
-    def kind(self, shape: tuple[int, ...], per_tensor: bool) -> Kind:
-        """What decides what is kept of a tensor of `shape`; with or without what there is one of a tensor."""
+    def kind(self, shape: tuple[int, ...]) -> Kind:
+        """What decides what is kept of a tensor of `shape`, without what there is one of a tensor."""
         fields = self.program_for(shape).fields
-        return (
-            self.level,
-            self.wavelet,
-            self.cell,
-            tuple(f for f in fields if per_tensor or f.extent is not Extent.TENSOR),
-        )
+        return self.level, self.wavelet, self.cell, tuple(f for f in fields if f.extent is not Extent.TENSOR)
 
     def whole(self, shape: tuple[int, ...], full: int = FP32) -> int:
         """Bytes of the state of a whole tensor that is a parameter by itself; `full` as in `bytes_of`."""
-        fields = self.program_for(shape).fields
-        its = numbers(fields, Fragment("", shape, 0, prod(shape)), self.units_for(shape))
-        whole = of_owner(fields, shape)
-        of_owner_too = [*((one, n.kept) for one, n in its), *whole.items()]
-        return STEP + sum(bytes_of(one, full) * number for one, number in of_owner_too)
+        its = self.matrices(shape)
+        fields = self.program_for(its[0]).fields
+        kept = numbers(fields, Fragment("", its[0], 0, prod(its[0])), self.units_for(its[0]))
+        of_owner_too = [*((one, n.kept) for one, n in kept), *of_owner(fields, its[0]).items()]
+        return STEP + len(its) * sum(bytes_of(one, full) * number for one, number in of_owner_too)
 
     def units_for(self, shape: tuple[int, ...]) -> Units:
         """The units of a tensor of `shape`."""
@@ -137,7 +152,7 @@ def plan_zero(
         for parts in laid:
             held = [slot.one(i).fragments([next(left)], rank)[0] for slot, i in parts]
             buffers.append((group, held))
-            its = owned.kept(group.fields_for, parts)
+            its = owned.kept(group.fields_for, [part for one in parts for part in group.parts(*one)])
             whole += sum(bytes_of(field) * numbers for shard, field, numbers in its if shard == rank)
     return measure(buffers, whole)
 
@@ -150,11 +165,12 @@ def measure(buffers: Iterable[tuple[GroupSpec, Sequence[Fragment]]], whole: int 
     """
     wavelet = cut = wavelet_adamw = rest_adamw = scalars = 0
     rest = whole
-    for group, fragments in buffers:
+    for group, given in buffers:
+        fragments = [part for one in given for part in (stacks.parts(one) if group.stacked else (one,))]
         programs = {group.program_for(fragment.shape) for fragment in fragments}
         scalars += STEP + FP32 * len(per_tensor(programs)) * len(fragments)
         for fragment in fragments:
-            its = numbers(group.kind(fragment.shape, False)[-1], fragment, group.units_for(fragment.shape))
+            its = numbers(group.kind(fragment.shape)[-1], fragment, group.units_for(fragment.shape))
             kept = sum(bytes_of(f) * n.kept for f, n in its)
             cut += kept - sum(bytes_of(f) * n.owned for f, n in its)
             if group.level:

@@ -16,7 +16,7 @@ from gwt_dist.train.metrics import PHASES
 # Of runs: what is next to each other differs most.
 RUN_COLOURS = tuple(COLOURS[i] for i in (0, 4, 2, 3, 5, 1, 6))
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-MOST_RANKS = 8  # with bars of their own
+SMOOTHED = 40  # logged values from which on a curve has a smooth one over it
 # (name, its bytes, those of AdamW in its place)
 PARTS = (
     ("weights", "weights", "weights"),
@@ -50,6 +50,7 @@ class _Line:
     validation: bool = False
     mode: str = "lines"
     faint: bool = False
+    smooth: bool = False  # noisy: from one step to the next
 
 
 # id, title, note, label of the y axis, its scale, lines
@@ -60,7 +61,10 @@ _CURVES: tuple[tuple[str, str, str, str, str, tuple[_Line, ...]], ...] = (
         "Of the training batch; points: validation.",
         "nats a token",
         "free",
-        (_Line("loss", "training"), _Line("validation_loss", "validation", validation=True, mode="markers")),
+        (
+            _Line("loss", "training", smooth=True),
+            _Line("validation_loss", "validation", validation=True, mode="markers"),
+        ),
     ),
     (
         "bits_per_byte",
@@ -71,7 +75,14 @@ _CURVES: tuple[tuple[str, str, str, str, str, tuple[_Line, ...]], ...] = (
         (_Line("bits_per_byte", validation=True, mode="lines+markers"),),
     ),
     ("lr", "Learning rate", "As given to the optimizer.", "learning rate", "zero", (_Line("lr"),)),
-    ("gradient_norm", "Gradient norm", "Of all weights, before clipping.", "norm", "log", (_Line("gradient_norm"),)),
+    (
+        "gradient_norm",
+        "Gradient norm",
+        "Of all weights, before clipping.",
+        "norm",
+        "log",
+        (_Line("gradient_norm", smooth=True),),
+    ),
     (
         "limited_norm",
         "Norm that the limiter remembers",
@@ -86,7 +97,7 @@ _CURVES: tuple[tuple[str, str, str, str, str, tuple[_Line, ...]], ...] = (
         "Share of the tensors with a limiter whose update it shortened in the step.",
         "share",
         "zero",
-        (_Line("limited_share"),),
+        (_Line("limited_share", smooth=True),),
     ),
     (
         "tokens_per_second",
@@ -94,7 +105,7 @@ _CURVES: tuple[tuple[str, str, str, str, str, tuple[_Line, ...]], ...] = (
         "Of each logged step, of all ranks together.",
         "tokens a second",
         "zero",
-        (_Line("tokens_per_second"),),
+        (_Line("tokens_per_second", smooth=True),),
     ),
 )
 
@@ -112,9 +123,11 @@ def drawings(runs: Sequence[Run]) -> list[Drawing]:
     for id_, title, note, unit, scale, lines in _CURVES:
         figure = _curves(runs, lines, x)
         if figure.data:
-            figure.update_layout(**_layout(300))
+            figure.update_layout(**_layout(300), shapes=_marks(runs, by_tokens))
             figure.update_xaxes(title_text=label, range=[0, 1.02 * end], **_AXIS)
             figure.update_yaxes(title_text=unit, **_SCALES[scale], **_AXIS)
+            smoothed = any(trace.meta["key"].endswith(_SMOOTH) for trace in figure.data)
+            note += " Pale: as logged, with a running mean over it." if smoothed else ""
             found.append(Drawing(id_, title, note, figure))
     found += [drawing for drawing in (_time(runs), _memory(runs)) if drawing.figure.data]
     return found
@@ -134,6 +147,7 @@ def plain(text: str, most: int = 60) -> str:
 
 _AXIS = {"gridcolor": "#8883", "zeroline": False, "linecolor": "#888", "ticks": "outside", "tickcolor": "#888"}
 
+_SMOOTH = ", smooth"  # after the key of a line
 _TICKS = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 2, 5)]
 _SCALES: dict[str, dict[str, Any]] = {
     "free": {},
@@ -153,7 +167,6 @@ def _layout(height: int) -> dict[str, Any]:
         "showlegend": False,
         "hovermode": "x unified",
         "hoverlabel": {"bgcolor": "#fff", "font": {"color": "#222"}},
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888", "activecolor": "#4477aa"},
     }
 
 
@@ -165,17 +178,55 @@ def _curves(runs: Sequence[Run], lines: Sequence[_Line], x: Callable[[Run, dict[
             values = [finite(row[line.key]) for row in rows]
             if all(value is None for value in values):
                 continue
+            name = " ".join(part for part in (plain(run.name), line.name) if part)
+            look = {"color": colour(number), "dash": DASHES[number // len(RUN_COLOURS) % len(DASHES)]}
+            reach = len(values) // SMOOTHED if line.smooth else 0
+            steps = [x(run, row) for row in rows]
             figure.add_scatter(
-                x=[x(run, row) for row in rows],
+                x=steps,
                 y=values,
-                name=" ".join(part for part in (plain(run.name), line.name) if part),
+                name=name,
                 meta={"run": number, "key": line.key},
                 mode=line.mode if len(rows) > 1 else "markers",
-                opacity=0.45 if line.faint else 1,
-                line={"color": colour(number), "width": 1.8, "dash": DASHES[number // len(RUN_COLOURS) % len(DASHES)]},
+                opacity=0.3 if reach else 0.45 if line.faint else 1,
+                line={**look, "width": 1 if reach else 1.8},
                 marker={"size": 7},
             )
+            if reach:
+                means = smooth(values, reach)
+                figure.add_scatter(
+                    x=[steps[i] for i in means],
+                    y=list(means.values()),
+                    name=f"{name} mean of {2 * reach + 1}",
+                    meta={"run": number, "key": line.key + _SMOOTH},
+                    mode="lines",
+                    line={**look, "width": 2.2},
+                )
     return figure
+
+
+def smooth(values: Sequence[float | None], reach: int) -> dict[int, float | None]:
+    """By number of a value, its mean with `reach` neighbours on either side, towards the ends with as many as both
+    sides have, so that a slope stays one. None is left out, and stays. Of a wide reach a tenth of it lies between two.
+    """
+    found: dict[int, float | None] = {}
+    for i in (*range(0, len(values) - 1, max(1, reach // 10)), len(values) - 1):
+        side = min(reach, i, len(values) - 1 - i)
+        near = [value for value in values[i - side : i + side + 1] if value is not None]
+        found[i] = None if values[i] is None else sum(near) / len(near)
+    return found
+
+
+def _marks(runs: Sequence[Run], by_tokens: bool) -> list[dict[str, Any]]:
+    """A vertical line where a run was resumed; its name is the number of the run."""
+    marks = []
+    for number, run in enumerate(runs):
+        for step in run.resumed:
+            at = step * (run.tokens_per_step if by_tokens else 1)
+            line = {"color": colour(number), "width": 1, "dash": "dot"}
+            ends = {"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
+            marks.append({"type": "line", "name": str(number), "line": line, **ends})
+    return marks
 
 
 def _time(runs: Sequence[Run]) -> Drawing:
@@ -204,15 +255,20 @@ _PHASE_COLOURS = ("#bbbbbb", "#ccbb44", "#4477aa", "#66ccee", "#ee6677", "#aa337
 
 
 def _memory(runs: Sequence[Run]) -> Drawing:
-    """Bytes of ranks, each above what it would hold with AdamW."""
+    """Bytes of the fullest rank of each run, above what it would hold with AdamW."""
     figure = go.Figure()
     bars: list[tuple[str, dict[str, int], int]] = []  # label, bytes, which key of PARTS
+    spread = []
     for run in runs:
-        for rank in shown_ranks(run.ranks):
-            label = f"{plain(run.name, 20)}, rank {rank['rank']}"
-            bars.append((label, rank, 1))
-            if any(rank[ours] != rank.get(adamw, 0) for _, ours, adamw in PARTS[:5]):
-                bars.append((f"{label} with AdamW", rank, 2))
+        if run.ranks:
+            in_order = sorted(run.ranks, key=held)
+            least, most = in_order[0], in_order[-1]
+            bars.append((plain(run.name, 24), most, 1))
+            if any(most[ours] != most.get(adamw, 0) for _, ours, adamw in PARTS[:5]):
+                bars.append((f"{plain(run.name, 24)} with AdamW", most, 2))
+            if len(run.ranks) > 1:
+                told = f"{len(run.ranks)} ranks, {human(held(least))} to {human(held(most))}, rank {most['rank']} most"
+                spread.append(f"{run.name}: {told}." if len(runs) > 1 else f"{told}.")
     for number, part in enumerate(PARTS):
         values = [rank.get(str(part[key]), 0) for _, rank, key in bars]
         if any(values):
@@ -227,19 +283,10 @@ def _memory(runs: Sequence[Run]) -> Drawing:
             )
     _stack(figure, len(bars), "MiB")
     note = (
-        "Counted on the live tensors at the end of the run; AdamW's two fp32 moments by formula. Without activations."
+        "Of the fullest rank, counted on the live tensors at the end of the run; AdamW's two fp32 moments by formula. "
+        "Without activations."
     )
-    if any(len(run.ranks) > MOST_RANKS for run in runs):
-        note += " Of many ranks: those with most and with least."
-    return Drawing("memory", "Memory of each rank", note, figure, _legend(figure))
-
-
-def shown_ranks(ranks: Sequence[dict[str, int]]) -> list[dict[str, int]]:
-    """All of few ranks; of many, the one with most bytes and the one with least."""
-    if len(ranks) <= MOST_RANKS:
-        return list(ranks)
-    in_order = sorted(ranks, key=held)
-    return [in_order[-1], in_order[0]]
+    return Drawing("memory", "Memory of a rank", " ".join((note, *spread)), figure, _legend(figure))
 
 
 def held(rank: dict[str, int], adamw: bool = False) -> int:

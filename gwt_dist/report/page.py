@@ -9,10 +9,9 @@ from typing import Any
 
 from gwt_dist.report.figures import colour, drawings, held
 from gwt_dist.report.pages import human, render
-from gwt_dist.report.run import Run, finite
+from gwt_dist.report.run import Run, finite, flat, last
 
 NOTHING = "–"
-_SECTIONS = ("train", "deepspeed", "model", "corpus")
 _OF_THE_FOLDER = ("train.output", "train.resume")  # different in any two runs
 
 _PAGE = """
@@ -28,8 +27,19 @@ _PAGE = """
  .notes { border-left: 3px solid #ccbb44; padding-left: .8rem; }
  .xtick text, .ytick text, .g-xtitle text, .g-ytitle text { fill: CanvasText !important; }
  details { margin-top: 1rem; } summary { cursor: pointer; }
+ h1 { border-top: 4px solid #4477aa; padding-top: .8rem; overflow-wrap: anywhere; }
+ h2, th, summary { color: #4477aa; color: light-dark(#2f5d8c, #88bbee); }
+ #headline { list-style: none; margin: 0 0 1.5rem; padding: 0; }
+ #headline li { border-left: .35rem solid; padding: .1rem 0 .1rem .8rem; margin: .6rem 0; }
+ #headline b { display: block; font-size: clamp(1.25rem, 5.5vw, 1.9rem); line-height: 1.25; color: CanvasText; }
+ #headline span { color: CanvasText; opacity: .75; overflow-wrap: anywhere; }
+ #overview tr:nth-child(even) { background: #4477aa14; }
 {% endblock %}
 {% block body %}
+{% if headline %}<ul id="headline">{% for name, colour, text in headline %}
+<li style="border-color:{{ colour }}">
+{% if names | length > 1 %}<span>{{ name }}</span>{% endif %}<b>{{ text }}</b></li>
+{% endfor %}</ul>{% endif %}
 {% if notes %}<div class="notes">
 {% for name, text in notes %}<p>{{ name }}: {{ text }}.</p>{% endfor %}</div>{% endif %}
 <div class="wide"><table id="overview"><tr><th></th>{% for name, _ in names %}<th>{{ name }}</th>{% endfor %}</tr>
@@ -38,7 +48,8 @@ _PAGE = """
 <noscript><p>The curves need JavaScript; the tables do not.</p></noscript>
 <p class="legend runs">{% for name, colour in names %}<label>
 <input type="checkbox" checked data-run="{{ loop.index0 }}">
-<i style="background:{{ colour }}"></i>{{ name }}</label>{% endfor %}</p>
+<i style="background:{{ colour }}"></i>{{ name }}</label>{% endfor %}
+{% if resumed %}<span>dotted upright: resumed</span>{% endif %}</p>
 <div class="curves">{% for drawing in drawings %}{{ figure(drawing) }}{% endfor %}</div>
 {% if memory %}<details><summary>Bytes of every rank</summary><div class="wide"><table id="ranks">
 <tr>{% for name in memory[0] %}<th>{{ name }}</th>{% endfor %}</tr>
@@ -69,8 +80,7 @@ _PAGE = """
 _SCRIPT = """
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
-const config = {displaylogo: false, responsive: true, modeBarButtons:
-  [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]]};
+const config = {displayModeBar: false, responsive: true};
 const curves = [];
 let following = false;
 for (const [id, figure] of Object.entries(figures)) {
@@ -90,6 +100,8 @@ for (const box of document.querySelectorAll("input[data-run]")) box.addEventList
   for (const place of curves) {
     const its = place.data.flatMap((trace, i) => trace.meta.run === Number(box.dataset.run) ? [i] : []);
     if (its.length) Plotly.restyle(place, {visible: box.checked}, its);
+    const marks = (place.layout.shapes || []).flatMap((mark, i) => mark.name === box.dataset.run ? [i] : []);
+    if (marks.length) Plotly.relayout(place, Object.fromEntries(marks.map(i => [`shapes[${i}].visible`, box.checked])));
   }
 });
 """
@@ -102,13 +114,15 @@ def page(runs: Sequence[Run]) -> str:
 
     drawn = drawings(runs)
     content = json.dumps({one.id: one.figure.to_plotly_json() for one in drawn}, allow_nan=False)
-    every = [dict(_settings({section: run.record.get(section) for section in _SECTIONS})) for run in runs]
-    versions = [dict(_settings(run.record.get("versions") or {})) for run in runs]
+    every = [run.settings for run in runs]
+    versions = [dict(flat(run.record.get("versions") or {})) for run in runs]
     differing = [(key, cells) for key, cells in _beside(every) if len(set(cells)) > 1 and key not in _OF_THE_FOLDER]
     return render(
         _PAGE,
         title=f"{'Run' if len(runs) == 1 else 'Runs'} {', '.join(run.name for run in runs)}",
         names=[(run.name, colour(number)) for number, run in enumerate(runs)],
+        headline=[(run.name, colour(number), text) for number, run in enumerate(runs) if (text := _headline(run))],
+        resumed=any(run.resumed for run in runs),
         notes=[(run.name, text) for run in runs for text in run.lacking],
         overview=_overview(runs),
         differing=differing if len(runs) > 1 else None,
@@ -123,14 +137,6 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _settings(inner, f"{name}.{key}" if name else str(key))
-    elif value is not None:
-        yield name, value if isinstance(value, str) else json.dumps(value)
-
-
 def _beside(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(key for column in columns for key in column)
     return [(key, [column.get(key, NOTHING) for column in columns]) for key in keys]
@@ -141,28 +147,49 @@ def _overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [row for row in _beside(columns) if any(cell != NOTHING for cell in row[1])]
 
 
-def _told(run: Run) -> Iterator[tuple[str, str]]:
-    def last(lines: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-        values = [value for value in (finite(line.get(key)) for line in lines) if value is not None]
-        return format(values[-1], form) if values else NOTHING
+def _headline(run: Run) -> str:
+    """What the run is about: how much state, and how good."""
+    ours, adamw = run.moments
+    bits = last(run.validation, "bits_per_byte")
+    told = []
+    if adamw:
+        share = ours / adamw
+        told.append(f"{share:{'.2f' if share >= 0.01 else '.1g'}} of AdamW's state")
+    if bits:
+        told.append(f"{bits[1]:.2f} bits a byte")
+    return ", ".join(told)
 
-    settings = dict(_settings({section: run.record.get(section) for section in _SECTIONS}))
+
+def _told(run: Run) -> Iterator[tuple[str, str]]:
+    def param(key: str) -> str:
+        return resolved.get(f"optimizer.{key}", settings.get(f"deepspeed.optimizer.params.{key}", NOTHING))
+
+    def of_last(lines: Sequence[Mapping[str, Any]], key: str) -> str:
+        found = last(lines, key)
+        return f"{found[1]:.4f}" if found else NOTHING
+
+    settings = run.settings
+    # As resolved where the record has it: what the JSON leaves out has its default there.
+    resolved = dict(flat(run.record.get("identity")))
     step = run.training[-1]["step"]
     yield "steps", f"{step:,} of {settings.get('train.steps', NOTHING)}"
     yield "tokens", f"{step * run.tokens_per_step:,}"
     yield "optimizer", settings.get("deepspeed.optimizer.type", NOTHING)
-    yield "level", settings.get("deepspeed.optimizer.params.level", NOTHING)
+    yield "recipe", param("recipe")
+    yield "level", param("level")
+    yield "learning rate", param("lr")
+    yield "... of the rest", param("rest.lr")
     yield "ZeRO stage", settings.get("deepspeed.zero_optimization.stage", NOTHING)
     yield "ranks", str(run.record.get("ranks", len(run.ranks) or NOTHING))
+    yield "resumed after step (dotted)", ", ".join(f"{step:,}" for step in run.resumed) or NOTHING
     yield "device", str(run.record.get("device", NOTHING))
-    yield "training loss, last", last(run.training, "loss", ".4f")
-    yield "validation loss, last", last(run.validation, "validation_loss", ".4f")
-    yield "bits per byte, last", last(run.validation, "bits_per_byte", ".4f")
+    yield "training loss, last", of_last(run.training, "loss")
+    yield "validation loss, last", of_last(run.validation, "validation_loss")
+    yield "bits per byte, last", of_last(run.validation, "bits_per_byte")
     speeds = [speed for speed in (finite(line.get("tokens_per_second")) for line in run.training) if speed is not None]
     yield "tokens a second, median", f"{median(speeds):,.0f}" if speeds else NOTHING
     if run.ranks:
-        ours = sum(rank["wavelet_moments"] + rank["plain_moments"] for rank in run.ranks)
-        adamw = sum(rank["wavelet_adamw"] + rank["plain_adamw"] for rank in run.ranks)
+        ours, adamw = run.moments
         yield "moments, all ranks", human(ours)
         yield "... of AdamW's", f"{ours / adamw:.4f}" if adamw else NOTHING
         yield "a rank holds, at most", human(max(held(rank) for rank in run.ranks))

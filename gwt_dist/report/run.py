@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gwt_dist.train.metrics import FORMAT, PHASES
 
 RECORD, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
+SECTIONS = ("train", "deepspeed", "model", "corpus")  # of the record: what is a setting
 NUMBERS = (
     "loss",
     "lr",
@@ -54,9 +56,33 @@ class Run:
         return int(self.training[0]["tokens"]) // int(self.training[0]["step"])
 
     @property
+    def resumed(self) -> list[int]:
+        """Steps after which the run went on: those that its record lists. Of a record that lists none, the last logged
+        step before each later start, which the line after it tells by its `first step`.
+        """
+        if "resumed" in self.record:
+            return [step for step in self.record["resumed"] if step]
+        lines = sorted((*self.training, *self.validation), key=lambda line: int(line["step"]))
+        began = (line for line, after in pairwise(lines) if "first step" in (after.get("seconds") or {}))
+        return [int(line["step"]) for line in began]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All settings as text, by their dotted names."""
+        return dict(flat({section: self.record.get(section) for section in SECTIONS}))
+
+    @property
     def ranks(self) -> list[dict[str, int]]:
         """Bytes that each rank held at the end; none without a summary."""
         return self.summary["ranks"] if self.summary else []
+
+    @property
+    def moments(self) -> tuple[int, int]:
+        """Bytes of the moments of all ranks, and those of AdamW in their place; zeros without a summary."""
+        ours, adamw = (
+            sum(rank[f"wavelet_{kind}"] + rank[f"plain_{kind}"] for rank in self.ranks) for kind in ("moments", "adamw")
+        )
+        return ours, adamw
 
     def seconds(self) -> dict[str, float]:
         """By phase, of the whole run: all its lines, and the last checkpoint. Empty where none were logged."""
@@ -95,6 +121,9 @@ def _read(folder: Path, name: str) -> Run:
             f"{folder / RECORD} has format {version!r}, and this gwt_dist knows {FORMAT} at most: the run is of a "
             "newer version. Upgrade gwt_dist to show it"
         )
+    resumed = record.get("resumed", [])
+    if not isinstance(resumed, list) or not all(map(_whole, resumed)):
+        raise ValueError(f"{folder / RECORD}: resumed is {resumed!r}, and not a list of steps")
     lines, cut = _lines(folder / METRICS)
     training = [line for line in lines if "loss" in line]
     if not training:
@@ -191,6 +220,24 @@ def _number(value: Any) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and text of all that a mapping of mappings holds; None is left out."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    elif value is not None:
+        yield name, value if isinstance(value, str) else json.dumps(value)
+
+
+def last(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[int, float] | None:
+    """The step and the value of the last line that has a finite one; None if none has."""
+    for line in reversed(lines):
+        value = finite(line.get(key))
+        if value is not None:
+            return int(line["step"]), value
+    return None
 
 
 def finite(value: Any) -> float | None:

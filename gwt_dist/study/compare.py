@@ -21,7 +21,7 @@ from gwt_dist.study.plan import STAGES, Run, line_of, shared_by_all, tokens_to_g
 from gwt_dist.study.prepared import Prepared, prepare
 from gwt_dist.study.results import FILE, Writer, finished, read_results
 from gwt_dist.study.workers import Workers
-from gwt_dist.train.config import REPOSITORY, read_mapping
+from gwt_dist.train.config import read_mapping
 from gwt_dist.train.corpus import load_corpus
 
 Show = Callable[[int, int, str], None]  # tokens done, tokens in all, what happens
@@ -187,9 +187,13 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the source tree, with a + where files differ from it; '' outside of a repository."""
-    git = ["git", "-C", str(REPOSITORY)]
+    """The commit of the source tree, with a + where files differ from it; '' outside of a repository of its own."""
+    tree = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(tree)]
     try:
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
+        if not tree.samefile(top.stdout.strip()):  # installed below somebody's own repository
+            return ""
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         status = ["status", "--porcelain", "--untracked-files=no"]
         changed = subprocess.run([*git, *status], capture_output=True, text=True, check=True)

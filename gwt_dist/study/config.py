@@ -116,9 +116,7 @@ def read_study(name: str) -> Study:
     Raises:
         ValueError: no such file, an unknown key (the nearest is named), or a value that cannot be right.
     """
-    path = find_file(
-        name if name.endswith((".yaml", ".yml", ".json")) or "/" in name else f"configs/studies/{name}.yaml"
-    )
+    path = find_file(name, "configs/studies", ".yaml")
     return study_from(read_mapping(path), str(path), path.stem)
 
 

@@ -15,20 +15,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gwt_dist.groups import first_match
+from gwt_dist.blocks import matrices_of
 from gwt_dist.study.entries import ENTRIES, Build, Options
+from gwt_dist.targets import first_match
 from gwt_dist.train.config import refuse_unknown_keys
 
 TARGETS = ("attn", "mlp")
 
 
 def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Parameters by name: the Linear weights of attention and MLP, and the rest."""
-    linear = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    """Parameters by name: the weight matrices of attention and MLP, and the rest."""
+    known = matrices_of(model)
     matrices: dict[str, nn.Parameter] = {}
     rest: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        chosen = matrices if first_match(TARGETS, linear.get(id(parameter))) else rest
+        chosen = matrices if first_match(TARGETS, known.get(id(parameter))) else rest
         chosen[name] = parameter
     return matrices, rest
 

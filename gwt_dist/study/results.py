@@ -48,12 +48,15 @@ class Writer:
     """Appends lines to a file that one process writes at a time.
 
     Raises:
-        ValueError: another process writes it.
+        ValueError: another process writes it, or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}; give --output another folder") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

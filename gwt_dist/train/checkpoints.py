@@ -66,8 +66,9 @@ def open_run(config: TrainConfig) -> Begun | None:
         RunComplete: a launcher started a run again that was at its end.
     """
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; name a folder")
+    place = next((place for place in (output, *output.parents) if place.exists()), output)
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"output {output}: {place} is a file; name a folder")
     occupied = output.is_dir() and any(output.iterdir())
     if not config.resume:
         if occupied:
@@ -160,6 +161,15 @@ def check_streams(begun: Begun, world_size: int) -> None:
             f"resume: the corpus is streamed, each of {len(begun.streams)} ranks its share, so {world_size} ranks "
             f"cannot go on with the same text. Start {len(begun.streams)} ranks, or read the corpus from files"
         )
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """The record of a run, for what is told of it; empty if it is not there or damaged."""
+    try:
+        found = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from gwt_dist.train.config import TrainConfig, parse_arguments
-from gwt_dist.train.ranks import Ranks, ranks_from_environment
+from gwt_dist.train.ranks import Ranks, may_restart, ranks_from_environment
 
 DONE = 0
 USER_ERROR = 2
 NON_FINITE = 3
 NOT_SAVED = 4
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torchrun
+SECONDS_FOR_THE_FIRST = 5.0
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -90,8 +94,18 @@ def _run(config: TrainConfig, ranks: Ranks) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    """Print the error once on each machine: what is wrong may be a file of that machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Tell the error once on each machine: what is wrong may be a file of that machine.
+
+    torchrun prints the file that it names at its very end, below dozens of lines of its own, and that of the rank that
+    failed first: the other ranks leave the first place to rank 0, which has the same to say, until torchrun ends them.
+    """
+    first, told = os.environ.get("LOCAL_RANK", "0") == "0", os.environ.get(ERROR_FILE)
+    if told:
+        if not first:
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        said = {"message": f"error: {error}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(told).write_text(json.dumps({"message": said}), encoding="utf-8")
+    if first and (not told or may_restart()):
         print(f"error: {error}", file=sys.stderr, flush=True)
     return code
 

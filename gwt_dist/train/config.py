@@ -2,7 +2,8 @@
 
 `TrainConfig` is the single source of truth: the YAML/JSON reader, the argument parser and `--help`
 are derived from its fields. What belongs to the engine (batch sizes, precision, clipping, ZeRO
-stage, optimizer) lives in the DeepSpeed JSON instead, see `ds_config.py`.
+stage, optimizer) lives in the DeepSpeed JSON instead, see `ds_config.py`; `lr`, `level` and `recipe` take the place of
+three of its values.
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from gwt_dist import shipped
 
 
-def _key(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _key(default: Any, help: str, told: str = "") -> Any:
+    """A field; `told` is its default in words, where that is None."""
+    return field(default=default, metadata={"help": help, "default": told or repr(default)})
+
+
+_OF_JSON = "as the JSON says"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,9 @@ class TrainConfig:
         "configs/zero2.json",
         "DeepSpeed JSON: batch sizes, precision, clipping, ZeRO stage and optimizer",
     )
+    lr: float | None = _key(None, "optimizer.params.lr of the DeepSpeed JSON for this run", _OF_JSON)
+    level: int | None = _key(None, "optimizer.params.level of the DeepSpeed JSON for this run", _OF_JSON)
+    recipe: str | None = _key(None, "optimizer.params.recipe of the DeepSpeed JSON for this run", _OF_JSON)
     corpus: str = _key(
         "stdlib",
         "text: 'stdlib' (Python's own sources and docs), 'packages' (those of installed packages too) or 'packages:N' "
@@ -50,7 +59,9 @@ class TrainConfig:
     )
     sequence_length: int = _key(256, "predicted tokens in one sequence")
     steps: int = _key(400, "optimizer steps in the whole run")
-    warmup_steps: int = _key(40, "optimizer steps over which the learning rate rises from 0")
+    warmup_steps: int = _key(
+        None, "optimizer steps over which the learning rate rises from 0", "a tenth of steps, at most 40"
+    )
     min_lr_ratio: float = _key(0.1, "learning rate at the end of the cosine, as a share of its top")
     seed: int = _key(0, "seed of the initial weights and of the data order")
     eval_every: int = _key(100, "optimizer steps between validations; 0: only at the end")
@@ -75,8 +86,12 @@ class TrainConfig:
                 raise ValueError(f"{name} is empty; give a name or a path")
         for name in ("sequence_length", "steps", "eval_tokens", "log_every", "shuffle_buffer", "timeout"):
             _require(name, getattr(self, name), at_least=1)
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", min(40, self.steps // 10))
         for name in ("warmup_steps", "seed", "eval_every", "save_every", "keep", "threads"):
             _require(name, getattr(self, name), at_least=0)
+        if self.recipe == "":
+            raise ValueError("recipe is empty; name one, or leave it to the DeepSpeed JSON")
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio!r} is outside 0 to 1")
         if self.warmup_steps > self.steps:
@@ -104,8 +119,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the configuration file {path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"configuration file {path} is no text ({error}); name a .json or .yaml file") from None
+    except OSError as error:
+        raise ValueError(f"configuration file {path} cannot be read: {error.strerror}") from None
     try:
         if path.suffix == ".json":
             content = json.loads(text, object_pairs_hook=lambda pairs: _no_duplicates(pairs, path))
@@ -153,23 +170,20 @@ def refuse_unknown_keys(keys: Iterable[str], known: Iterable[str], where: str) -
             raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
-def find_file(name: str, folder: str = "") -> Path:
+def find_file(name: str, folder: str = "", suffix: str = ".json") -> Path:
     """A configuration file by path, or by bare name in `folder` (such as 'configs/models').
 
-    Relative paths are tried from the working directory, then from the repository.
+    Relative paths are tried from the working directory, then among the files that come with the package.
 
     Raises:
         ValueError: no such file; the message lists the bare names that exist.
     """
-    candidates = [Path(name)] + ([Path(folder) / f"{name}.json"] if folder else [])
-    for candidate in candidates:
-        for path in (candidate, REPOSITORY / candidate):
-            if path.is_file():
-                return path
-    shown = ""
-    if folder:
-        names = sorted(path.stem for path in (REPOSITORY / folder).glob("*.json"))
-        shown = f"; the names in {folder} are {', '.join(names)}" if names else ""
+    for candidate in [name, *([f"{folder}/{name}{suffix}"] if folder else [])]:
+        if (found := shipped.find(candidate)) is not None:
+            return found
+    if Path(name).is_dir():
+        raise ValueError(f"{name} is a folder; name a configuration file")
+    shown = f"; the names in {folder} are {', '.join(shipped.names(folder, suffix))}" if folder else ""
     raise ValueError(f"no such configuration file: {name!r}{shown}")
 
 
@@ -191,13 +205,19 @@ def _convert(kind: type, value: Any, key: str, where: str) -> Any:
         raise ValueError(f"{key}={value!r} in {where}: expected {expected}") from None
 
 
+def _kinds() -> dict[str, type]:
+    """The type of each field, of one that may be None the other."""
+    hints = get_type_hints(TrainConfig)
+    return {name: next((kind for kind in get_args(hint) if kind is not NoneType), hint) for name, hint in hints.items()}
+
+
 def config_from(values: Mapping[str, Any], where: str) -> TrainConfig:
     """A `TrainConfig` from plain values; `where` names their source in errors.
 
     Raises:
         ValueError: unknown key, wrong type, or a value out of range.
     """
-    kinds = get_type_hints(TrainConfig)
+    kinds = _kinds()
     refuse_unknown_keys(values, kinds, where)
     converted = {key: _convert(kinds[key], value, key, where) for key, value in values.items()}
     return TrainConfig(**converted)
@@ -213,6 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML or JSON file with any of the keys below")
     # Required by the deepspeed launcher, which adds it to the command of every rank.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    kinds = _kinds()
     for item in dataclasses.fields(TrainConfig):
         names = [f"--{item.name}"]
         if "_" in item.name:
@@ -224,8 +245,8 @@ def build_parser() -> argparse.ArgumentParser:
             **alone,
             dest=item.name,
             default=argparse.SUPPRESS,
-            metavar=get_type_hints(TrainConfig)[item.name].__name__.upper(),
-            help=f"{item.metadata['help']} (default: {item.default!r})",
+            metavar=kinds[item.name].__name__.upper(),
+            help=f"{item.metadata['help']} (default: {item.metadata['default']})",
         )
     return parser
 

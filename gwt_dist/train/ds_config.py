@@ -26,7 +26,12 @@ class BatchSizes:
     accumulation: int
 
 
-def load(path: Path, world_size: int, begun: Mapping[str, int] | None = None) -> tuple[dict[str, Any], BatchSizes]:
+def load(
+    path: Path,
+    world_size: int,
+    begun: Mapping[str, int] | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], BatchSizes]:
     """The JSON at `path` as a dict, with all three batch sizes filled in, and those sizes.
 
     Args:
@@ -34,6 +39,7 @@ def load(path: Path, world_size: int, begun: Mapping[str, int] | None = None) ->
         world_size: Ranks of this start.
         begun: Of a run that is resumed, `sequences` of a step and the `ranks` that it began on. A step keeps its
             sequences on any number of ranks; accumulation follows.
+        params: What the run says of `optimizer.params` in the place of the JSON; None is left to it.
 
     Raises:
         ValueError: unknown key or optimizer parameter, a section that the recipe sets itself, batch sizes that do not
@@ -53,7 +59,8 @@ def load(path: Path, world_size: int, begun: Mapping[str, int] | None = None) ->
             "and set warmup_steps, steps and min_lr_ratio of the run instead"
         )
     _check_sections(content, path)
-    _check_optimizer(content, path)
+    said = {key: value for key, value in (params or {}).items() if value is not None}
+    _check_optimizer(content, path, said)
     sizes = batch_sizes(content, world_size if begun is None else begun["ranks"], str(path))
     if begun is not None and world_size != begun["ranks"]:
         try:
@@ -149,7 +156,8 @@ def _check_sections(content: dict[str, Any], path: Path) -> None:
         refuse_unknown_keys(value, known, f"section {section!r} of {path}")
 
 
-def _check_optimizer(content: dict[str, Any], path: Path) -> None:
+def _check_optimizer(content: dict[str, Any], path: Path, said: Mapping[str, Any]) -> None:
+    """Check the section, with the values that are `said` in the place of its own, which are put there."""
     section = content.get("optimizer")
     if not isinstance(section, dict) or "type" not in section:
         raise ValueError(
@@ -157,15 +165,18 @@ def _check_optimizer(content: dict[str, Any], path: Path) -> None:
             '"optimizer": {"type": "GWTAdamW", "params": {"lr": 0.001}}'
         )
     refuse_unknown_keys(section, OPTIMIZER_KEYS, f"section 'optimizer' of {path}")
-    kind, params = section["type"], section.get("params") or {}
+    kind, params = section["type"], {**(section.get("params") or {}), **said}
+    if said:
+        section["params"] = params
+    where = f"{path} and {', '.join(said)} of the run" if said else str(path)
     known = _optimizer_parameters(kind, path)
     if known is not None:
-        refuse_unknown_keys(params, known, f"optimizer.params of {path} ({kind})")
+        refuse_unknown_keys(params, known, f"optimizer.params of {where} ({kind})")
     if kind == ds_json.TYPE:
         ds_json.checked(params)
     lr = params.get("lr")
     if not isinstance(lr, (int, float)) or isinstance(lr, bool) or lr < 0:
-        raise ValueError(f"optimizer.params.lr={lr!r} in {path}: expected a number, 0 or more")
+        raise ValueError(f"optimizer.params.lr={lr!r} in {where}: expected a number, 0 or more")
 
 
 def _optimizer_parameters(kind: str, path: Path) -> set[str] | None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from gwt_dist import memory
 from gwt_dist.groups import param_groups
 from gwt_dist.memory import StateBytes
-from gwt_dist.train import checkpoints, ds_config, model, stream, tokens
+from gwt_dist.train import checkpoints, ds_config, model, stream, tell, tokens
 from gwt_dist.train.batches import Batches, ShuffledBatches, Validation
 from gwt_dist.train.config import TrainConfig, find_file, read_mapping
 from gwt_dist.train.corpus import Corpus, is_dataset_name, load_corpus
@@ -72,7 +72,8 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         torch.set_num_threads(config.threads)
     begun = checkpoints.open_run(config)
     engine_file, world_size = find_file(config.deepspeed_config), ranks.world_size
-    engine_config, sizes = ds_config.load(engine_file, world_size, begun.batch if begun else None)
+    said = {"lr": config.lr, "level": config.level, "recipe": config.recipe}
+    engine_config, sizes = ds_config.load(engine_file, world_size, begun.batch if begun else None, said)
     kind = engine_config["optimizer"]["type"]
     saves = kind == "GWTAdamW"
     if begun and not saves:
@@ -111,13 +112,15 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         lr_scheduler=lambda optimizer: _schedule(optimizer, config),
     )
     limit_waiting(timeout)
-    start_step = 0
+    start_step, rates = 0, (0.0, 0.0)
     if begun and begun.checkpoint:
         checkpoints.restore_state(engine, begun, config.seed)
         start_step = begun.step
+        rates = float(engine.get_lr()[0]), tell.rate(engine.lr_scheduler, start_step)
         if begun.streams is not None:
             batches.load_state_dict(begun.streams[ranks.rank])
-    record = {
+    shapes = {"file": model_file.name, **read_mapping(model_file)}
+    record: dict[str, Any] = {
         "format": FORMAT,
         "identity": identity,
         "batch": begun.batch if begun else {"sequences": sizes.train, "ranks": world_size},
@@ -125,13 +128,21 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type,
         "train": dataclasses.asdict(config),
         "deepspeed": engine_config,
-        "model": {"file": model_file.name, **read_mapping(model_file)},
+        "model": shapes,
         "corpus": {"source": corpus.source, "sha256": corpus.sha256},
         "versions": _versions(),
     }
+    earlier = checkpoints.read_record(begun.run_folder) if begun else {}
+    if begun:
+        record["resumed"] = [*(step for step in earlier.get("resumed", []) if step < start_step), start_step]
     metrics = _open_folder(config, ranks, record, trained, begun, start_step)
     if ranks.rank == 0:
-        _tell(begun, config, sizes, world_size, "" if saves else kind)
+        told = [
+            tell.vocabulary(shapes, tokenizer.vocab_size),
+            *tell.resumed(begun, config, sizes, world_size, rates, earlier),
+            "" if saves else tell.unsaved(kind),
+        ]
+        print(*filter(None, told), sep="\n", end="\n" if any(told) else "", file=sys.stderr)
     return Session(
         config,
         ranks,
@@ -146,26 +157,6 @@ def open_session(config: TrainConfig, ranks: Ranks) -> Session:
         saves,
         {"model_config": llama.to_dict(), "identity": identity, "batch": record["batch"]},
     )
-
-
-def _tell(
-    begun: checkpoints.Begun | None, config: TrainConfig, sizes: ds_config.BatchSizes, world_size: int, unsaved: str
-) -> None:
-    """What is not as it looks, in a line each on stderr."""
-    if config.resume and not (begun and begun.checkpoint):
-        print(f"no checkpoint in {config.output} yet: starting from the beginning", file=sys.stderr)
-    if begun and begun.checkpoint and begun.world_size != world_size:
-        print(
-            f"{world_size} ranks go on where {begun.world_size} saved: micro batch {sizes.micro}, accumulation "
-            f"{sizes.accumulation}, {sizes.train} sequences a step as before",
-            file=sys.stderr,
-        )
-    if unsaved:
-        print(
-            f"no checkpoint will be written: they hold the state of GWTAdamW, and the optimizer is {unsaved}. For a "
-            f"baseline that can be resumed take GWTAdamW with level 0, which is AdamW",
-            file=sys.stderr,
-        )
 
 
 def planned_state(module: torch.nn.Module, engine_config: dict[str, Any], ranks: Ranks) -> StateBytes | None:
@@ -281,11 +272,18 @@ def _open_folder(
 ) -> Metrics:
     output = Path(config.output)
     inherited: list[dict[str, Any]] = []
+    failed: list[str] = [""]
     if ranks.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        if begun:
-            inherited = read_metrics(begun.run_folder / "metrics.jsonl", start_step)
-        checkpoints.write_json(output / checkpoints.RECORD, record)
-        if trained is not None:
-            (output / "tokenizer.json").write_text(trained, encoding="utf-8")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            if begun:
+                inherited = read_metrics(begun.run_folder / "metrics.jsonl", start_step)
+            checkpoints.write_json(output / checkpoints.RECORD, record)
+            if trained is not None:
+                (output / "tokenizer.json").write_text(trained, encoding="utf-8")
+        except OSError as error:
+            failed[0] = f"output {output} cannot be written: {error.strerror}; name another --output"
+    dist.broadcast_object_list(failed, src=0)
+    if failed[0]:
+        raise ValueError(failed[0])
     return Metrics(output, inherited, start_step, enabled=ranks.rank == 0)

@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ ByteCounts = npt.NDArray[np.uint16]
 
 BPE_CHARACTERS = 32 * 10**6  # that a BPE is trained on at most: seconds, where all text of all packages takes minutes
 BATCH_CHARACTERS = 4 * 10**6  # that are encoded at a time, about 100 bytes of memory for each of their tokens
+BPE_END = 0  # id of the end token of a BPE that was trained here: special tokens come first
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
@@ -183,11 +185,19 @@ def load_tokenizer(spec: str, trained: str | None = None) -> Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_str(trained)
-        return SubwordTokenizer(backend, spec, 0)  # train_bpe puts its end token first
+        return SubwordTokenizer(backend, spec, BPE_END)
+    loaded = _loaded(spec)
+    eos = loaded.eos_token_id if loaded.eos_token_id is not None else loaded.sep_token_id
+    if eos is None:
+        raise ValueError(f"tokenizer {spec!r} has neither an eos nor a sep token to end documents")
+    return SubwordTokenizer(loaded.backend_tokenizer, spec, eos)
+
+
+def _loaded(spec: str, **keywords: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(spec)
+        loaded = AutoTokenizer.from_pretrained(spec, **keywords)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -198,10 +208,39 @@ def load_tokenizer(spec: str, trained: str | None = None) -> Tokenizer:
             f"tokenizer {spec!r} has no fast version, so the bytes of a token are unknown and bits "
             "per byte cannot be told; use one with a tokenizer.json"
         )
-    eos = loaded.eos_token_id if loaded.eos_token_id is not None else loaded.sep_token_id
-    if eos is None:
-        raise ValueError(f"tokenizer {spec!r} has neither an eos nor a sep token to end documents")
-    return SubwordTokenizer(loaded.backend_tokenizer, spec, eos)
+    return loaded
+
+
+def save_tokenizer(folder: Path, spec: str, vocab_size: int, trained: str | None = None) -> None:
+    """Write what `AutoTokenizer.from_pretrained(folder)` loads as the tokenizer that `spec` names, not 'bytes'.
+
+    Nothing is fetched: a name is looked up in the cache of transformers, where the run had it.
+
+    Args:
+        folder: Where its files go.
+        spec: As in `load_tokenizer`.
+        vocab_size: The number of tokens that the model was trained with.
+        trained: The JSON from `train_bpe` where it is a BPE.
+
+    Raises:
+        ValueError: it is not there, is damaged, or has another number of tokens. Nothing was written.
+    """
+    if trained is None:
+        loaded = _loaded(spec, local_files_only=True)
+    else:
+        from tokenizers import Tokenizer as Backend
+        from transformers import PreTrainedTokenizerFast
+
+        fast: Any = PreTrainedTokenizerFast
+        try:
+            backend = Backend.from_str(trained)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer {spec!r}: its JSON is none of a tokenizer: {error}") from None
+        loaded = fast(tokenizer_object=backend, eos_token=backend.id_to_token(BPE_END))
+    found = loaded.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    if found != vocab_size:
+        raise ValueError(f"tokenizer {spec!r} has {found} tokens now, and the model was trained with {vocab_size}")
+    loaded.save_pretrained(folder)
 
 
 def encode_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Ids, ByteCounts]:
