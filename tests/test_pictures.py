@@ -13,6 +13,10 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import loss_for_bytes  # noqa: E402
 
+from gwt_dist.study.plan import Outcome  # noqa: E402
+from gwt_dist.study.plots import against_state  # noqa: E402
+from gwt_dist.study.table import Line  # noqa: E402
+
 LINES = [json.loads(line) for line in (loss_for_bytes.FOLDER / "cpu.jsonl").read_text().splitlines()]
 
 
@@ -44,3 +48,16 @@ def test_all_rows_of_the_picture_are_recorded(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     loss_for_bytes.draw(LINES, tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text().count("<!-- ") > len(loss_for_bytes.NAMED)
+
+
+def test_the_study_names_the_rows_of_its_front_and_the_reference() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    sizes = {"adamw": (8.0, 1.57), "small": (0.4, 1.37), "worse": (2.0, 1.6), "best": (1.0, 1.35), "none": (1.0, None)}
+    # Another order for the matrices, which are not asked.
+    lines = [Line(row, 64, Outcome(), "", loss=y, state=x, matrix_state=1 / x) for row, (x, y) in sizes.items()]
+    against_state(axes, lines, ["red"] * len(lines), "adamw")
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [(n, sizes[n]) for n in ("small", "best", "adamw")]
+    assert sorted(axes.get_legend_handles_labels()[1]) == ["adamw", "best", "small", "worse"]
