@@ -32,7 +32,7 @@ def write_plots(folder: Path, study: Study, shared: str, results: Results) -> li
         (tokens, time), (state, rate) = axes
         curves(tokens, lines, colors)
         curves(time, lines, colors, timed=True)
-        against_state(state, lines, colors)
+        against_state(state, lines, colors, study.reference)
         against_rate(rate, study, shared, lines, colors, batch, results)
         figure.suptitle(f"{study.name}: {batch.tokens:,} tokens a step, {batch.steps} steps")
         figure.legend(*state.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize="small")
@@ -61,22 +61,35 @@ def curves(axes: Axes, lines: list[Line], colors: list[Any], timed: bool = False
     axes.set(xlabel="seconds of training" if timed else "tokens", ylabel="training loss, nats a token")
 
 
-def against_state(axes: Axes, lines: list[Line], colors: list[Any]) -> None:
-    """Best validation loss against bytes of state for an element of the matrices.
+def against_state(axes: Axes, lines: list[Line], colors: list[Any], reference: str) -> None:
+    """Best validation loss against bytes of state for a weight of the whole model, with the deviation of the seeds.
 
-    Dotted: the best with so many bytes or fewer.
+    Dotted: the best with so many bytes or fewer. Rows on this line and `reference` have their names, others are pale.
     """
-    for line, color in zip(lines, colors, strict=True):
-        if line.loss is not None and line.matrix_state is not None:
-            axes.errorbar(line.matrix_state, line.loss, yerr=line.spread or 0.0, fmt="o", color=color, label=line.row)
+    steps = front([(line.state, line.loss) for line in lines])
+    offset = 14  # points
+    for line, color in sorted(zip(lines, colors, strict=True), key=lambda pair: pair[0].state or 0.0):
+        if line.loss is None or line.state is None:
+            continue
+        named = line.row == reference or (line.state, line.loss) in steps
+        alpha, size = (1.0, 9) if named else (0.4, 6)
+        error = line.spread or 0.0
+        axes.errorbar(line.state, line.loss, error, fmt="o", color=color, label=line.row, alpha=alpha, markersize=size)
+        if named:
             axes.annotate(
-                line.row, (line.matrix_state, line.loss), fontsize="x-small", xytext=(4, 3), textcoords="offset points"
+                line.row,
+                (line.state, line.loss),
+                xytext=(0, offset),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if offset > 0 else "top",
+                fontsize="large",
             )
-    steps = front([(line.matrix_state, line.loss) for line in lines])
+            offset = -offset  # neighbours have nearly the same loss
     axes.step([size for size, _ in steps], [loss for _, loss in steps], where="post", color="grey", linestyle=":")
     axes.set_xscale("symlog", base=2, linthresh=0.0625)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="optimizer state, bytes for an element of the matrices", ylabel="validation loss at the best rate")
+    axes.set(xlabel="optimizer state of the whole model, bytes a weight", ylabel="validation loss at the best rate")
 
 
 def front(points: Sequence[tuple[float | None, float | None]]) -> list[tuple[float, float]]:
