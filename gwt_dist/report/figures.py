@@ -125,7 +125,7 @@ def drawings(runs: Sequence[Run]) -> list[Drawing]:
         if figure.data:
             figure.update_layout(**_layout(300), shapes=_marks(runs, by_tokens))
             figure.update_xaxes(title_text=label, range=[0, 1.02 * end], **_AXIS)
-            figure.update_yaxes(title_text=unit, **_SCALES[scale], **_AXIS)
+            figure.update_yaxes(title_text=unit, automargin=True, **_SCALES[scale], **_AXIS)
             smoothed = any(trace.meta["key"].endswith(_SMOOTH) for trace in figure.data)
             note += " Pale: as logged, with a running mean over it." if smoothed else ""
             found.append(Drawing(id_, title, note, figure))
@@ -206,12 +206,14 @@ def _curves(runs: Sequence[Run], lines: Sequence[_Line], x: Callable[[Run, dict[
 
 
 def smooth(values: Sequence[float | None], reach: int) -> dict[int, float | None]:
-    """By number of a value, its mean with `reach` neighbours on either side, towards the ends with as many as both
-    sides have, so that a slope stays one. None is left out, and stays. Of a wide reach a tenth of it lies between two.
+    """By number of a value, its mean with `reach` neighbours on either side. None is left out, and stays.
+
+    In the steep beginning it is of as many before as after, so that the slope stays one; at the end, where a run is
+    judged, of those that are there, and not of the last value alone. Of a wide reach a tenth of it lies between two.
     """
     found: dict[int, float | None] = {}
     for i in (*range(0, len(values) - 1, max(1, reach // 10)), len(values) - 1):
-        side = min(reach, i, len(values) - 1 - i)
+        side = min(reach, i)
         near = [value for value in values[i - side : i + side + 1] if value is not None]
         found[i] = None if values[i] is None else sum(near) / len(near)
     return found
@@ -267,7 +269,9 @@ def _memory(runs: Sequence[Run]) -> Drawing:
             if any(most[ours] != most.get(adamw, 0) for _, ours, adamw in PARTS[:5]):
                 bars.append((f"{plain(run.name, 24)} with AdamW", most, 2))
             if len(run.ranks) > 1:
-                told = f"{len(run.ranks)} ranks, {human(held(least))} to {human(held(most))}, rank {most['rank']} most"
+                low, high = human(held(least)), human(held(most))
+                told = f"{high} each" if low == high else f"{low} to {high}, rank {most['rank']} most"
+                told = f"{len(run.ranks)} ranks, {told}"
                 spread.append(f"{run.name}: {told}." if len(runs) > 1 else f"{told}.")
     for number, part in enumerate(PARTS):
         values = [rank.get(str(part[key]), 0) for _, rank, key in bars]
