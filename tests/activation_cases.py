@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -136,6 +138,50 @@ def trained(kind: str, steps: int, autocast: bool = False, times: int = 0) -> tu
         return masters(model, module), found.before
     named = {clean(n): p.detach() for n, p in module.named_parameters()}
     return {n: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for n, p in named.items()}, found.before
+
+
+OWN = 64  # tokens of each rank in `exact_case`, of which all that are taken at once are enough to be compressed
+
+
+def exact_case(kind: str) -> dict[str, Any]:
+    """The gradient of a layer of which each rank has tokens of its own, in two parts, beside that of one process.
+
+    Saved activations are multiples of 2**-13 once they were rounded, and gradients of outputs are -1, 0 or 1: no sum of
+    them is rounded, in whatever order, so all that is left to differ are the codes.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(OWN * ranks, WIDTH, generator=generator).clamp(-2.9, 2.9)
+    x[:, 0], x[:, 130], x[:, 1], x[:, 131] = -2.9, -2.9, 2.9, 2.9
+    x *= 0.75 + torch.rand(len(x), 1, generator=generator) / 4  # scales are many, of one exponent
+    sign = torch.randint(-1, 2, (len(x), INNER), generator=generator).float()
+    torch.manual_seed(0)
+    alone: Any = nn.Sequential()
+    alone.add_module("mlp", nn.Linear(WIDTH, INNER, bias=False))
+    model = deepcopy(alone)
+    exact = sign.double().T @ x.double()
+    compress_activations(alone, "mlp")
+    (alone(x) * sign).sum().backward()
+
+    compress_activations(model, "mlp")
+    module = model
+    if kind == "ddp":
+        model = DistributedDataParallel(module)
+    else:
+        shape = (ranks,) if kind == "fsdp2" else (2, ranks // 2)
+        names = ("replica", "shard")[-len(shape) :]
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+    parts = torch.arange(rank, len(x), ranks).split([36, OWN - 36])  # of which the first is not reduced
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if kind != "ddp":
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if kind == "ddp" and not last else nullcontext():
+            (model(x[part]) * sign[part]).sum().mul(ranks).backward()  # engines take the mean over ranks
+    gradient = module.mlp.weight.grad
+    gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    expected = alone.mlp.weight.grad
+    return {"same": torch.equal(gradient, expected), "off": float((expected - exact).norm() / exact.norm())}
 
 
 def engine_case(kind: str, steps: int) -> dict[str, Any]:

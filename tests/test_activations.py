@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from activation_cases import TOKENS, WIDTH, Decoder, batch, engine_case, saved, trained
+from activation_cases import TOKENS, WIDTH, Decoder, batch, engine_case, exact_case, saved, trained
 from gwt_dist import compress_activations
 from gwt_dist.activations.codes import GROUP, decode, decode_eager, encode, encode_eager
 from gwt_dist.engines.initialize import _follow
@@ -216,6 +216,16 @@ def test_under_engines_it_is_one_process(ranks, kind: str, size: int) -> None:
     for result in ranks(size, engine_case, kind, 2):
         assert result["off"] <= (2e-3 if kind == "zero3" else 0.0)
         assert result["bytes"][0] == result["bytes"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("ddp", 3), ("fsdp2", 3), pytest.param("hsdp", 4, marks=pytest.mark.matrix)]
+)
+def test_ranks_that_share_a_batch_have_the_gradient_of_one_process(ranks, kind: str, count: int) -> None:
+    """Bit for bit where sums are exact, accumulated before they are reduced; and it is that of codes, no other."""
+    for result in ranks(count, exact_case, kind):
+        assert result["same"]
+        assert 1e-3 < result["off"] < 1e-2
 
 
 def test_recomputed_and_with_autocast_a_run_ends_near() -> None:

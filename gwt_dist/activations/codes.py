@@ -118,7 +118,10 @@ def encode_eager(x_TC: Tensor, generator: torch.Generator | None = None) -> Code
     x_TGn = x.float().view(tokens, -1, GROUP)
     least_TG, largest_TG = x_TGn.amin(-1), x_TGn.amax(-1)
     lo_TG = _down(least_TG)
-    scale_TG = _up(largest_TG / LARGEST - lo_TG.float() / LARGEST)  # whose difference alone could be infinite
+    # Of a number of Python torch takes the inverse on a GPU, and multiplies: so divide by a tensor. Each by itself, as
+    # the difference could be infinite.
+    steps = torch.full((), float(LARGEST), device=x.device)
+    scale_TG = _up(largest_TG / steps - lo_TG.float() / steps)
     scale = scale_TG.float()
     inverse_TG = torch.where(scale > 0, scale.reciprocal(), 0.0)
     # In place where `x_TGn` is a copy already: memory that is new costs more here than the arithmetic.

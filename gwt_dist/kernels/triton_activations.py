@@ -6,6 +6,9 @@ Imports triton. Bit for bit as torch's operations of numbers that are finite; T 
 # Arguments are values of Triton's own compiler, which has no types for them.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
+from contextlib import nullcontext
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +36,9 @@ def _run(kernel, x_TC: Tensor, code_TC: Tensor, lo_TG: Tensor, scale_TG: Tensor)
     if groups:
         programs = (triton.cdiv(groups, _TOGETHER),)
         # Groups are counted over all tokens; a launch has up to 2**31 - 1 programs, of 2**12 numbers each.
-        kernel[programs](x_TC, code_TC, lo_TG, scale_TG, groups, *code_TC.shape[1:], N=_TOGETHER, **OPTIONS)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(x_TC.device) if x_TC.device.type == "cuda" else nullcontext():
+            kernel[programs](x_TC, code_TC, lo_TG, scale_TG, groups, *code_TC.shape[1:], N=_TOGETHER, **OPTIONS)
 
 
 @triton.jit
