@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from activation_cases import TOKENS, WIDTH, Decoder, batch, engine_case, exact_case, saved, trained
+from activation_cases import WIDTH, Decoder, batch, engine_case, exact_case, saved, trained
 from gwt_dist import compress_activations
 from gwt_dist.activations.codes import GROUP, decode, decode_eager, encode, encode_eager
 from gwt_dist.engines.initialize import _follow
@@ -89,6 +89,15 @@ def test_numbers_that_are_none_stay_visible() -> None:
     x[0, 3], x[1, 200] = torch.inf, torch.nan
     assert (~decode(encode(x), torch.float32).isfinite()).sum(1).tolist() == [GROUP, GROUP, 0]
     assert bool(decode(encode(torch.tensor([[1.6e38, -1.6e38] * 64])), torch.float32).isfinite().all())
+
+
+def test_few_tokens_are_compressed_too() -> None:
+    """Whoever has a part of a batch has the codes of the whole."""
+    model = nn.Sequential()
+    model.add_module("mlp", nn.Linear(128, 8, bias=False))
+    found = compress_activations(model, "mlp")
+    model(torch.randn(1, 128)).sum().backward()
+    assert (found.before, found.after) == (128 * 4, 128 + 4)
 
 
 class Twice(nn.Module):
@@ -274,4 +283,3 @@ def test_compiled_modules_are_refused() -> None:
     compress_activations(model)
     with pytest.raises(ValueError, match="is compiled and its activations are to be compressed"):
         torch.compile(model, backend="eager")(batch(0))
-    assert TOKENS * WIDTH > 4096

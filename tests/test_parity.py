@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def raises(model: nn.Module) -> torch.optim.Optimizer:
     raise NotImplementedError("first line\nsecond line")
 
 
+@pytest.mark.skipif("GWT_TEST_ALL" not in os.environ, reason="takes its time: make support has it")
 def test_it_tells_the_same_optimizer_from_another(torch_extensions_dir: Path) -> None:
     builders = {
         "adamw": CANDIDATES["adamw"].build,

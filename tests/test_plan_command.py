@@ -74,6 +74,8 @@ def test_70b_on_4096_ranks_takes_less_than_two_seconds(tmp_path: Path, engine: s
         after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor, whatever else it has to do
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
+        if seconds[-1] < 2:
+            break
     assert "68,976,648,192 weights" in done.stdout
     assert min(seconds) < 2
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}

@@ -16,14 +16,8 @@ import torch
 from gwt_dist import memory, param_groups
 from gwt_dist.memory.configs import KNOWN, of_config
 from gwt_dist.memory.model import groups_of, of_module
+from test_plan_command import SHAPES
 
-SHAPES = {
-    "hidden_size": 64,
-    "intermediate_size": 171,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 97,
-}
 GPT2 = {
     "model_type": "gpt2",
     "n_embd": 64,

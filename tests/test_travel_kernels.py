@@ -29,7 +29,7 @@ def test_matrices_of_any_shape(level: int, landing: torch.dtype) -> None:
     equal(cpu, Case([whole(*SHAPES)], 0, level, rules, landing))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(worlds(), st.integers(1, 8), OPTIONS, st.sampled_from(WIDE), st.sampled_from([1, 2, 7]), st.integers(-3, 2))
 def test_what_any_rank_holds(
     world: Any, level: int, options: dict[str, Any], landing: torch.dtype, t: int, size: int

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 # again from queries, keys and what the forward pass summed, which must fit. So is the projection out of it, whose
 # input attention keeps anyway.
 TARGETS = "norm", "ln_", "mlp", "feed_forward", "q_proj", "k_proj", "v_proj", "qkv", "c_attn"
-LEAST = 4096  # numbers of a tensor below which it is left as it is
 NARROW = 32  # numbers of a token below which a scale would cost too much
 _CHECKPOINT = "torch.utils.checkpoint"
 # Operations after which a tensor has the numbers of another, as autograd names them; engines and autocast use them.
@@ -245,11 +244,10 @@ def _is_of_checkpoint(hook: Any) -> bool:
 
 
 def _can(tensor: Tensor) -> bool:
-    """Whether a tensor is one of activations, large enough, and plain."""
+    """Whether a tensor is one of activations, wide enough, and plain; how many tokens it has must not matter."""
     return (
         tensor.is_floating_point()
         and tensor.dtype != torch.float64  # who computes so wants it so
-        and tensor.numel() >= LEAST
         and tensor.dim() > 1
         and tensor.shape[-1] >= NARROW
         and not isinstance(tensor, nn.Parameter)

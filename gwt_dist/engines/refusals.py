@@ -181,7 +181,7 @@ def refuse_experts(named_parameters: Iterable[tuple[str, Any]]) -> None:
         if not getattr(parameter, "allreduce", True):
             raise ValueError(
                 f"parameter {name!r} belongs to an expert, so its gradient is not summed over all data-parallel ranks; "
-                f"expert parallelism is not tested and refused. Use experts that all ranks have, under ZeRO as any weight"
+                f"expert parallelism is not tested and refused. Use experts that all ranks have, which ZeRO shards"
             )
 
 
