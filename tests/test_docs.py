@@ -48,7 +48,7 @@ ELSEWHERE = {
         "HOSTFILE=hosts INTERFACE=eth0 launch/mpirun.sh": HOSTS[1],
         "sbatch --nodes 2 launch/slurm.sbatch": "test_launchers.py::test_slurm_starts_one_torchrun_a_node",
     },
-    SWITCHING: {"python": "test_docs.py::test_code_of_the_switching_page_is_that_of_the_examples"},
+    SWITCHING: {"python example": "test_docs.py::test_code_of_the_switching_page_is_that_of_the_examples"},
     "docs/trainers.md": {
         "python": "test_trainers.py::test_code_of_the_page",
         "python trl": "test_trainers.py::test_code_of_the_page_with_trl",
@@ -118,6 +118,7 @@ from gwt_dist import GWTAdamW, param_groups
 from tiny import tiny_llama
 model = tiny_llama()
 optimizer = GWTAdamW(param_groups(model, level=2), lr=1e-3)
+schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
 tokens = torch.arange(32)[None]
 model(input_ids=tokens, labels=tokens).loss.backward()
 optimizer.step()
@@ -188,6 +189,7 @@ def test_tests_that_run_something_exist_and_what_they_run_too() -> None:
 RUN_HERE = [page for page in PAGES if any(way(b) == "here" or commands_here(b) for b in blocks(page))]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # DeepSpeed's import of inductor
 @pytest.mark.parametrize("page", RUN_HERE)
 def test_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -231,7 +233,7 @@ def test_code_of_the_switching_page_is_that_of_the_examples() -> None:
     text = (ROOT / SWITCHING).read_text()
     seen = 0
     for block in blocks(SWITCHING):
-        if block.language == "python":
+        if block.language == "python example":
             section = text[: text.index(block.text)].split("\n## ")[-1]
             scripts = re.findall(r"\(\.\./(examples/\w+\.py)\)", section)
             assert any(plain(block.text) in plain((ROOT / script).read_text()) for script in scripts), (

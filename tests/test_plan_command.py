@@ -20,6 +20,7 @@ from gwt_dist.memory.fit import size
 from gwt_dist.memory.setup import ENGINES as NAMES
 
 BIN = Path(sys.executable).parent
+INT8 = "--state-dtype int8"
 SHAPES = {
     "hidden_size": 64,
     "intermediate_size": 171,
@@ -102,6 +103,22 @@ def test_the_smallest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert reserved["fit"]["limit"] == 375 * 2**20
     content = told(["60m", "--engine", "ddp", "--fit", "1MB"], capsys, code=1)
     assert content["fits"] is False and len(content["fit"]["tried"]) == 9
+
+
+def test_less_state_stands_beside_other_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows with other options are what a plan with these options says, and only where that is less by a tenth."""
+
+    def beside(*arguments: str) -> dict[str, int]:
+        rows = told(["60m", "--engine", "single", *arguments], capsys)["beside"]
+        assert [row["name"] for row in rows[-4:]] == ["AdamW", "8-bit Adam", "GaLore, rank 128", "APOLLO, rank 128"]
+        return {row["formula"]: row["whole"] for row in rows[:-4]}
+
+    planned = beside()
+    assert list(planned) == ["exact", *(f"exact, with {row}" for row in ("--level 3", INT8, f"--level 3 {INT8}"))]
+    for row, whole in planned.items():
+        assert whole == beside(*row.split()[2:])["exact"], row
+    assert list(beside("--level", "5")) == ["exact", f"exact, with {INT8}"]
+    assert list(beside("--recipe", "low-rank", "--rank", "128")) == ["exact"]  # no levels, no int8
 
 
 def test_bytes_a_weight_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:

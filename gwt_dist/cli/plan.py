@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 
 from gwt_dist import ds_json, shipped
 from gwt_dist.cli.models import read_model
+from gwt_dist.cli.plan_options import batch_of, mesh_of, params_of, rest_of
 from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.keys import PROJ_TYPES
 from gwt_dist.memory import fill
@@ -27,8 +29,13 @@ from gwt_dist.report.pages import check_free, write_page
 from gwt_dist.targets import BLOCKS
 
 ENGINE = "zero2"
-OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
 FORWARD = "fp32", "bf16", "fp16"
+# What else one may give to have less state, shown beside other optimizers.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "level 3": {"level": 3},
+    "int8": {"state_dtype": "int8"},
+    "level 3, int8": {"level": 3, "state_dtype": "int8"},
+}
 WITH_FILE = ("engine", "weights", "gradients", "offload")
 
 
@@ -124,13 +131,13 @@ def plan(
         "rank": rank,
         "proj_type": proj_type,
         "residual": residual or None,
-        "rest": _rest(rest or []),
+        "rest": rest_of(rest or []),
     }
     batch = {"accumulation": accumulation, "micro_batch": micro_batch, "sequence": sequence}
     settings: dict[str, Any] | None = None
     replicas = 1
     if mesh:
-        replicas, shards = _mesh(mesh)
+        replicas, shards = mesh_of(mesh)
         if "world" in given and world != replicas * shards:
             raise ValueError(f"--mesh {mesh} has {replicas * shards} ranks and --world says {world}; leave one out")
         world = replicas * shards
@@ -147,7 +154,7 @@ def plan(
         for mistake in ds_json.mistakes(settings):
             raise ValueError(f"{mistake} (in {deepspeed_config})")
         base = setup_of(settings, world)
-        options |= _params(settings, given)
+        options |= params_of(settings, given)
     else:
         zero = engine.startswith("zero")
         base = Setup(
@@ -164,7 +171,7 @@ def plan(
 
     fixed = "world" in given or not fit
     if settings is not None and fixed:
-        _batch(settings, batch, given, world, fixed)  # what is wrong with it, before anything is planned
+        batch_of(settings, batch, given, world, fixed)  # what is wrong with it, before anything is planned
 
     def make(lv: int, ranks: int) -> MemoryPlan:
         groups = groups_of(spec, **{**options, "level": lv})
@@ -180,7 +187,7 @@ def plan(
         found = make(options["level"], base.world_size)
     if found is not None:
         if settings is not None:
-            batch = _batch(settings, batch, given, found.setup.world_size, fixed)
+            batch = batch_of(settings, batch, given, found.setup.world_size, fixed)
         split = ds_json.value(settings or {}, "sequence_parallel_size", 1)
         content = _content(found, spec, options, batch, split, low_rank or options["rank"])
         if activations:
@@ -208,7 +215,12 @@ def _content(
 ) -> dict[str, Any]:
     high = groups_of(spec, 1, options["targets"])
     targeted = {name for group in high if group.level for name, _ in group.tensors}
-    content = report(found, targeted, low_rank, batch["accumulation"])
+    otherwise = []
+    for name, keys in OTHERWISE.items():
+        said = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
+        with suppress(ValueError):  # what the recipe has not
+            otherwise.append((name, said, groups_of(spec, **options | keys)))
+    content = report(found, targeted, low_rank, batch["accumulation"], otherwise)
     content["setup"] |= {**options, **batch, "tokens": prod(batch.values()) * found.setup.world_size // split}
     return content
 
@@ -244,60 +256,3 @@ def _fit(
 
 def _tried(one: Tried) -> dict[str, Any]:
     return {"level": one.level, "world_size": one.world_size, "device": one.device, "fits": one.fits}
-
-
-def _mesh(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"--mesh {text!r} must be REPLICASxSHARDS, such as 8x8")
-    return int(parts[0]), int(parts[1])
-
-
-def _rest(parts: list[str]) -> dict[str, Any]:
-    """Keys of ``--rest``: numbers, true, false and null as in JSON, True, False and None, all else text."""
-    of_python = {"True": True, "False": False, "None": None}
-    found: dict[str, Any] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not (key and equals) or key in found:
-            raise ValueError(f"--rest {part!r} must be KEY=VALUE, each key once, such as --rest level=1")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = of_python.get(value, value)
-    return found
-
-
-def _params(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """What a DeepSpeed JSON says of the groups and the command line does not.
-
-    "auto" is left out where the Trainer fills it in: no bytes depend on those keys.
-    """
-    said = {
-        key: value
-        for key, value in (ds_json.section_of(settings) or {}).items()
-        if OPTION.get(key, key) not in given
-        and not (value == ds_json.AUTO and f"optimizer.params.{key}" in ds_json.FILLED)
-    }
-    return ds_json.checked(said)
-
-
-def _batch(settings: dict[str, Any], batch: dict[str, int], given: set[str], world: int, fixed: bool) -> dict[str, int]:
-    """`batch` with what the file says of it on so many ranks and the command line does not; `fixed`: no --fit."""
-    from gwt_dist.train.ds_config import batch_sizes
-
-    names = {"accumulation": "gradient_accumulation_steps", "micro_batch": "train_micro_batch_size_per_gpu"}
-    said: dict[str, Any] = {
-        key: batch[option] if option in given else ds_json.value(settings, key) for option, key in names.items()
-    }
-    micro = said["train_micro_batch_size_per_gpu"]
-    # The size of the whole is another one as soon as a part of it or the number of ranks is not the file's.
-    if not given & set(names) and (fixed or micro is None):
-        said["train_batch_size"] = ds_json.value(settings, "train_batch_size")
-    if micro is None and said.get("train_batch_size") is None:
-        said["train_micro_batch_size_per_gpu"] = batch["micro_batch"]
-    split = ds_json.value(settings, "sequence_parallel_size", 1)
-    if world % split:
-        raise ValueError(f"{world} ranks cannot be shared out by sequence_parallel_size={split}; give another --world")
-    sizes = batch_sizes(said, world // split, "the DeepSpeed JSON")
-    return {**batch, "accumulation": sizes.accumulation, "micro_batch": sizes.micro}

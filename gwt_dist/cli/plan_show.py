@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any
 
+from gwt_dist.memory.report import EXACT
 from gwt_dist.report.pages import COLOURS, human, render
 
 NAMES = {
@@ -226,7 +227,7 @@ def page(content: dict[str, Any]) -> str:
                 "name": other["name"],
                 "width": round(500 * other["rank"] / most, 1),
                 "text": human(other["rank"]),
-                "colour": COLOURS[0] if other["formula"] == "exact" else COLOURS[-1],
+                "colour": COLOURS[0] if other["formula"].startswith(EXACT) else COLOURS[-1],
             }
             for other in content["beside"]
         ],

@@ -12,6 +12,7 @@ from gwt_dist.declare import Extent
 from gwt_dist.formats import FP32
 from gwt_dist.memory.compare import Other, others, quarter
 from gwt_dist.memory.plan import MemoryPlan
+from gwt_dist.memory.state import GroupSpec
 from gwt_dist.memory.traffic import traffic
 from gwt_dist.units import level_of
 
@@ -19,6 +20,9 @@ NOT_COUNTED = (
     "the largest layer's gathered weights, buffers of the engine for communication, the CUDA context and what the "
     "allocator leaves unused"
 )
+
+
+EXACT = "exact"  # no formula, but the state itself
 
 
 def spread(by_shard: Sequence[int], worst: int) -> dict[str, int]:
@@ -31,7 +35,13 @@ def spread(by_shard: Sequence[int], worst: int) -> dict[str, int]:
     }
 
 
-def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, accumulation: int) -> dict[str, Any]:
+def report(
+    plan: MemoryPlan,
+    targeted: Collection[str],
+    low_rank: int | None,
+    accumulation: int,
+    otherwise: Sequence[tuple[str, str, Sequence[GroupSpec]]] = (),
+) -> dict[str, Any]:
     """Everything that is known of a plan, bytes unless a name says otherwise.
 
     Args:
@@ -39,6 +49,7 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
         targeted: Names of the matrices that a level is for, which GaLore and APOLLO would project.
         low_rank: Their rank; None for a quarter of the width.
         accumulation: Micro-batches in a step.
+        otherwise: Other settings: a name, what is said to have them, and the groups that they would make.
     """
     setup, total = plan.setup, plan.total
     worst = max(range(len(total)), key=total.__getitem__)
@@ -55,7 +66,7 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
     ]
     elements, kept = sum(plan.elements), {(field.name, formats[field]) for field in plan.fields}
     rank = quarter(plan.groups, targeted) if low_rank is None else low_rank
-    ours = Other("GWTAdamW", "exact", sum(plan.state) - sum(plan.cut))
+    ours = Other("GWTAdamW", EXACT, sum(plan.state) - sum(plan.cut))
     return {
         "model": {
             "name": plan.model.name,
@@ -91,7 +102,7 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
             {"name": ours.name, "formula": ours.formula, "whole": ours.whole, "rank": plan.state[worst]},
             *(
                 {"name": o.name, "formula": o.formula, "whole": o.whole, "rank": o.of(plan.elements[worst], elements)}
-                for o in others(plan.groups, targeted, rank)
+                for o in (*_otherwise(plan, otherwise), *others(plan.groups, targeted, rank))
             ),
         ],
         "checkpoint": {
@@ -107,14 +118,32 @@ def report(plan: MemoryPlan, targeted: Collection[str], low_rank: int | None, ac
     }
 
 
+def _otherwise(plan: MemoryPlan, settings: Sequence[tuple[str, str, Sequence[GroupSpec]]]) -> list[Other]:
+    """State with other settings: those that need less by a tenth than the plan and than those before them."""
+    full, found = plan.setup.state_bytes, []
+    least = _whole(plan.groups, full)
+    for name, said, groups in settings:
+        whole = _whole(groups, full)
+        if 10 * whole < 9 * least:
+            found.append(Other(f"GWTAdamW, {name}", f"{EXACT}, with {said}", whole))
+            least = whole
+    return found
+
+
+def _whole(groups: Sequence[GroupSpec], full: int, names: Collection[str] | None = None) -> int:
+    """Bytes of state of all tensors, or of those in `names`, each counted once."""
+    return sum(
+        group.whole(shape, full) for group in groups for name, shape in group.tensors if names is None or name in names
+    )
+
+
 def _a_weight(plan: MemoryPlan, targeted: Collection[str]) -> dict[str, float | None]:
     """Bytes of state for each weight that is trained, each counted once, whatever the engine: of all, of matrices."""
     found: dict[str, float | None] = {}
     for what, names in (("model", None), ("matrices", targeted)):
-        its = [(g, shape) for g in plan.groups for name, shape in g.tensors if names is None or name in names]
-        elements = sum(prod(shape) for _, shape in its)
-        states = sum(group.whole(shape, plan.setup.state_bytes) for group, shape in its)
-        found[what] = states / elements if elements else None
+        its = [shape for g in plan.groups for name, shape in g.tensors if names is None or name in names]
+        elements = sum(map(prod, its))
+        found[what] = _whole(plan.groups, plan.setup.state_bytes, names) / elements if elements else None
     return found
 
 
