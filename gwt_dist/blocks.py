@@ -60,6 +60,15 @@ def matrices_of(model: nn.Module) -> dict[int, Matrix]:
     return found if any(matrix.in_blocks for matrix in found.values()) else _without_blocks(found, outputs)
 
 
+def outermost(model: nn.Module) -> dict[str, nn.Module]:
+    """Blocks that are in no other block, by name, in order: what FSDP wraps one by one, and what is recomputed."""
+    found: dict[str, nn.Module] = {}
+    for start in _blocks(dict(model.named_modules())):
+        if not start.startswith(tuple(f"{name}." for name in found)):
+            found[start.rstrip(".")] = model.get_submodule(start.rstrip("."))
+    return found
+
+
 def _is_matrix(module: nn.Module, own: str, shape: Sequence[int]) -> bool:
     if isinstance(module, nn.Linear) and own == "weight":
         return True  # FSDP1 may show a part of it, which has no shape

@@ -16,6 +16,7 @@ from activation_cases import TOKENS, Decoder, saved
 from gwt_dist.activations.measure import MEASURES, held
 from gwt_dist.cli.activations import count
 from gwt_dist.cli.app import main
+from gwt_dist.memory.model import of_module
 
 SEQUENCES = 2
 SMALL = {"vocab_size": 1000, "max_position_embeddings": 256}
@@ -130,6 +131,20 @@ def test_of_a_function_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(flat) == ["as they are"]
     # Ids, two inputs and what the loss keeps, and two numbers of the loss.
     assert flat["as they are"].kept == 3 * 64 * (8 + 4 * (96 + 96 + 64)) + 8
+
+
+def chain() -> nn.Module:
+    model = Decoder()
+    model.blocks = nn.Sequential(*model.blocks)
+    return model
+
+
+def test_blocks_of_a_sequential_are_blocks() -> None:
+    """What FSDP would wrap, and what is recomputed."""
+    assert of_module(chain(), "it") == of_module(Decoder(), "it")
+    assert {tensor.unit for tensor in of_module(chain(), "it").tensors} == {"", "blocks.0", "blocks.1"}
+    found = count(f"{__name__}:chain", "fp32", 3, 64)
+    assert found == count(f"{__name__}:Decoder", "fp32", 3, 64) and list(found) == list(MEASURES)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *DECLARED,
     },  # what needs no torch: a plan is there before torch would be
     "config": MATH | RUNTIME | {"engines"},
-    "activations": {"targets", "kernels"},
+    "activations": {"targets", "blocks", "kernels"},
     "description": {"dtensor", "engines", "memory", "optimizer", "shards", "units"},
     "": MATH | RUNTIME | STATE | {"engines", "activations", "description"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},

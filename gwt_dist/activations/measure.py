@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gwt_dist.activations.compress import compress_activations
+from gwt_dist.blocks import outermost
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -160,13 +161,6 @@ def _let_go(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Members of the outermost `ModuleList`s, which are computed one after the other."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return [block for name in outer for block in model.get_submodule(name).children()]
-
-
 def chosen_of(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that `compress_activations` chooses by itself; none if there are none."""
     try:
@@ -184,9 +178,9 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 
 @contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
-    blocks = blocks_of(model)
+    blocks = outermost(model).values()
     if not blocks:
-        raise ValueError("the model has no ModuleList, so it is not known what a block is that would be recomputed")
+        raise ValueError("the model has no blocks (members of a ModuleList, or alike in a Sequential) to be recomputed")
     for block in blocks:
         # Random numbers take no memory that is worth a word, and their states are no tensors of shapes alone.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _contexts}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gwt_dist.activations.measure import DTYPES, MEASURES, Held, attention, blocks_of, chosen_of, held, shapes
+from gwt_dist.activations.measure import DTYPES, MEASURES, Held, attention, chosen_of, held, shapes
+from gwt_dist.blocks import outermost
 from gwt_dist.cli.models import meta_model
 
 _ATTENTION = "gwt_dist_shapes"  # the name of `attention` within transformers
@@ -19,7 +20,7 @@ _ATTENTION = "gwt_dist_shapes"  # the name of `attention` within transformers
 def count(name: str, dtype: str, sequences: int, tokens: int) -> dict[str, Held]:
     """Bytes that one rank holds of a forward and a backward pass, by measure.
 
-    Recomputation is left out for a model without a `ModuleList`, whose members are its blocks, and 8 bits for one of
+    Recomputation is left out for a model without blocks, and 8 bits for one of
     which `compress_activations` chooses no module.
 
     Args:
@@ -38,7 +39,7 @@ def count(name: str, dtype: str, sequences: int, tokens: int) -> dict[str, Held]
         _fuse_attention(model)
         ids_BT = torch.zeros(sequences, tokens, dtype=torch.long)
         for measure, (recomputed, in_8_bits) in MEASURES.items():
-            if (recomputed and not blocks_of(model)) or (in_8_bits and not chosen_of(model)):
+            if (recomputed and not outermost(model)) or (in_8_bits and not chosen_of(model)):
                 continue
             try:
                 found[measure] = held(model, lambda its: _loss(its, ids_BT), recomputed=recomputed, in_8_bits=in_8_bits)

@@ -77,19 +77,13 @@ def groups_of(
 
 
 def of_module(module: nn.Module, name: str) -> ModelSpec:
-    """The parameters of a module, which may be on the meta device. Blocks are the members of its `ModuleList`s."""
-    from torch import nn
+    """The parameters of a module, which may be on the meta device."""
+    from gwt_dist.blocks import matrices_of, outermost, shape_of
 
-    from gwt_dist.blocks import matrices_of, shape_of
-
-    matrices = matrices_of(module)
-    lists = [path for path, m in module.named_modules() if isinstance(m, nn.ModuleList)]
+    matrices, blocks = matrices_of(module), tuple(outermost(module))
     tensors = []
     for full, parameter in module.named_parameters():
-        within = [path for path in lists if full.startswith(f"{path}.")]
-        # The outermost list: a list within a block (experts, heads) is a part of it.
-        depth = len(within[0].split(".")) + 1 if within else 0
-        unit = ".".join(full.split(".")[:depth])
+        unit = next((block for block in blocks if full.startswith(f"{block}.")), "")
         matrix = matrices.get(id(parameter))
         tensors.append(TensorSpec(full, shape_of(parameter), matrix, unit, parameter.requires_grad))
     return ModelSpec(name, tuple(tensors))
