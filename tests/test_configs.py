@@ -107,5 +107,6 @@ def test_model_of_one_billion_has_an_odd_width() -> None:
 def test_every_file_is_loaded_here() -> None:
     known = {*CONFIGS.glob("pretrain/*"), *CONFIGS.glob("models/*"), *CONFIGS.glob("*.json")}
     known |= set(CONFIGS.glob("studies/*"))  # test_study_options.py
+    known |= set(CONFIGS.glob("shapes/*"))  # test_plan_models.py
     known |= {CONFIGS / "fsdp2.yaml", CONFIGS / "README.md"}
     assert {path for path in CONFIGS.rglob("*") if path.is_file()} - known == set()

@@ -114,7 +114,7 @@ def test_less_state_stands_beside_other_optimizers(capsys: pytest.CaptureFixture
         return {row["formula"]: row["whole"] for row in rows[:-4]}
 
     planned = beside()
-    assert list(planned) == ["exact", *(f"exact, with {row}" for row in ("--level 3", INT8, f"--level 3 {INT8}"))]
+    assert list(planned) == ["exact", *(f"exact, with {row}" for row in (INT8, "--level 3", f"--level 3 {INT8}"))]
     for row, whole in planned.items():
         assert whole == beside(*row.split()[2:])["exact"], row
     assert list(beside("--level", "5")) == ["exact", f"exact, with {INT8}"]

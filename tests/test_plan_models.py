@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from gwt_dist import memory, param_groups
+from gwt_dist.cli.models import read_model
 from gwt_dist.memory.configs import KNOWN, of_config
 from gwt_dist.memory.model import groups_of, of_module
 from test_plan_command import SHAPES
 
+ROOT = Path(__file__).parents[1]
 GPT2 = {
     "model_type": "gpt2",
     "n_embd": 64,
@@ -71,6 +73,24 @@ def test_shapes_by_arithmetic_are_those_of_transformers(change: dict[str, Any]) 
     for targets in ({"attn": 1, r".*mlp\..+": 3}, "blocks", "all-linear"):
         expected = memory.specs(model.named_parameters(), param_groups(model, 2, targets, recipe="energy"))
         assert groups_of(found, 2, targets, recipe="energy") == expected
+
+
+# As their authors count them.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "qwen3-8b": 8_190_735_360,
+    "mixtral-8x7b": 46_702_792_704,
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/shapes").iterdir()))
+def test_models_by_name_have_the_weights_that_were_published(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_model(name).numel == PUBLISHED[name]
 
 
 def test_every_kind_is_compared() -> None:

@@ -18,16 +18,17 @@ from gwt_dist.memory.model import ModelSpec, of_module
 if TYPE_CHECKING:
     from torch import nn
 
-MODELS = "configs/models"
+# What `gwt-dist train` can train, and what is there for plans alone.
+FOLDERS = "configs/models", "configs/shapes"
 
 
 def read_model(name: str) -> ModelSpec:
     """The shapes of a model.
 
     Args:
-        name: A ``config.json`` of transformers or the folder with one, a name in ``configs/models``, the name of a
-            model on the Hugging Face hub whose configuration is cached already (nothing is downloaded), or
-            ``package.module:function`` that returns an `nn.Module`.
+        name: A ``config.json`` of transformers or the folder with one, a name in ``configs/models`` or
+            ``configs/shapes``, the name of a model on the Hugging Face hub whose configuration is cached already
+            (nothing is downloaded), or ``package.module:function`` that returns an `nn.Module`.
 
     Raises:
         ValueError: If there is no such thing, or it does not say the shapes.
@@ -75,7 +76,8 @@ def meta_model(name: str, within: AbstractContextManager[Any] | None = None) -> 
 
 
 def _configuration(name: str) -> Path:
-    for candidate in (Path(name), Path(name, "config.json"), f"{MODELS}/{name}.json"):
+    places = (Path(name), Path(name, "config.json"), *(Path(folder, f"{name}.json") for folder in FOLDERS))
+    for candidate in places:
         if (found := shipped.find(candidate)) is not None:
             return found
     if Path(name).is_dir():
@@ -84,9 +86,10 @@ def _configuration(name: str) -> Path:
         cached = _cached(name)
         if cached is not None:
             return cached
+    known = ", ".join(name for folder in FOLDERS for name in shipped.names(folder, ".json"))
     raise ValueError(
         f"no model {name!r}: neither a configuration file, nor a folder with a config.json, nor one of "
-        f"{', '.join(shipped.names(MODELS, '.json'))}, nor a model in the cache of the Hugging Face hub (nothing is "
+        f"{known}, nor a model in the cache of the Hugging Face hub (nothing is "
         f"downloaded). package.module:function builds one of your own"
     )
 

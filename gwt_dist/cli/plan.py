@@ -32,8 +32,8 @@ ENGINE = "zero2"
 FORWARD = "fp32", "bf16", "fp16"
 # What else one may give to have less state, shown beside other optimizers.
 OTHERWISE: dict[str, dict[str, Any]] = {
-    "level 3": {"level": 3},
     "int8": {"state_dtype": "int8"},
+    "level 3": {"level": 3},
     "level 3, int8": {"level": 3, "state_dtype": "int8"},
 }
 WITH_FILE = ("engine", "weights", "gradients", "offload")
@@ -44,8 +44,8 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A config.json or its folder, a name in configs/models, a cached name of the Hugging Face hub, or "
-            "package.module:function that returns an nn.Module."
+            help="A config.json or its folder, a name in configs/models or configs/shapes, a cached name of the "
+            "Hugging Face hub, or package.module:function that returns an nn.Module."
         ),
     ],
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}, or hsdp: fsdp2 on a mesh.")] = ENGINE,
@@ -217,6 +217,8 @@ def _content(
     targeted = {name for group in high if group.level for name, _ in group.tensors}
     otherwise = []
     for name, keys in OTHERWISE.items():
+        if keys.get("level", LEVELS[-1] + 1) <= options["level"] or keys.get("state_dtype") == options["state_dtype"]:
+            continue
         said = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
         with suppress(ValueError):  # what the recipe has not
             otherwise.append((name, said, groups_of(spec, **options | keys)))

@@ -119,15 +119,11 @@ def report(
 
 
 def _otherwise(plan: MemoryPlan, settings: Sequence[tuple[str, str, Sequence[GroupSpec]]]) -> list[Other]:
-    """State with other settings: those that need less by a tenth than the plan and than those before them."""
-    full, found = plan.setup.state_bytes, []
-    least = _whole(plan.groups, full)
-    for name, said, groups in settings:
-        whole = _whole(groups, full)
-        if 10 * whole < 9 * least:
-            found.append(Other(f"GWTAdamW, {name}", f"{EXACT}, with {said}", whole))
-            least = whole
-    return found
+    """State with other settings, where it is less than planned by a tenth or more."""
+    full = plan.setup.state_bytes
+    most = 0.9 * _whole(plan.groups, full)
+    found = [Other(f"GWTAdamW, {name}", f"{EXACT}, with {said}", _whole(its, full)) for name, said, its in settings]
+    return [other for other in found if other.whole < most]
 
 
 def _whole(groups: Sequence[GroupSpec], full: int, names: Collection[str] | None = None) -> int:
