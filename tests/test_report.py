@@ -487,7 +487,7 @@ def test_a_browser_draws_the_plan(tmp_path: Path) -> None:
     seen = shown(page, tmp_path)
     (refused,) = seen.console
     assert "inline script" in refused and "violates" in refused
-    assert "tiny.json: 1,870,272 weights" in seen.texts("title")[0] and len(seen.find("svg")) == 2
+    assert "tiny: 1,870,272 weights" in seen.texts("title")[0] and len(seen.find("svg")) == 2
     widths = [float(e.attributes["width"]) for e in seen.find("rect")]
     assert len(widths) > 10 and max(widths) > 100
     assert "GWTAdamW" in seen.texts("text") and "AdamW" in seen.texts("text")

@@ -37,8 +37,9 @@ def read_model(name: str) -> ModelSpec:
         return of_module(build_model(name), name)
     path = _configuration(name)
     config = _read(path)
-    found = of_config(config, str(path))
-    return of_module(_by_transformers(path, config), str(path)) if found is None else found
+    where = str(path) if Path(name).exists() else name  # a name is known by itself
+    found = of_config(config, where)
+    return of_module(_by_transformers(path, config), where) if found is None else found
 
 
 def build_model(name: str, within: AbstractContextManager[Any] | None = None) -> nn.Module:

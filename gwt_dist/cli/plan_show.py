@@ -237,7 +237,7 @@ def page(content: dict[str, Any]) -> str:
 
 def _bars(bars: list[tuple[str, list[tuple[str, int]]]], legend: dict[str, str]) -> list[dict[str, Any]]:
     largest = max(1, *(sum(value for _, value in parts) for _, parts in bars))
-    left = _LETTER * max(len(name) for name, _ in bars) + 2 * _LETTER
+    left = _LETTER * max(len(name) for name, _ in bars) + 4 * _LETTER
     found = []
     for name, parts in bars:
         rectangles, x = [], float(left)
