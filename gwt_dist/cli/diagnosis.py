@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -166,7 +166,7 @@ def examine(
     chosen = dict(options or {})
     if settings is not None:
         yield from (Finding(REFUSED, reason) for reason in refusals.reasons(settings))
-        yield from (Finding(REFUSED, ds_json.why_auto(path)) for path in ds_json.autos(settings))
+        yield from _autos(list(ds_json.autos(settings)))
         if any(ds_json.mistakes(settings)):
             return
         try:
@@ -211,6 +211,18 @@ def _groups(model: nn.Module | None, options: dict[str, Any]) -> list[dict[str, 
     keys = {"level": level_of(options.get("recipe"))}
     keys |= {key: value for key, value in options.items() if key not in ("targets", "rest")}
     return [{"params": [matrix], **keys}, {"params": [other], **keys_of_rest(keys, options.get("rest") or {})}]
+
+
+def _autos(paths: Sequence[str]) -> Iterator[Finding]:
+    """What the Trainer fills in may stand in its JSON; nothing fills in the others."""
+    filled = [path for path in paths if path in ds_json.FILLED]
+    if filled:
+        yield Finding(
+            WARNING,
+            f"\"auto\" is filled in by transformers' Trainer and by Accelerate, and nothing of it is examined here; "
+            f"gwt_dist.initialize refuses it: {', '.join(filled)}",
+        )
+    yield from (Finding(REFUSED, ds_json.why_auto(path)) for path in paths if path not in filled)
 
 
 def _deepspeed_warnings(settings: Mapping[str, Any]) -> Iterator[Finding]:
