@@ -219,7 +219,7 @@ def _autos(paths: Sequence[str]) -> Iterator[Finding]:
     if filled:
         yield Finding(
             WARNING,
-            f"\"auto\" is filled in by transformers' Trainer and by Accelerate, and nothing of it is examined here; "
+            f'"auto" is filled in by transformers\' Trainer and by Accelerate, and nothing of it is examined here; '
             f"gwt_dist.initialize refuses it: {', '.join(filled)}",
         )
     yield from (Finding(REFUSED, ds_json.why_auto(path)) for path in paths if path not in filled)
