@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from gwt_dist.dtensor import local
 from gwt_dist.engines import deepspeed, deepspeed_state
 from gwt_dist.engines.attach import unwrapped
-from gwt_dist.memory.state import GroupSpec
+from gwt_dist.memory.state import ADAMW, GroupSpec
 from gwt_dist.optimizer import GWTAdamW
 from gwt_dist.shards import is_flat
-from gwt_dist.units import level_of, takes
+from gwt_dist.units import level_of
 
 VECTORS = "vectors and scalars"
 
@@ -57,7 +57,8 @@ class Description:
         return sum(row.elements for row in self.rows if row.level >= least) / max(1, self.elements)
 
     def __str__(self) -> str:
-        all_of_them = Row(f"({self.share():.2%} has a level)", (), 0, 0, "", 0, 0, 0)
+        taken = sum(row.elements for row in self.rows if row.update != ADAMW) / max(1, self.elements)
+        all_of_them = Row(f"({taken:.2%} not as {ADAMW})", (), 0, 0, "", 0, 0, 0)
         lines = [
             ("level", "update", "tensors", "elements", "share", "state", "shape", "name"),
             *(_line(row, str(row.level), row.elements / max(1, self.elements)) for row in self._sorted()),
@@ -75,7 +76,7 @@ class Description:
         return "\n".join([*table, both + held])
 
     def _sorted(self) -> list[Row]:
-        return sorted(self.rows, key=lambda row: (-row.level, row.update == "AdamW", row.group))
+        return sorted(self.rows, key=lambda row: (-row.level, row.update == ADAMW, row.group))
 
     def _sums(self) -> dict[str, Any]:
         return {key: sum(getattr(row, key) for row in self.rows) for key in ("tensors", "elements", "bytes")}
@@ -146,8 +147,7 @@ def _alike(
     found: dict[tuple[str, tuple[int, ...], int, str], list[tuple[int, ...]]] = {}
     for name, shape in _tensors(optimizer, group, parameters, names):
         said = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), shape) if len(shape) >= 2 else (VECTORS, ())
-        taken = takes(shape, spec.level, spec.program.least_level)
-        key = *said, level_of(shape, spec.level), str(group["recipe"]) if taken else "AdamW"
+        key = *said, level_of(shape, spec.level), str(group["recipe"]) if spec.takes(shape) else ADAMW
         found.setdefault(key, []).append(shape)
     return found
 

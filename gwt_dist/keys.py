@@ -125,13 +125,15 @@ def of_recipes() -> list[str]:
 
 
 def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
-    """Raise `ValueError` for the first of `names` that is no key of a group, and none of `more`."""
+    """Raise `ValueError` for those of `names` that are no keys of a group, and none of `more`."""
     known = [*COMMON, *of_recipes(), *more]
+    told = []
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"{where} has the unknown key {name!r}{hint} Known keys: {', '.join(known)}")
+            told.append(f"the unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+    if told:
+        raise ValueError(f"{where} has {' And '.join(told)} Known keys: {', '.join(known)}")
 
 
 def refuse_misspelt(names: Iterable[str], where: str) -> None:

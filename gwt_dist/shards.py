@@ -69,5 +69,5 @@ def _as_it_is(
         f"{where} is a flat buffer of {parameter.numel()} elements that was not among the parameters given to "
         f"GWTAdamW: a sharding engine made it, and the rows of its tensors are unknown. Without them this step "
         f"would be another optimizer. Add gwt_dist.attach(optimizer, engine) after the engine is built, or build "
-        f"it with gwt_dist.initialize"
+        f"it with gwt_dist.initialize; a Trainer takes **trainer_kwargs(args), which has the AttachCallback"
     )

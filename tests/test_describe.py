@@ -18,7 +18,7 @@ level  update      tensors  elements    share    state  shape  name
     2  orthogonal        2       192   42.86%    208 B  12x8   layers.*.*.weight
     0  AdamW             1        80   17.86%    648 B  10x8   embed.weight
     0  AdamW             6        48   10.71%    432 B         vectors and scalars
-  all                   11       448  100.00%  1.4 KiB         (71.43% has a level)
+  all                   11       448  100.00%  1.4 KiB         (71.43% not as AdamW)
 1.4 KiB of state on all ranks together, where AdamW in fp32 has 3.5 KiB."""
 
 

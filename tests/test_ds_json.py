@@ -216,22 +216,24 @@ def test_a_documented_json_of_the_trainer_is_not_guessed_at(
     for entrance in entrances(file):
         with pytest.raises(ValueError, match=r'is "auto", which transformers.* Write the value'):
             entrance()
-    # A plan asks for what its answer depends on, one after the other.
-    asked = []
-    for _ in range(9):
-        code, told = told_by("plan", ["tiny", "--deepspeed-config", str(file), "--json"], capsys)
-        if code == 0:
-            break
-        asked.append(told.split(" ")[1])
-        section, _, key = asked[-1].rpartition(".")
-        answer = {"enabled": True, "stage3_param_persistence_threshold": 1000, "train_batch_size": 4}.get(key, 2)
-        (settings[section] if section else settings)[key] = answer
+    # A plan asks for all that its answer depends on at once, and takes it from the command line.
+    code, told = told_by("plan", ["tiny", "--deepspeed-config", str(file), "--json"], capsys)
+    threshold = "zero_optimization.stage3_param_persistence_threshold"
+    asked = ["bf16.enabled", "fp16.enabled", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"]
+    asked += [threshold] if stage == 3 else []
+    assert code == 2 and re.findall(r"([\w.]+) \((?:give|write)", told) == asked
+    if stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
         file.write_text(json.dumps(settings))
+    answers = ["--weights", "bf16", "--micro-batch", "3", "--accumulation", "5", "--world", "7"]
+    code, told = told_by("plan", ["tiny", "--deepspeed-config", str(file), *answers, "--json"], capsys)
     setup = json.loads(told)["setup"]
-    threshold = ["zero_optimization.stage3_param_persistence_threshold"] if stage == 3 else []
-    sizes = ["gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"]
-    assert asked == ["bf16.enabled", *threshold, *sizes]
-    assert (setup["weights"], setup["engine"], setup["micro_batch"]) == ("bf16", f"zero{stage}", 2)
+    assert (setup["weights"], setup["engine"], setup["micro_batch"]) == ("bf16", f"zero{stage}", 3)
+    assert setup["tokens"] == 3 * 5 * 7 * 2048
+    settings["bf16"]["enabled"] = True
+    file.write_text(json.dumps(settings))
+    code, told = told_by("plan", ["tiny", "--deepspeed-config", str(file), *answers], capsys)
+    assert code == 2 and "--weights and --deepspeed-config: the file says it already" in told
 
 
 def test_a_plan_takes_from_the_command_line_what_is_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

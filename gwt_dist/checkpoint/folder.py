@@ -27,6 +27,7 @@ from gwt_dist.checkpoint.parse import parse
 LATEST = "latest"
 _FOLDER = re.compile(r"step-([0-9]{8,12})")
 _LATEST = re.compile(rf"([0-9a-f]{{64}})  (step-[0-9]{{8,12}})/{re.escape(INDEX)}\n")
+_OF_DEEPSPEED = re.compile(r"\s*\w*step\d+\s*")  # the tag of a checkpoint, as it is if none is given
 _BESIDE = re.compile(rf"([0-9a-f]{{64}})  {re.escape(INDEX)}\n")
 _LARGEST_INDEX = 1 << 31
 
@@ -65,6 +66,12 @@ def find(path: Path, which: str | int) -> tuple[Path, str]:
     if which == LATEST:
         line = _text(path / LATEST, "there is no checkpoint that was saved to the end")
         match = _LATEST.fullmatch(line)
+        if match is None and _OF_DEEPSPEED.fullmatch(line):
+            raise CheckpointError(
+                f"{path} is a checkpoint of DeepSpeed ({LATEST} names {line.strip()}), which knows its number of ranks "
+                f"and is not read here. Name one that gwt_dist.save wrote; of a Trainer with `portable` it is the "
+                f"folder gwt_dist in checkpoint-N"
+            )
         if match is None:
             raise CheckpointError(f"{path / LATEST} is damaged: it holds {line[:99]!r}; name a step to load instead")
         folder, sha256 = path / match[2], match[1]

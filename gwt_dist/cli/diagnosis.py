@@ -100,9 +100,10 @@ def kernels(keys: Mapping[str, Any], dtype: torch.dtype) -> dict[str, dict[str, 
     check_group(group, "the group")
     level, wavelet = group["level"], group["wavelet"]
     program = program_of(group, level)
-    if program.travels:
-        return {"any": {"kernel": "torch", "why": "matrices go to one rank each, in torch's operations"}}
-    return {kind: _kernel(torch.device(kind), level, wavelet, dtype, program) for kind in ("cpu", "cuda")}
+    found = {kind: _kernel(torch.device(kind), level, wavelet, dtype, program) for kind in ("cpu", "cuda")}
+    for its in found.values() if program.travels else ():
+        its["why"] += "; products of matrices by torch"
+    return found
 
 
 def _kernel(device: torch.device, level: int, wavelet: str, dtype: torch.dtype, program: Program) -> dict[str, str]:
@@ -141,7 +142,7 @@ def _compiles(program: Program) -> str:
         return f"!no C++ compiler ({compiler!r} is not on the PATH), so it cannot be compiled"
     if not cpp_extension.is_ninja_available():
         return "!ninja is not installed, so it cannot be compiled: pip install ninja"
-    return "compiled at the first step"
+    return "compiled at the first step, which takes up to a minute, once"
 
 
 def _triton(program: Program) -> str:

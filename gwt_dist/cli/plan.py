@@ -14,7 +14,7 @@ import typer
 
 from gwt_dist import ds_json, shipped
 from gwt_dist.cli.models import read_model
-from gwt_dist.cli.plan_options import batch_of, mesh_of, params_of, rest_of
+from gwt_dist.cli.plan_options import ANSWERS, answered, asked, batch_of, mesh_of, params_of, rest_of
 from gwt_dist.formats import FP32, STATE_DTYPES
 from gwt_dist.keys import PROJ_TYPES
 from gwt_dist.memory import fill
@@ -147,12 +147,13 @@ def plan(
         if not mesh:
             raise ValueError("hsdp needs --mesh REPLICASxSHARDS, such as --mesh 8x8")
     if deepspeed_config is not None:
-        both = sorted(f"--{name}" for name in given & set(WITH_FILE))
+        settings = ds_json.read(shipped.find(deepspeed_config) or deepspeed_config)
+        both = sorted(f"--{name}" for name in given & set(WITH_FILE) - {ANSWERS[path] for path in asked(settings)})
         if both:
             raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
-        settings = ds_json.read(shipped.find(deepspeed_config) or deepspeed_config)
         for mistake in ds_json.mistakes(settings):
             raise ValueError(f"{mistake} (in {deepspeed_config})")
+        settings = answered(settings, {**batch, "weights": weights}, given)
         base = setup_of(settings, world)
         options |= params_of(settings, given)
     else:

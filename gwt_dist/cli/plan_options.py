@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 from gwt_dist import ds_json
 
 OPTION = {"targets": "target"}  # keys of the JSON with another name on the command line
+# Options that answer what is "auto" in a JSON, which the Trainer fills in when it runs.
+ANSWERS = {
+    "bf16.enabled": "weights",
+    "fp16.enabled": "weights",
+    "gradient_accumulation_steps": "accumulation",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+}
+_THRESHOLD = "zero_optimization.stage3_param_persistence_threshold"
+
+
+def asked(settings: dict[str, Any]) -> list[str]:
+    """The keys of `ANSWERS` that are "auto" and that decide something."""
+    autos = set(ds_json.autos(settings))
+    bf16 = "bf16.enabled" not in autos and ds_json.value(settings, "bf16.enabled", False)
+    return [path for path in ANSWERS if path in autos and not (bf16 and path == "fp16.enabled")]
+
+
+def answered(settings: dict[str, Any], values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """A DeepSpeed JSON with the answers of the command line where it is "auto", as far as bytes depend on it.
+
+    Args:
+        settings: The JSON, which is left as it is.
+        values: Of the options that `ANSWERS` names.
+        given: Names of the options that were given.
+
+    Raises:
+        ValueError: For all that is "auto" and has no answer, at once.
+    """
+    found, left = copy.deepcopy(settings), []
+    for path in asked(settings):
+        option, (section, _, key) = ANSWERS[path], path.rpartition(".")
+        if option in given:
+            (found[section] if section else found)[key] = values[option] == section if section else values[option]
+        else:
+            left.append(f"{path} (give --{option.replace('_', '-')})")
+    autos = set(ds_json.autos(settings))
+    if "train_batch_size" in autos:
+        del found["train_batch_size"]  # it follows from the others
+    if _THRESHOLD in autos and ds_json.value(settings, "zero_optimization.stage", 0) == 3:
+        left.append(f"{_THRESHOLD} (write a number; the Trainer takes 10 times the hidden size)")
+    if left:
+        raise ValueError(
+            f'"auto" is filled in by the Trainer when it runs, and a plan needs a value: {", ".join(left)}'
+        )
+    return found
 
 
 def mesh_of(text: str) -> tuple[int, int]:

@@ -33,7 +33,7 @@ _REPLACED = ("save_model", "_prepare_for_training", "_load_from_checkpoint", "_l
 _Trainer = TypeVar("_Trainer")
 
 
-def portable(trainer: _Trainer, *, exclude: str | Iterable[str] = ()) -> _Trainer:
+def portable(trainer: _Trainer, *, exclude: str | Iterable[str] = (), convert_state: bool = False) -> _Trainer:
     """Have a Trainer save by `gwt_dist.save` too, and resume by `gwt_dist.load`: on other ranks, under another engine.
 
     Each of its checkpoints gets a folder ``checkpoint-N/gwt_dist``, written by all ranks, that holds weights, optimizer
@@ -48,6 +48,8 @@ def portable(trainer: _Trainer, *, exclude: str | Iterable[str] = ()) -> _Traine
     Args:
         trainer: A `Trainer` or one of a class derived from it, before ``train()``; its optimizer is a `GWTAdamW`.
         exclude: As in `gwt_dist.save`: ``"all-frozen"`` leaves the frozen weights out, as of a model with adapters.
+
+        convert_state: As in `gwt_dist.load`: whether moments may be of another ``state_dtype`` than they were saved.
 
     Returns:
         The same trainer.
@@ -67,7 +69,7 @@ def portable(trainer: _Trainer, *, exclude: str | Iterable[str] = ()) -> _Traine
             f"transformers 5 and classes derived from it"
         )
     if not isinstance(getattr(vars(trainer).get("save_model"), "__self__", None), _Portable):
-        parts = _Portable(trainer, exclude if isinstance(exclude, str) else tuple(exclude))
+        parts = _Portable(trainer, exclude if isinstance(exclude, str) else tuple(exclude), convert_state)
         vars(trainer).update({name: getattr(parts, name.removeprefix("_")) for name in _REPLACED})
     return trainer
 
@@ -75,9 +77,9 @@ def portable(trainer: _Trainer, *, exclude: str | Iterable[str] = ()) -> _Traine
 class _Portable:
     """What stands in the place of the methods of one trainer, which it calls where it adds to them."""
 
-    def __init__(self, trainer: Any, exclude: str | tuple[str, ...]) -> None:
+    def __init__(self, trainer: Any, exclude: str | tuple[str, ...], convert_state: bool) -> None:
         self._trainer = trainer
-        self._exclude = exclude
+        self._exclude, self._convert_state = exclude, convert_state
         self._save_model = trainer.save_model
         self._prepare_for_training = trainer._prepare_for_training
         self._random: Mapping[str, Tensor] = {}  # for when the trainer restores it, which is after it has shuffled
@@ -127,7 +129,13 @@ class _Portable:
         trainer, before = self._trainer, random_states.capture()
         scheduler = trainer.lr_scheduler
         try:
-            loaded = load(checkpoint / FOLDER, trainer.model_wrapped, trainer.optimizer, scheduler=scheduler)
+            loaded = load(
+                checkpoint / FOLDER,
+                trainer.model_wrapped,
+                trainer.optimizer,
+                scheduler=scheduler,
+                convert_state=self._convert_state,
+            )
         except CheckpointError as error:
             if (checkpoint / FOLDER).exists():
                 raise

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.util
 import io
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 _BASE = ("-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
@@ -75,6 +78,11 @@ def _compile(name: str, source: str, flags: tuple[str, ...], library: Path) -> N
     from torch.utils import cpp_extension
 
     output = io.StringIO()
+    logger.warning(
+        "gwt_dist compiles a kernel for this machine (%s.cpp), which takes up to a minute, once: it is kept in %s",
+        source,
+        library.parent,
+    )
     with tempfile.TemporaryDirectory(dir=library.parent) as workshop:
         try:
             with contextlib.redirect_stdout(output):

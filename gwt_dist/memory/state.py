@@ -20,6 +20,7 @@ from gwt_dist.units import takes, units_of
 
 STEP = 4  # bytes of a step counter: fp32
 FP32 = 4  # bytes of a number where no format is said; fp64 weights have fp64
+ADAMW = "AdamW"  # what is told of tensors that their recipe does not take
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes
 
 
@@ -61,9 +62,13 @@ class GroupSpec:
         its = laid.matrices(number) if self.stacked else laid.one(number)
         return [(its, i) for i in range(len(its.shapes))]
 
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether the recipe steps a tensor of `shape`, and not `ADAMW`."""
+        return takes(shape, self.level, self.program.least_level)
+
     def program_for(self, shape: Sequence[int]) -> Program:
         """What steps a tensor of `shape`."""
-        return self.program if takes(shape, self.level, self.program.least_level) else self.plain
+        return self.program if self.takes(shape) else self.plain
 
     def fields_for(self, shape: Sequence[int]) -> tuple[Field, ...]:
         """What the state of a tensor of `shape` is made of."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gwt_dist.checkpoint.format import WEIGHT, Entry, Index
+from gwt_dist.memory.state import ADAMW, GroupSpec
 from gwt_dist.report.run import RECORD, Run, flat, last, read_runs
 from gwt_dist.train.checkpoints import FOLDER
 from gwt_dist.train.tokens import ByteTokenizer, bpe_size, save_tokenizer
@@ -175,7 +176,9 @@ def _groups(index: Index, stepped: list[Entry]) -> Iterator[tuple[str, ...]]:
     for entry in stepped:
         group = index.groups[entry.group] if entry.group is not None else {}
         rate = group.get("initial_lr", group.get("lr"))
-        rows.setdefault((entry.recipe, entry.level, rate), []).append(entry)
+        spec = GroupSpec.of({"level": 0, **group}, ())
+        recipe = entry.recipe if spec.takes(entry.shape) else ADAMW
+        rows.setdefault((recipe, entry.level, rate), []).append(entry)
     for (recipe, level, rate), entries in rows.items():
         weights, held = sum(prod(entry.shape) for entry in entries), _state(entries)
         numbers = f"{len(entries):,}", f"{weights:,}", f"{held:,}", f"{held / _adamw(entries):.4f}"
