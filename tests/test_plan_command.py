@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from torch import nn
 
+from gwt_dist.cli import plan_show
 from gwt_dist.cli.app import main
 from gwt_dist.memory.fit import size
 from gwt_dist.memory.setup import ENGINES as NAMES
+from gwt_dist.report.pages import human
 
 BIN = Path(sys.executable).parent
 INT8 = "--state-dtype int8"
@@ -119,6 +121,21 @@ def test_less_state_stands_beside_other_optimizers(capsys: pytest.CaptureFixture
         assert whole == beside(*row.split()[2:])["exact"], row
     assert list(beside("--level", "5")) == ["exact", f"exact, with {INT8}"]
     assert list(beside("--recipe", "low-rank", "--rank", "128")) == ["exact"]  # no levels, no int8
+
+
+@pytest.mark.parametrize("recipe", ["orthogonal", "adalomo"])  # one without a first moment
+def test_all_of_it_with_adamw(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a rank would hold if this optimizer's state were AdamW's; 3 ranks hold a third of both moments each."""
+    arguments = ["60m", "--engine", "zero2", "--world", "3", "--recipe", recipe]
+    content = told(arguments, capsys)
+    parts = dict(plan_show.beside_adamw(content))
+    of_adamw = round(8 * content["model"]["weights"] / 3)
+    assert parts["exp_avg"] + parts["exp_avg_sq"] == pytest.approx(of_adamw, abs=1000)
+    others = content["device"]["worst_rank"] - content["state"]["worst_rank"]
+    assert sum(parts.values()) == pytest.approx(others + of_adamw, abs=1000)
+    assert plan_show.rows(content)[-1][:2] == ("all of it, with AdamW", human(sum(parts.values())))
+    assert main(["plan", *arguments, "--html", str(tmp_path / "plan.html")]) == 0
+    assert (tmp_path / "plan.html").read_text().count(human(sum(parts.values()))) == 2  # its bar and its row
 
 
 def test_bytes_a_weight_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,8 @@ def losses(trainer: Any) -> list[float]:
 def test_trainer_kwargs(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", learning_rate=0.003, optim_args="level=3")
     mine = AttachCallback()
+    with pytest.raises(ValueError, match="optim='adamw_torch_8bit' is given"):
+        trainer_kwargs(TrainingArguments(output_dir=str(tmp_path), optim="adamw_torch_8bit"))
     found = trainer_kwargs(args, targets=["attn"], callbacks=[mine], scale=0.5)
     assert list(found) == ["optimizer_cls_and_kwargs", "callbacks"]
     first, second = found["callbacks"]

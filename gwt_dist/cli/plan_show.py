@@ -57,7 +57,9 @@ def rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
     found.append((total, *(human(content["device"][key]) for _, key in COLUMNS)))
     if content["host"]["max"]:
         found.append(("all of it on the host", *(human(content["host"][key]) for _, key in COLUMNS)))
-    return found
+    adamw = sum(value for _, value in beside_adamw(content))
+    name = "both, with AdamW" if content["host"]["max"] else "all of it, with AdamW"
+    return [*found, (name, human(adamw), *[""] * (len(COLUMNS) - 1))]
 
 
 def activations(content: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
@@ -189,15 +191,24 @@ not divide them in this way.</p>
 _WIDTH, _LETTER = 760, 8  # of names and bars together, which leaves room for a number, and of a letter at most
 
 
-def bars_of(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Bytes of the worst rank by part: with this optimizer and with AdamW, for each way to have activations."""
+def by_part(content: dict[str, Any]) -> list[tuple[str, int]]:
+    """Bytes of the worst rank by part, on device and host together."""
     merged: dict[str, int] = {}  # a name has a row for each of its formats
     for row in content["rows"]:
         merged[row["name"]] = merged.get(row["name"], 0) + row["worst_rank"]
+    return list(merged.items())
+
+
+def beside_adamw(content: dict[str, Any]) -> list[tuple[str, int]]:
+    """The same with AdamW's state in the place of this optimizer's."""
     adamw = next(other for other in content["beside"] if other["name"] == "AdamW")["rank"]
-    its_state = {"exp_avg": adamw // 2, "exp_avg_sq": adamw // 2}
-    beside = {name: value if name in NOT_STATE else its_state.get(name, 0) for name, value in merged.items()}
-    bars = [("GWTAdamW", list(merged.items())), ("AdamW", list(beside.items()))]
+    kept = dict.fromkeys((name for name, _ in by_part(content)), 0) | {"exp_avg": adamw // 2, "exp_avg_sq": adamw // 2}
+    return [*(kept | {name: value for name, value in by_part(content) if name in NOT_STATE}).items()]
+
+
+def bars_of(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Bytes of the worst rank by part: with this optimizer and with AdamW, for each way to have activations."""
+    bars = [("GWTAdamW", by_part(content)), ("AdamW", beside_adamw(content))]
     if "activations" not in content:
         return bars
     by_name = {one["name"]: [("activations", one["most"])] for one in content["activations"]["measures"]}
@@ -207,7 +218,8 @@ def bars_of(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
 def page(content: dict[str, Any]) -> str:
     """A page that needs nothing beside itself."""
     bars = bars_of(content)
-    legend = {name: colour for (name, _), colour in zip(bars[0][1], cycle(COLOURS), strict=False)}
+    parts = dict.fromkeys(name for _, its in bars for name, _ in its)
+    legend = dict(zip(parts, cycle(COLOURS), strict=False))
     its_title, its_rows = activations(content)
     most = max(other["rank"] for other in content["beside"]) or 1
     return render(

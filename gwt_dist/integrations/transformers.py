@@ -28,6 +28,7 @@ from gwt_dist.targets import ALL, BLOCKS, Targets
 __all__ = ["AttachCallback", "optimizer_cls_and_kwargs", "parse_optim_args", "portable", "trainer_kwargs"]
 _KEYWORDS = [name for name in inspect.signature(GWTAdamW.__init__).parameters if name not in ("self", "params")]
 _KEYWORDS.append("rest")  # of `param_groups`
+_PLAIN = "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"  # the default among them
 
 
 def trainer_kwargs(
@@ -76,11 +77,16 @@ def optimizer_cls_and_kwargs(
         options: Keywords of `GWTAdamW`; they win over `args`.
 
     Raises:
-        ValueError: For text that is not ``key=value``, a key that `GWTAdamW` does not have, targets given twice, or
-            what an optimizer section of the JSON says already or otherwise; when the Trainer builds the optimizer,
-            for a target that matches nothing or a value out of range.
+        ValueError: For text that is not ``key=value``, a key that `GWTAdamW` does not have, targets given twice,
+            another ``optim`` than AdamW, or what an optimizer section of the JSON says already or otherwise; when the
+            Trainer builds the optimizer, for a target that matches nothing or a value out of range.
     """
     _refuse_beside_a_section(args, {"targets": targets, **options})
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in _PLAIN:
+        raise ValueError(
+            f"optim={optim!r} is given, and the Trainer would step with GWTAdamW and leave it out in silence; remove it"
+        )
     if targets is not None and args.optim_target_modules is not None:
         raise ValueError(
             f"targets={targets!r} and optim_target_modules={args.optim_target_modules!r} are both given, and one would "
