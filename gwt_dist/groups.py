@@ -93,10 +93,24 @@ def param_groups(
             pattern = by_keys.choose(parameter, matrix, patterns)
             shapes[pattern].append(shape_of(parameter))
         groups += [{**keys, "params": its} for keys, its in by_keys.groups()]
+    if told := _plain_note(patterns, group_options):
+        logger.warning(told)
     if told := unmatched(patterns, (pattern for pattern, its in shapes.items() if its), trained):
         logger.warning(told)
     _log_table(dict(patterns) | {None: (rest or {}).get("level", 0)}, shapes)
     return groups
+
+
+def _plain_note(levels: Mapping[str, int], options: Mapping[str, Any]) -> str:
+    """What to tell who gives level 0 and means the recipe, which takes matrices of higher levels alone; else ''."""
+    recipe = options.get("recipe") or DEFAULT
+    said = options.get("least_level") is not None or recipe not in list(RECIPES)
+    if said or any(levels.values()) or "least_level" not in RECIPES[recipe].keys:
+        return ""
+    return (
+        f"level=0 without least_level: the recipe {recipe!r} takes matrices of level 1 and more, so all of these are "
+        f"stepped as AdamW would. Write least_level=0 for {recipe!r} at level 0, or recipe='energy' if AdamW is meant"
+    )
 
 
 def _check_options(options: Mapping[str, Any], rest: Mapping[str, Any]) -> None:

@@ -274,6 +274,12 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], message: str) -> 
         compress_activations(Decoder(), **arguments)
 
 
+def test_norms_are_known_by_class_where_nobody_names_modules() -> None:
+    block = nn.ModuleDict({"n1": nn.RMSNorm(64), "act": nn.GELU(), "mlp": nn.Linear(64, 64), "n2": nn.LayerNorm(64)})
+    assert compress_activations(block).modules == ("n1", "mlp", "n2")
+    assert compress_activations(block, ["mlp"]).modules == ("mlp",)
+
+
 def test_compiled_modules_are_refused() -> None:
     model = Decoder()
     model.blocks[0].compile(backend="eager")

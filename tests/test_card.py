@@ -115,7 +115,7 @@ def test_the_card_of_a_real_run(
         "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
         "tokenizer": "plain bytes of UTF-8, 256 ends a document; there are no files of a tokenizer",
     }
-    assert [row[:2] + row[6:] for row in sorted(recipes)] == [["paper", "0", "0.01"], ["paper", "2", "0.01"]]
+    assert [row[:2] + row[6:] for row in sorted(recipes)] == [["AdamW", "0", "0.01"], ["paper", "2", "0.01"]]
     assert sum(int(row[4].replace(",", "")) for row in recipes) == ours
     assert not list(out.glob("*token*"))
     assert example(out, monkeypatch).startswith("import ")

@@ -17,6 +17,7 @@ from torch import Tensor
 import gwt_dist
 from checkpoint_runs import Run, built, content, same, saved_run, steps, train
 from gwt_dist import CheckpointError
+from gwt_dist.checkpoint import locate
 
 
 @pytest.fixture
@@ -215,3 +216,14 @@ def test_a_forged_index_that_is_right_loads(saved) -> None:
     """What `forge` does is not what is refused."""
     forge(saved, lambda index: index.update(extra=5))
     assert gwt_dist.load(saved, *built()).extra == 5
+
+
+def test_a_checkpoint_of_deepspeed_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("global_step60")  # as DeepSpeed writes it
+    with pytest.raises(
+        CheckpointError, match=r"is a checkpoint of DeepSpeed \(latest names global_step60.*checkpoint-N"
+    ):
+        locate(tmp_path)
+    (tmp_path / "latest").write_text("globe 60")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        locate(tmp_path)

@@ -162,6 +162,10 @@ def test_matrices_of_level_0_that_are_orthogonalized_do_not_take_embeddings_alon
     ("rest", "message"),
     [
         ({"levle": 1}, "rest has the unknown key 'levle'; did you mean 'level'"),
+        (
+            {"amsgrad": 1, "levle": 1},
+            r"the unknown key 'amsgrad'\. And the unknown key 'levle'; did you mean 'level'\?",
+        ),
         ({"recipe": "enery"}, r"recipe='enery' in rest must be one of"),
         ({"recipe": "energy", "nor": 0.9}, r"nor=0.9 in rest, where the recipe is 'energy'"),
         ({"level": 1}, "level=1 and no recipe, so embeddings and head would be orthogonalized"),
@@ -207,3 +211,21 @@ def test_levels_of_targets_are_checked() -> None:
     for targets in ({"mlp": 17}, {"blocks": -1}):
         with pytest.raises(ValueError, match=r"level=(17|-1) must be a whole number from 0"):
             param_groups(model(), targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("level", "options", "told"),
+    [
+        (0, {}, True),
+        (0, {"recipe": "came"}, True),
+        (0, {"least_level": 0}, False),
+        (0, {"recipe": "energy"}, False),
+        (0, {"recipe": "adalomo"}, False),  # takes matrices of level 0
+        (1, {}, False),
+    ],
+)
+def test_level_0_that_is_adamw_is_told(
+    level: int, options: dict[str, Any], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    param_groups(model(), level, **options)
+    assert ("level=0 without least_level: the recipe" in caplog.text) is told

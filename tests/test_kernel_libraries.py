@@ -136,6 +136,7 @@ def test_without_a_compiler_there_is_one_warning_with_its_last_lines(forced: str
     else:
         assert found.returncode == 0, found.stderr
         assert found.stdout.count("RuntimeWarning") == 1, found.stdout
+        assert found.stderr.count("compiles a kernel for this machine (travel.cpp)") == 1, found.stderr
         assert "the disk is full" in found.stdout and "goes on with its eager kernel" in found.stdout
     assert not list((tmp_path / "gwt_dist").glob("*.so"))
 

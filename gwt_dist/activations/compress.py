@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 # again from queries, keys and what the forward pass summed, which must fit. So is the projection out of it, whose
 # input attention keeps anyway.
 TARGETS = "norm", "ln_", "mlp", "feed_forward", "q_proj", "k_proj", "v_proj", "qkv", "c_attn"
+_NORMS = "layernorm", "rmsnorm"  # classes that go with `TARGETS`, whatever they are called in the model
 NARROW = 32  # numbers of a token below which a scale would cost too much
 _CHECKPOINT = "torch.utils.checkpoint"
 # Operations after which a tensor has the numbers of another, as autograd names them; engines and autocast use them.
@@ -98,7 +99,7 @@ def compress_activations(
     Args:
         model: The model, wrapped or not.
         targets: Pattern or patterns of names of modules, each a part of the name or a regular expression that matches
-            all of it. A module within one that is chosen already goes with it.
+            all of it. A module within one that is chosen already goes with it. The default takes norms by class too.
         bits: 8.
         stochastic_rounding: Rounds up or down by chance, so that the mean of the gradients is exact. The chance is of
             each process; torch's own random states are left alone.
@@ -137,7 +138,8 @@ def _chosen(model: nn.Module, patterns: Sequence[str], explicit: bool) -> Iterat
     for name, module in model.named_modules():
         its = {pattern for pattern in patterns if name and matches(pattern, _last(name, pattern))}
         used |= its
-        if its and not any(name.startswith(f"{other}.") for other in found):
+        is_norm = not explicit and any(kind in type(module).__name__.lower() for kind in _NORMS)
+        if (its or is_norm) and not any(name.startswith(f"{other}.") for other in found):
             found[name] = module
     unused = [pattern for pattern in patterns if pattern not in used]
     if not found or (explicit and unused):
