@@ -23,6 +23,7 @@ from gwt_dist.report.pages import COLOURS
 
 SHOWN = (
     ("AdamW, as they are", "AdamW"),
+    ("AdamW, recomputed", "... activations recomputed"),
     ("GWTAdamW, as they are", "GWTAdamW"),
     ("GWTAdamW, in 8 bits", "... activations in 8 bits"),
     ("GWTAdamW, recomputed", "... recomputed"),
