@@ -112,7 +112,7 @@ def net() -> nn.Module:
     ("params", "device", "number"),
     [
         *(({}, "cpu", 1), ({"level": 2}, "cpu", 1), ({}, "none", 0)),
-        *(({"recipe": "orthogonal"}, "cpu", 0), ({"recipe": WITHOUT_PRODUCTS}, "cpu", 0), ({"level": 0}, "cpu", 0)),
+        *(({"recipe": "orthogonal"}, "cpu", 0), ({"recipe": WITHOUT_PRODUCTS}, "cpu", 0), ({"level": 0, "least_level": 1}, "cpu", 0)),
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_products_on_a_cpu_that_nobody_asked_for(
         assert [record.getMessage() for record in caplog.records] == findings
 
 
-@pytest.mark.parametrize(("params", "number"), [({}, 1), ({"recipe": "orthogonal"}, 0), ({"level": 0}, 0)], ids=str)
+@pytest.mark.parametrize(("params", "number"), [({}, 1), ({"recipe": "orthogonal"}, 0), ({"level": 0, "least_level": 1}, 0)], ids=str)
 def test_products_on_a_cpu_under_a_trainer(
     params: dict[str, Any], number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
