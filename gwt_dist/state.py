@@ -242,7 +242,8 @@ def _check_state(
             f"a parameter in group {i} has {', '.join(state)} in the state to load and needs {STEP}, "
             f"{', '.join(plan.shapes)} here; it was saved by another optimizer or recipe. Build the optimizer as it was"
         )
-    if tag is not None and tag != layout_of(shard):
+    # What is written is the layout of what the engine holds, whose stacks are one tensor each.
+    if tag is not None and tag != layout_of(steps.shards.get(parameter, shard)):
         raise ValueError(
             f"the state to load is of other elements than this rank holds of {where} ({shard.tensors[0].fqn!r} and "
             f"{len(shard.tensors) - 1} more tensors): it was saved by another rank, or under another engine or number "

@@ -47,6 +47,28 @@ def load_case(family: str, arguments: tuple[Any, ...], folder: str, dtype: torch
         return far(built.weights(), built.part, dtype)
 
 
+def own_case(family: str, arguments: tuple[Any, ...], folder: str) -> float:
+    """Steps, what the engine itself saves, and the last step of another one that has loaded it: how far from one."""
+    with FAMILIES[family]("stacks", *arguments) as built:
+        for step in steps_of("stacks")[:SAVED]:
+            built.take(step)
+        if family == "deepspeed":
+            built.model.save_checkpoint(folder)
+        else:
+            state, weights = built.optimizer.state_dict(), [p.detach().clone() for p in built.model.parameters()]
+    with FAMILIES[family]("stacks", *arguments) as built:
+        if family == "deepspeed":
+            path, _ = built.model.load_checkpoint(folder)
+            assert path is not None
+        else:
+            built.optimizer.load_state_dict(state)
+            with torch.no_grad():
+                for parameter, weight in zip(built.model.parameters(), weights, strict=True):
+                    parameter.copy_(weight)
+        built.take(steps_of("stacks")[-1])
+        return far(built.weights(), built.part, torch.float32 if family == "deepspeed" else torch.float64)
+
+
 def load_alone(folder: str, dtype: torch.dtype) -> float:
     """The same in this process."""
     model = fresh("stacks", dtype)

@@ -106,7 +106,7 @@ ELSEWHERE = {
 }
 # Blocks of text that no command prints, by their first line.
 TEXTS = {
-    "from gwt_dist.integrations.transformers import portable, trainer_kwargs": "test_trainers.py::test_code_of_the_page",
+    "from gwt_dist.integrations.transformers import portable": "test_trainers.py::test_code_of_the_page",
     "backward ─► reduce-scatter": "a drawing",
     "gwt_dist/": "test_the_tree_of_the_contributors_is_there",
     "output/checkpoints/": "test_a_page_runs",

@@ -108,11 +108,14 @@ def net() -> nn.Module:
     return nn.ModuleDict({"attn": nn.Linear(30, 20), "mlp": nn.Linear(20, 9)})
 
 
+ADAMW: dict[str, Any] = {"level": 0, "least_level": 1}
+
+
 @pytest.mark.parametrize(
     ("params", "device", "number"),
     [
         *(({}, "cpu", 1), ({"level": 2}, "cpu", 1), ({}, "none", 0)),
-        *(({"recipe": "orthogonal"}, "cpu", 0), ({"recipe": WITHOUT_PRODUCTS}, "cpu", 0), ({"level": 0, "least_level": 1}, "cpu", 0)),
+        *(({"recipe": "orthogonal"}, "cpu", 0), ({"recipe": WITHOUT_PRODUCTS}, "cpu", 0), (ADAMW, "cpu", 0)),
     ],
     ids=str,
 )
@@ -155,7 +158,7 @@ def test_products_on_a_cpu_that_nobody_asked_for(
         assert [record.getMessage() for record in caplog.records] == findings
 
 
-@pytest.mark.parametrize(("params", "number"), [({}, 1), ({"recipe": "orthogonal"}, 0), ({"level": 0, "least_level": 1}, 0)], ids=str)
+@pytest.mark.parametrize(("params", "number"), [({}, 1), ({"recipe": "orthogonal"}, 0), (ADAMW, 0)], ids=str)
 def test_products_on_a_cpu_under_a_trainer(
     params: dict[str, Any], number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

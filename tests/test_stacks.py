@@ -20,7 +20,7 @@ from gwt_dist.comm import Shard, alone
 from gwt_dist.exchange import join
 from gwt_dist.memory import GroupSpec
 from simulated import normal, unlike_one_process
-from stacks_cases import load_alone, load_case, refused_case, save_case, state_case
+from stacks_cases import load_alone, load_case, own_case, refused_case, save_case, state_case
 from test_layout import SHAPES, worlds
 from zero_engine_cases import ENGINES as DEEPSPEED
 
@@ -106,6 +106,23 @@ def test_from_two_ranks_to_one(ranks, tmp_path, by, to) -> None:
     assert max(ranks(2, save_case, *by, str(tmp_path))) <= most
     assert to is None or max(ranks(1, load_case, *to, str(tmp_path), dtype)) <= most
     assert to is not None or load_alone(str(tmp_path), dtype) <= most
+
+
+@pytest.mark.support("checkpoints", "stacked experts by the engine's own checkpoint: ZeRO-2, ZeRO-3, FSDP1, FSDP2")
+@pytest.mark.parametrize(
+    "by",
+    [
+        ("deepspeed", (DEEPSPEED["2"],)),
+        ("deepspeed", (DEEPSPEED["3"],)),
+        ("fsdp1", ("FULL_SHARD", True)),
+        ("fsdp2", ("rows",)),
+    ],
+    ids=["ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2"],
+)
+@pytest.mark.usefixtures("torch_extensions_dir")
+def test_the_engines_own_checkpoint(ranks, tmp_path, by) -> None:
+    """On the ranks that saved it."""
+    assert max(ranks(2, own_case, *by, str(tmp_path))) <= (1e-6 if by[0] == "deepspeed" else 1e-12)
 
 
 def test_state_under_fsdp2(ranks) -> None:
