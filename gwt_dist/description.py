@@ -33,6 +33,7 @@ class Row:
     tensors: int
     elements: int
     bytes: int  # of the state of the whole tensors, on all ranks together; each once
+    stacked: bool = False  # each is as many matrices as its first dimension says
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ class Description:
 
 def _line(row: Row, level: str, share: float) -> tuple[str, ...]:
     numbers = str(row.tensors), f"{row.elements:,}", f"{share:.2%}", _size(row.bytes)
-    return level, row.update, *numbers, "x".join(map(str, row.shape)), row.name
+    number, *matrix = row.shape if row.stacked else (0, *row.shape)
+    shape = "x".join(map(str, matrix))
+    return level, row.update, *numbers, f"{number} of {shape}" if number else shape, row.name
 
 
 def describe(optimizer: Any, model: nn.Module | None = None) -> Description:
@@ -116,7 +119,8 @@ def describe(optimizer: Any, model: nn.Module | None = None) -> Description:
         spec = GroupSpec.of(keys, (), f"parameter group {number}")
         for (name, shape, level, update), shapes in _alike(ours, group, parameters, spec, names).items():
             sizes = sum(map(spec.whole, shapes))
-            rows.append(Row(name, shape, number, level, update, len(shapes), sum(map(prod, shapes)), sizes))
+            stacked = spec.stacked and len(shape) == 3
+            rows.append(Row(name, shape, number, level, update, len(shapes), sum(map(prod, shapes)), sizes, stacked))
     held = [its for state in ours.state.values() for its in state.values() if isinstance(its, Tensor)]
     return Description(tuple(rows), sum(local(its).nbytes for its in held))
 

@@ -64,7 +64,8 @@ def first_match(patterns: Iterable[str], matrix: Matrix | None) -> str | None:
         elif pattern == ALL:
             found = not (matrix.is_tied or matrix.is_kernel)
         else:
-            found = matches(pattern, matrix.name)
+            # The name of the parameter, as `describe` prints it, will do.
+            found = matches(pattern, matrix.name) or matches(pattern, f"{matrix.name}.weight")
         if found:
             return pattern
     return None
@@ -75,10 +76,19 @@ def unmatched(patterns: Iterable[str], matched: Iterable[str | None], trained: I
 
     `matched` are the patterns that matched any of the `trained` matrices.
     """
+    trained, patterns = list(trained), list(patterns)
     found, told, names = set(matched), "", sorted(matrix.name for matrix in trained)
     for pattern in patterns:
         if pattern in found:
             continue
+        taken = [matrix for matrix in trained if first_match([pattern], matrix)]
+        if taken and pattern in (BLOCKS, ALL):  # what is left of them may be none
+            continue
+        if taken:
+            raise ValueError(
+                f"target {pattern!r} comes too late: the first that matches decides, and {taken[0].name!r} is taken by "
+                f"{first_match(patterns, taken[0])!r}. Write {pattern!r} before it"
+            )
         if pattern != BLOCKS:
             shown = ", ".join(names[:4]) or "none, there is no weight matrix to be trained"
             raise ValueError(

@@ -80,6 +80,7 @@ def test_a_stack_is_one_tensor_of_many_matrices() -> None:
     found = describe(optimizer)
     assert [(row.shape, row.level, row.update, row.tensors) for row in found.rows] == [((4, 6, 10), 1, "paper", 1)]
     assert found.bytes == found.held == sum(its.nbytes for its in optimizer.state[stack].values())
+    assert "  4 of 6x10" in str(found)
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp1", "fsdp2"])

@@ -360,12 +360,17 @@ def test_every_key_of_the_section_is_checked(
 
 
 def test_our_type_in_another_spelling_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind, message in (("gwtadamw", "write 'GWTAdamW'"), (None, "has no type")):
+    for kind, message in (("gwtadamw", "write 'GWTAdamW'"), ("GWTAdam", "write 'GWTAdamW'"), (None, "has no type")):
         with pytest.raises(ValueError, match=message):
             initialized(monkeypatch, config={**GOOD, "optimizer": {"type": kind, "params": {"lr": 0.1}}})
 
 
-def test_what_deepspeed_takes_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_deepspeed_takes_is_taken(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     zero = {
         "stage": 3,
         "reduce_bucket_size": 5e8,
@@ -377,9 +382,14 @@ def test_what_deepspeed_takes_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     fine = {**GOOD, "zero_optimization": zero, **more}
     assert initialized(monkeypatch, config=fine)["config"]["zero_optimization"] == zero
     assert not list(ds_json.mistakes(fine)) and not list(ds_json.autos(fine))
-    # Another optimizer's section is DeepSpeed's own affair.
+    # Another optimizer's section is DeepSpeed's own affair, and is told.
+    assert "optimizer.type" not in caplog.text
     other = {**GOOD, "optimizer": {"type": "AdamW", "params": {"lr": "1e-3"}}}
     assert initialized(monkeypatch, config=other)["config"] == other
+    assert "optimizer.type is 'AdamW' in the DeepSpeed JSON: DeepSpeed steps with that" in caplog.text
+    (tmp_path / "ds.json").write_text(json.dumps(other))
+    assert told_by("plan", ["tiny", "--deepspeed-config", str(tmp_path / "ds.json")], capsys)[0] == 0
+    assert "planned is GWTAdamW in its place" in caplog.text
 
 
 def test_the_older_names_count_in_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

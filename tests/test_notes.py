@@ -98,7 +98,7 @@ def test_a_copy_does_not_know_what_was_said(caplog: pytest.LogCaptureFixture) ->
 
 def test_a_rate_of_the_time_of_another_scale(caplog: pytest.LogCaptureFixture) -> None:
     (message,) = told(caplog, weights()[:1], lr=HIGH_RATE, recipe="foam", level=1)
-    assert "lr=0.005 in parameter group 0" in message and "is now 1 with the recipe 'foam'" in message
+    assert "lr=0.005 in parameter group 0" in message and "(it is 1 with the recipe 'foam')" in message
     new = ({"recipe": recipe} for recipe in ("factored", "came", "adalomo"))  # which never had a scale of 0.25
     for options in ({"lr": 0.0049}, {"scale": 0.25}, {"scale": 1.0}, {"recipe": "paper"}, {"level": 0}, *new):
         assert told(caplog, weights()[:1], **{"lr": HIGH_RATE, "recipe": "foam", "level": 1, **options}) == [], options

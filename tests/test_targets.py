@@ -274,6 +274,18 @@ def test_explicit_targets_reach_every_matrix_by_name() -> None:
     assert chosen(convolutions(), targets="all-linear") == {"3.weight"}, "a kernel is matched by its own name"
     assert chosen(convolutions(), targets="0") == {"0.weight"}
     assert chosen(Layered(False), targets={"blocks": 1, "lm_head": 2}) > {"lm_head.weight"}
+    assert chosen(llama, targets=r".*\.1\.mlp\.up_proj\.weight") == {"model.layers.1.mlp.up_proj.weight"}
+    assert chosen(llama, targets={"attn": 1, "mlp": 2, "blocks": 1}) == chosen(llama), "what is left may be nothing"
+
+
+def test_the_first_target_that_matches_decides() -> None:
+    mixtral = built("mixtral")
+    routers = {name for name in chosen(mixtral) if name.endswith("mlp.gate.weight")}
+    assert len(routers) == 2
+    assert chosen(mixtral, targets={r".*mlp\.gate": 0, "blocks": 1}) == chosen(mixtral) - routers
+    for choose in (lambda t: chosen(mixtral, targets=t), lambda t: groups_of(of_module(mixtral, ""), 2, t)):
+        with pytest.raises(ValueError, match=r"'gate' comes too late: .*'model.layers.0.mlp.gate' is taken by 'mlp'"):
+            choose({"mlp": 2, "attn": 1, "gate": 0})
 
 
 def test_a_default_that_matches_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:

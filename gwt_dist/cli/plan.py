@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +28,8 @@ from gwt_dist.memory.setup import DEVICES, ENGINES, Setup
 from gwt_dist.recipes import DEFAULT, LEVEL, RECIPES, level_of, readers
 from gwt_dist.report.pages import check_free, write_page
 from gwt_dist.targets import BLOCKS
+
+logger = logging.getLogger(__name__)
 
 ENGINE = "zero2"
 FORWARD = "fp32", "bf16", "fp16"
@@ -153,6 +156,10 @@ def plan(
             raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
         for mistake in ds_json.mistakes(settings):
             raise ValueError(f"{mistake} (in {deepspeed_config})")
+        if (kind := ds_json.value(settings, "optimizer.type")) not in (None, ds_json.TYPE):
+            logger.warning(
+                "optimizer.type is %r in %s; planned is %s in its place", kind, deepspeed_config, ds_json.TYPE
+            )
         settings = answered(settings, {**batch, "weights": weights}, given)
         base = setup_of(settings, world)
         options |= params_of(settings, given)

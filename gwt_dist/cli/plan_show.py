@@ -92,7 +92,7 @@ def details(content: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for part in content["communication"]:
         found.append((f"a rank sends: {part['name']}", f"{human(part['bytes'])} a step, {part['what']}"))
-    found.append(("a step", f"{setup['tokens']:,} tokens"))
+    found.append(("a step", f"{setup['tokens']:,} tokens, by --sequence, --micro-batch and --accumulation"))
     others = "" if "activations" in content else "activations (--activations bf16 counts them), "
     found.append(("not counted", others + content["not_counted"]))
     return found

@@ -120,7 +120,8 @@ def section_of(settings: Mapping[str, Any]) -> dict[str, Any] | None:
             f"the optimizer section of the DeepSpeed JSON has no type, and DeepSpeed would step with nothing; write "
             f'"type": "{TYPE}", or remove the section'
         )
-    if kind != TYPE and str(kind).lower() == TYPE.lower():
+    near = difflib.get_close_matches(str(kind).lower(), [TYPE.lower()], n=1, cutoff=0.85)
+    if kind != TYPE and near:
         raise ValueError(f"optimizer.type={kind!r} of the DeepSpeed JSON is no optimizer; write {TYPE!r}")
     return dict(value(settings, "optimizer.params", {})) if kind == TYPE else None
 

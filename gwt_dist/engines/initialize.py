@@ -153,6 +153,9 @@ def _builder(
         prepare_settings(settings, model)
         refuse_stepped(optimizer.state)
         _check_groups(settings, optimizer)
+    elif optimizer is None and settings.get("optimizer"):
+        kind = ds_json.value(settings, "optimizer.type")
+        logger.warning("optimizer.type is %r in the DeepSpeed JSON: DeepSpeed steps with that, not with %s", kind, TYPE)
     return None
 
 

@@ -180,8 +180,9 @@ def refuse_experts(named_parameters: Iterable[tuple[str, Any]]) -> None:
     for name, parameter in named_parameters:
         if not getattr(parameter, "allreduce", True):
             raise ValueError(
-                f"parameter {name!r} belongs to an expert, so its gradient is not summed over all data-parallel ranks; "
-                f"expert parallelism is not tested and refused. Use experts that all ranks have, which ZeRO shards"
+                f"parameter {name!r} belongs to an expert of DeepSpeed's MoE layer, whose gradients DeepSpeed may sum "
+                f"over other ranks than the rest, whatever its ep_size; expert parallelism is not tested and refused. "
+                f"Use a layer of plain parameters, as transformers' mixtures have, which ZeRO shards"
             )
 
 
