@@ -275,6 +275,12 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], message: str) -> 
 
 
 def test_norms_are_known_by_class_where_nobody_names_modules() -> None:
+    class PreLayerNormBlock(nn.Linear):  # of a name that some models have, with modules within
+        def __init__(self) -> None:
+            super().__init__(64, 64)
+            self.inner = nn.Linear(64, 64)
+
+    assert compress_activations(nn.ModuleDict({"n": PreLayerNormBlock(), "mlp": nn.GELU()})).modules == ("mlp",)
     block = nn.ModuleDict({"n1": nn.RMSNorm(64), "act": nn.GELU(), "mlp": nn.Linear(64, 64), "n2": nn.LayerNorm(64)})
     assert compress_activations(block).modules == ("n1", "mlp", "n2")
     assert compress_activations(block, ["mlp"]).modules == ("mlp",)

@@ -189,7 +189,6 @@ def test_tests_that_run_something_exist_and_what_they_run_too() -> None:
 RUN_HERE = [page for page in PAGES if any(way(b) == "here" or commands_here(b) for b in blocks(page))]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # DeepSpeed's import of inductor
 @pytest.mark.parametrize("page", RUN_HERE)
 def test_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

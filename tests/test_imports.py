@@ -124,7 +124,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": MATH | RUNTIME | STATE | {"engines", "activations", "description"},
     "integrations": MATH | RUNTIME | STATE | {"engines", ""},
     "train": MATH | RUNTIME | STATE | {"shipped", "declare", "keys", "engines", "integrations", ""},
-    "report": {"checkpoint", "train"},
+    "report": {"checkpoint", "memory", "train"},
     "study": MATH | RUNTIME | STATE | {"keys", "engines", "integrations", "train", ""},
     "cli": MATH
     | RUNTIME

@@ -138,7 +138,8 @@ def _chosen(model: nn.Module, patterns: Sequence[str], explicit: bool) -> Iterat
     for name, module in model.named_modules():
         its = {pattern for pattern in patterns if name and matches(pattern, _last(name, pattern))}
         used |= its
-        is_norm = not explicit and any(kind in type(module).__name__.lower() for kind in _NORMS)
+        is_norm = not explicit and name and not any(True for _ in module.children())
+        is_norm = is_norm and any(kind in type(module).__name__.lower() for kind in _NORMS)
         if (its or is_norm) and not any(name.startswith(f"{other}.") for other in found):
             found[name] = module
     unused = [pattern for pattern in patterns if pattern not in used]

@@ -48,7 +48,6 @@ def portable(trainer: _Trainer, *, exclude: str | Iterable[str] = (), convert_st
     Args:
         trainer: A `Trainer` or one of a class derived from it, before ``train()``; its optimizer is a `GWTAdamW`.
         exclude: As in `gwt_dist.save`: ``"all-frozen"`` leaves the frozen weights out, as of a model with adapters.
-
         convert_state: As in `gwt_dist.load`: whether moments may be of another ``state_dtype`` than they were saved.
 
     Returns:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,9 @@ def _groups(index: Index, stepped: list[Entry]) -> Iterator[tuple[str, ...]]:
     for entry in stepped:
         group = index.groups[entry.group] if entry.group is not None else {}
         rate = group.get("initial_lr", group.get("lr"))
-        spec = GroupSpec.of({"level": 0, **group}, ())
-        recipe = entry.recipe if spec.takes(entry.shape) else ADAMW
+        recipe = entry.recipe
+        with suppress(ValueError):  # a recipe that is not known here
+            recipe = recipe if GroupSpec.of({"level": 0, **group}, ()).takes(entry.shape) else ADAMW
         rows.setdefault((recipe, entry.level, rate), []).append(entry)
     for (recipe, level, rate), entries in rows.items():
         weights, held = sum(prod(entry.shape) for entry in entries), _state(entries)
