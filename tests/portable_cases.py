@@ -26,7 +26,9 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
-def portable_trainer(engine: str, folder: str, batch: int, exclude: str | None = None, **changed: Any) -> Any:
+def portable_trainer(
+    engine: str, folder: str, batch: int, exclude: str | None = None, convert_state: bool = False, **changed: Any
+) -> Any:
     """A Trainer whose checkpoints are portable, `batch` sequences a rank and backward pass; some are dropped out."""
     from accelerate.state import AcceleratorState
     from tiny import Text, tiny_llama
@@ -39,7 +41,7 @@ def portable_trainer(engine: str, folder: str, batch: int, exclude: str | None =
     stage = int(engine[4:]) if engine.startswith("zero") else 0
     if stage:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` does
-    dropout = changed.pop("dropout", 0.0)
+    dropout, state_dtype = changed.pop("dropout", 0.0), changed.pop("state_dtype", None)
     options: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": STEPS,
@@ -65,8 +67,9 @@ def portable_trainer(engine: str, folder: str, batch: int, exclude: str | None =
         model.get_input_embeddings().requires_grad_(False)
     data = Text(size=8 * SEQUENCES)
     kind = CPUTrainer if dist.is_initialized() else Trainer
-    trainer = kind(model=model, args=args, train_dataset=data, **trainer_kwargs(args, level=2, recipe="energy"))
-    return portable(trainer, exclude=exclude or ())
+    said = trainer_kwargs(args, level=2, recipe="energy", state_dtype=state_dtype)
+    trainer = kind(model=model, args=args, train_dataset=data, **said)
+    return portable(trainer, exclude=exclude or (), convert_state=convert_state)
 
 
 def losses_case(engine: str, folder: str, batch: int, resume: str | None = None, **changed: Any) -> dict[int, float]:

@@ -102,6 +102,18 @@ def test_frozen_weights_may_be_left_out(tmp_path: Path) -> None:
     assert losses_case("one", str(tmp_path / "on"), SEQUENCES, str(checkpoint), **options) == losses
 
 
+def test_moments_of_another_format_where_they_may_be(saved: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
+    checkpoint, losses = saved
+    said = {**DRAWN, "state_dtype": "int8"}
+    with pytest.raises(ValueError, match="convert_state=True"):
+        losses_case("one", str(tmp_path), SEQUENCES, str(checkpoint), **said)
+    assert (
+        0
+        < apart(losses, losses_case("one", str(tmp_path), SEQUENCES, str(checkpoint), convert_state=True, **said))
+        < 0.1
+    )
+
+
 def test_what_is_no_way_to_go_on(saved: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
     checkpoint, _ = saved
 
