@@ -20,8 +20,8 @@ from gwt_dist.recipes import check_group, check_meaning, rule_of
 
 _AS_IT_WAS = "Build the optimizer as it was, or start from the weights alone (weights_only=True)"
 _CONVERT = (
-    "Build the optimizer with state_dtype={!r}, or convert what was saved: gwt_dist.load(..., convert_state=True), of a "
-    "Trainer portable(trainer, convert_state=True)"
+    "Build the optimizer with state_dtype={!r}, or convert what was saved: gwt_dist.load(..., convert_state=True), or "
+    "portable(trainer, convert_state=True)"
 )
 
 
