@@ -75,11 +75,13 @@ def param_groups(
     names, matrices = {id(p): name for name, p in model.named_parameters()}, matrices_of(model)
     groups: list[Group] = []
     trained: list[Matrix] = []
+    said: list[Group] = []
     shapes: dict[str | None, list[tuple[int, ...]]] = {pattern: [] for pattern in (*patterns, None)}
     for number, given in enumerate(_given_groups(model, params)):
         parameters = given.pop("params")
         refuse_misspelt(given, f"group {number} of params")
-        by_keys: Grouped[Tensor] = Grouped(group_options | given, rest or {})
+        said.append(group_options | given)
+        by_keys: Grouped[Tensor] = Grouped(said[-1], rest or {})
         for parameter in parameters:
             if id(parameter) not in names:
                 raise ValueError(
@@ -93,7 +95,7 @@ def param_groups(
             pattern = by_keys.choose(parameter, matrix, patterns)
             shapes[pattern].append(shape_of(parameter))
         groups += [{**keys, "params": its} for keys, its in by_keys.groups()]
-    if told := _plain_note(patterns, group_options):
+    if trained and (told := _plain_note(patterns, said)):
         logger.warning(told)
     if told := unmatched(patterns, (pattern for pattern, its in shapes.items() if its), trained):
         logger.warning(told)
@@ -101,15 +103,18 @@ def param_groups(
     return groups
 
 
-def _plain_note(levels: Mapping[str, int], options: Mapping[str, Any]) -> str:
+def _plain_note(levels: Mapping[str, int], said: Iterable[Mapping[str, Any]]) -> str:
     """What to tell who gives level 0 and means the recipe, which takes matrices of higher levels alone; else ''."""
-    recipe = options.get("recipe") or DEFAULT
-    said = options.get("least_level") is not None or recipe not in list(RECIPES)
-    if said or any(levels.values()) or "least_level" not in RECIPES[recipe].keys:
-        return ""
+    for keys in said:
+        recipe = keys.get("recipe") or DEFAULT
+        if keys.get("least_level") is not None or recipe not in list(RECIPES):
+            return ""
+        if any(levels.values()) or "least_level" not in RECIPES[recipe].keys:
+            return ""
     return (
-        f"level=0 without least_level: the recipe {recipe!r} takes matrices of level 1 and more, so all of these are "
-        f"stepped as AdamW would. Write least_level=0 for {recipe!r} at level 0, or recipe='energy' if AdamW is meant"
+        f"level=0 and no least_level: the recipe {recipe!r} takes matrices of level 1 and more, so these are stepped "
+        f"as AdamW would, unless the optimizer is told more. Write least_level=0 for {recipe!r} at level 0, or "
+        f"recipe='energy' if AdamW is meant"
     )
 
 

@@ -131,9 +131,9 @@ def refuse_unknown(names: Iterable[str], where: str, *more: str) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            told.append(f"the unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+            told.append(f"the unknown key {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     if told:
-        raise ValueError(f"{where} has {' And '.join(told)} Known keys: {', '.join(known)}")
+        raise ValueError(f"{where} has {', '.join(told)}. Known keys: {', '.join(known)}")
 
 
 def refuse_misspelt(names: Iterable[str], where: str) -> None:

@@ -32,9 +32,9 @@ def rate_note(group: Group, where: str) -> str:
     if unchanged or not scaled or not isinstance(lr, float) or lr < HIGH_RATE:
         return ""
     return (
-        f"lr={lr:g} in {where}: lr is AdamW's rate for matrices too, which is seldom above {HIGH_RATE:g}, but in runs "
-        f"of a few minutes. If the rate is from a version in which scale was 0.25 (it is {scale:g} with the recipe "
-        f"{group['recipe']!r}), write scale=0.25 for what it did there, or the rate of your AdamW"
+        f"lr={lr:g} in {where}: lr is AdamW's rate for matrices too, which is seldom above {HIGH_RATE:g} except in "
+        f"runs of a few minutes. If the rate is from a version in which scale was 0.25 (it is {scale:g} with the "
+        f"recipe {group['recipe']!r}), write scale=0.25 for what it did there, or the rate of your AdamW"
     )
 
 

@@ -11,6 +11,7 @@ from gwt_dist.units import check_level
 BLOCKS = "blocks"  # the matrices of the blocks, as `gwt_dist.blocks` finds them; it may be none
 ALL = "all-linear"  # every matrix that is neither an embedding, nor tied to one, nor a kernel
 Targets = str | Sequence[str] | Mapping[str, int]
+_OF_PARAMETER = re.compile(r"\.weight\$?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,9 @@ def first_match(patterns: Iterable[str], matrix: Matrix | None) -> str | None:
         elif pattern == ALL:
             found = not (matrix.is_tied or matrix.is_kernel)
         else:
-            # The name of the parameter, as `describe` prints it, will do.
-            found = matches(pattern, matrix.name) or matches(pattern, f"{matrix.name}.weight")
+            # The name of the parameter, as `describe` prints it, for a pattern that ends like it.
+            whole = f"{matrix.name}.weight" if _OF_PARAMETER.search(pattern) else matrix.name
+            found = matches(pattern, matrix.name) or matches(pattern, whole)
         if found:
             return pattern
     return None
@@ -81,13 +83,13 @@ def unmatched(patterns: Iterable[str], matched: Iterable[str | None], trained: I
     for pattern in patterns:
         if pattern in found:
             continue
-        taken = [matrix for matrix in trained if first_match([pattern], matrix)]
-        if taken and pattern in (BLOCKS, ALL):  # what is left of them may be none
+        takers = {first_match(patterns, its): its.name for its in trained if first_match([pattern], its)}
+        if takers and pattern in (BLOCKS, ALL) and not takers.keys() & {BLOCKS, ALL}:  # what is left may be none
             continue
-        if taken:
+        for taker, name in takers.items():
             raise ValueError(
-                f"target {pattern!r} comes too late: the first that matches decides, and {taken[0].name!r} is taken by "
-                f"{first_match(patterns, taken[0])!r}. Write {pattern!r} before it"
+                f"target {pattern!r} comes too late: the first that matches decides, and {name!r} is taken by "
+                f"{taker!r}. Write {pattern!r} before it"
             )
         if pattern != BLOCKS:
             shown = ", ".join(names[:4]) or "none, there is no weight matrix to be trained"

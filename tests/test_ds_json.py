@@ -230,6 +230,8 @@ def test_a_documented_json_of_the_trainer_is_not_guessed_at(
     setup = json.loads(told)["setup"]
     assert (setup["weights"], setup["engine"], setup["micro_batch"]) == ("bf16", f"zero{stage}", 3)
     assert setup["tokens"] == 3 * 5 * 7 * 2048
+    code, told = told_by("plan", ["tiny", "--deepspeed-config", str(file), "--weights", "fp64", *answers[2:]], capsys)
+    assert code == 2 and "--weights fp64 and the DeepSpeed JSON, which would make weights fp32" in told
     settings["bf16"]["enabled"] = True
     file.write_text(json.dumps(settings))
     code, told = told_by("plan", ["tiny", "--deepspeed-config", str(file), *answers], capsys)
@@ -347,7 +349,7 @@ def test_values_of_another_kind_are_named(
         ({"targets": 3}, "optimizer.params.targets=3"),
         ({"targets": {"attn": "auto"}}, 'optimizer.params.targets.attn is "auto"'),
         ({"targets": {"attn": "2"}}, "targets.attn='2' must be a level"),
-        ({"target": ["attn"]}, "unknown key 'target'; did you mean 'targets'"),
+        ({"target": ["attn"]}, "unknown key 'target' .did you mean 'targets'"),
         ({"torch_adam": True}, "unknown key 'torch_adam'"),
     ],
 )

@@ -119,7 +119,7 @@ def test_mistakes_are_told(settings: dict[str, Any], change: dict[str, Any], mes
     ("options", "message"),
     [
         ({"state_dtype": "fp8"}, "state_dtype='fp8'"),
-        ({"rest": {"levle": 1}}, "rest has the unknown key 'levle'; did you mean 'level'"),
+        ({"rest": {"levle": 1}}, "rest has the unknown key 'levle' (did you mean 'level'?)"),
         ({"rest": {"state_dtype": "fp8"}}, "state_dtype='fp8' in rest"),
     ],
 )

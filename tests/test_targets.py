@@ -278,13 +278,25 @@ def test_explicit_targets_reach_every_matrix_by_name() -> None:
     assert chosen(llama, targets={"attn": 1, "mlp": 2, "blocks": 1}) == chosen(llama), "what is left may be nothing"
 
 
+def test_a_pattern_that_leaves_out_leaves_out() -> None:
+    """The name with ``.weight`` is for patterns that end so."""
+    llama = built("llama")
+    assert chosen(llama, targets=r"(?!lm_head$).*") == chosen(llama)
+    with pytest.raises(ValueError, match="target 'weight' matches no weight matrix"):
+        chosen(llama, targets="weight")
+    with pytest.raises(ValueError, match=r"target 'blocks' comes too late: .* is taken by 'all-linear'"):
+        chosen(llama, targets={"all-linear": 1, "blocks": 2})
+
+
 def test_the_first_target_that_matches_decides() -> None:
     mixtral = built("mixtral")
     routers = {name for name in chosen(mixtral) if name.endswith("mlp.gate.weight")}
     assert len(routers) == 2
     assert chosen(mixtral, targets={r".*mlp\.gate": 0, "blocks": 1}) == chosen(mixtral) - routers
     for choose in (lambda t: chosen(mixtral, targets=t), lambda t: groups_of(of_module(mixtral, ""), 2, t)):
-        with pytest.raises(ValueError, match=r"'gate' comes too late: .*'model.layers.0.mlp.gate' is taken by 'mlp'"):
+        with pytest.raises(
+            ValueError, match=r"'gate' comes too late: .*'model.layers.1.mlp.experts.gate_up_proj' is taken by 'mlp'"
+        ):
             choose({"mlp": 2, "attn": 1, "gate": 0})
 
 

@@ -60,7 +60,7 @@ TOLD: dict[str, list[str]] = {
     "decay left out": ["weight_decay=0.1 is given", 'Write "weight_decay": "auto" into optimizer.params'],
     "level auto": ["`optimizer.params.level` without `auto`"],  # in Accelerate's words
     "in quotes": ["optimizer.params.scale is the text '0.5'", "without quotes"],
-    "unknown": ["optimizer.params has the unknown key 'levle'; did you mean 'level'?"],
+    "unknown": ["optimizer.params has the unknown key 'levle' (did you mean 'level'?)"],
     "target": ["target 'mpl' matches no weight matrix"],
     "stands twice": ["twice-", "has the key zero_optimization more than once"],
 }

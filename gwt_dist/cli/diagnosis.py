@@ -102,7 +102,8 @@ def kernels(keys: Mapping[str, Any], dtype: torch.dtype) -> dict[str, dict[str, 
     program = program_of(group, level)
     found = {kind: _kernel(torch.device(kind), level, wavelet, dtype, program) for kind in ("cpu", "cuda")}
     for its in found.values() if program.travels else ():
-        its["why"] += "; products of matrices by torch"
+        if its["kernel"] != "none":
+            its["why"] += "; products of matrices by torch, or on some GPUs by a kernel of their own"
     return found
 
 

@@ -156,7 +156,7 @@ def plan(
             raise ValueError(f"{', '.join(both)} and --deepspeed-config: the file says it already; leave one out")
         for mistake in ds_json.mistakes(settings):
             raise ValueError(f"{mistake} (in {deepspeed_config})")
-        if (kind := ds_json.value(settings, "optimizer.type")) not in (None, ds_json.TYPE):
+        if ds_json.section_of(settings) is None and (kind := ds_json.value(settings, "optimizer.type")):
             logger.warning(
                 "optimizer.type is %r in %s; planned is %s in its place", kind, deepspeed_config, ds_json.TYPE
             )

@@ -12,6 +12,7 @@ OPTION = {"targets": "target"}  # keys of the JSON with another name on the comm
 # Options that answer what is "auto" in a JSON, which the Trainer fills in when it runs.
 ANSWERS = {
     "bf16.enabled": "weights",
+    "bfloat16.enabled": "weights",
     "fp16.enabled": "weights",
     "gradient_accumulation_steps": "accumulation",
     "train_micro_batch_size_per_gpu": "micro_batch",
@@ -41,7 +42,8 @@ def answered(settings: dict[str, Any], values: dict[str, Any], given: set[str]) 
     for path in asked(settings):
         option, (section, _, key) = ANSWERS[path], path.rpartition(".")
         if option in given:
-            (found[section] if section else found)[key] = values[option] == section if section else values[option]
+            said = values[option]
+            (found[section] if section else found)[key] = said == section.replace("bfloat", "bf") if section else said
         else:
             left.append(f"{path} (give --{option.replace('_', '-')})")
     autos = set(ds_json.autos(settings))
@@ -49,6 +51,9 @@ def answered(settings: dict[str, Any], values: dict[str, Any], given: set[str]) 
         del found["train_batch_size"]  # it follows from the others
     if _THRESHOLD in autos and ds_json.value(settings, "zero_optimization.stage", 0) == 3:
         left.append(f"{_THRESHOLD} (write a number; the Trainer takes 10 times the hidden size)")
+    decided = "weights" in given and not left and ds_json.precision(found)
+    if decided and decided != values["weights"]:
+        raise ValueError(f"--weights {values['weights']} and the DeepSpeed JSON, which would make weights {decided}")
     if left:
         raise ValueError(
             f'"auto" is filled in by the Trainer when it runs, and a plan needs a value: {", ".join(left)}'

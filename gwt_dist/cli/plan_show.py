@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any
 
-from gwt_dist.memory.report import EXACT
+from gwt_dist.memory.report import OURS
 from gwt_dist.report.pages import COLOURS, human, render
 
 NAMES = {
@@ -58,7 +58,7 @@ def rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
     if content["host"]["max"]:
         found.append(("all of it on the host", *(human(content["host"][key]) for _, key in COLUMNS)))
     adamw = sum(value for _, value in beside_adamw(content))
-    name = "both, with AdamW" if content["host"]["max"] else "all of it, with AdamW"
+    name = f"{'both' if content['host']['max'] else 'all of it'}, with AdamW in fp32"
     return [*found, (name, human(adamw), *[""] * (len(COLUMNS) - 1))]
 
 
@@ -133,7 +133,7 @@ def show(content: dict[str, Any]) -> None:
         for row in its_rows:
             table.add_row(*row)
         console.print(table)
-    table = Table(title="optimizer state beside others (by formula, divided evenly)", title_justify="left")
+    table = Table(title="optimizer state beside others, divided evenly (AdamW's in fp32)", title_justify="left")
     for name in ("", "whole model", "a weight", "worst rank", "formula"):
         table.add_column(name, justify="left" if name in ("", "formula") else "right")
     trained = content["model"]["weights"] - content["model"]["frozen"]
@@ -239,7 +239,7 @@ def page(content: dict[str, Any]) -> str:
                 "name": other["name"],
                 "width": round(500 * other["rank"] / most, 1),
                 "text": human(other["rank"]),
-                "colour": COLOURS[0] if other["formula"].startswith(EXACT) else COLOURS[-1],
+                "colour": COLOURS[0] if other["name"].startswith(OURS) else COLOURS[-1],
             }
             for other in content["beside"]
         ],

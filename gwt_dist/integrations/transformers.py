@@ -84,9 +84,7 @@ def optimizer_cls_and_kwargs(
     _refuse_beside_a_section(args, {"targets": targets, **options})
     optim = str(getattr(args.optim, "value", args.optim))
     if optim not in _PLAIN:
-        raise ValueError(
-            f"optim={optim!r} is given, and the Trainer would step with GWTAdamW and leave it out in silence; remove it"
-        )
+        raise ValueError(f"optim={optim!r} is given, and the Trainer would ignore it and step with GWTAdamW; remove it")
     if targets is not None and args.optim_target_modules is not None:
         raise ValueError(
             f"targets={targets!r} and optim_target_modules={args.optim_target_modules!r} are both given, and one would "

@@ -84,9 +84,13 @@ class _Filler:
         _add(found.checkpoint, counts.owned, times, first)
         found.checkpoint_common += times * counts.common
         for i, group in enumerate(groups):
-            if alone and group:
-                for shard, _, _ in laid.intervals(i):
-                    self._once(group, group.parts(laid, i), [1], shard)
+            held = [shard for shard, _, _ in laid.intervals(i)] if alone and group else []
+            if group and held:
+                begin = min(held)
+                once = [0] * (max(held) - begin + 1)
+                for shard in held:
+                    once[shard - begin] += 1
+                self._once(group, group.parts(laid, i), once, begin)
         for field, numbers in counts.kept.items():
             _add(found.fields[field], numbers, times * bytes_of(field, size), first)
         if owner is None and self.shards > 1:

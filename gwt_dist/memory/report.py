@@ -22,7 +22,7 @@ NOT_COUNTED = (
 )
 
 
-EXACT = "exact"  # no formula, but the state itself
+OURS = "GWTAdamW"
 
 
 def spread(by_shard: Sequence[int], worst: int) -> dict[str, int]:
@@ -66,7 +66,7 @@ def report(
     ]
     elements, kept = sum(plan.elements), {(field.name, formats[field]) for field in plan.fields}
     rank = quarter(plan.groups, targeted) if low_rank is None else low_rank
-    ours = Other("GWTAdamW", EXACT, sum(plan.state) - sum(plan.cut))
+    ours = Other(OURS, "exact", sum(plan.state) - sum(plan.cut))
     return {
         "model": {
             "name": plan.model.name,
@@ -119,11 +119,14 @@ def report(
 
 
 def _otherwise(plan: MemoryPlan, settings: Sequence[tuple[str, str, Sequence[GroupSpec]]]) -> list[Other]:
-    """State with other settings, where it is less than planned by a tenth or more."""
+    """State with other settings, where it is less than planned by a tenth or more, each number once."""
     full = plan.setup.state_bytes
-    most = 0.9 * _whole(plan.groups, full)
-    found = [Other(f"GWTAdamW, {name}", f"{EXACT}, with {said}", _whole(its, full)) for name, said, its in settings]
-    return [other for other in found if other.whole < most]
+    most, found = 0.9 * _whole(plan.groups, full), dict[int, Other]()
+    for name, said, groups in settings:
+        whole = _whole(groups, full)
+        if whole < most:
+            found.setdefault(whole, Other(f"{OURS}, {name}", f"with {said}", whole))
+    return list(found.values())
 
 
 def _whole(groups: Sequence[GroupSpec], full: int, names: Collection[str] | None = None) -> int:
