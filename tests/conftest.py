@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 # Who sets the variable keeps what was compiled there, half a minute a run.
 _extensions = tempfile.TemporaryDirectory(prefix="gwt_dist-extensions-")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", _extensions.name)
+
+
+_BEGUN = time.monotonic()
+# Where the machine is slow, what would end too late is skipped, and the summary says so.
+_SECONDS = float(os.environ.get("GWT_TEST_SECONDS", "inf"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - _BEGUN > _SECONDS:
+        pytest.skip(f"GWT_TEST_SECONDS={_SECONDS:.0f} are over: this machine was too slow for all tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -125,19 +125,27 @@ RERUN = (
 def cases() -> list[Any]:
     """Each engine on each number of ranks; `make test` runs those without the mark.
 
-    Two ranks or four, in turn, are left to `make support`, which has time for all.
+    Beside the number of ranks that has all kinds there is one other, in turn; `make support` has time for all.
     """
     found = []
     for place, (name, engine) in enumerate(ENGINES.items()):
-        left = 4 if place % 4 < 2 else 2  # never the number of ranks that has all kinds, see below
+        alone = alone_of(name)
+        others = [world_size for world_size in engine.worlds if world_size != alone]
+        taken = {alone, *others[place % 3 : place % 3 + 1]}
         for world_size in engine.worlds:
-            if world_size == left != engine.suite and len(engine.worlds) > 1 and "GWT_TEST_ALL" not in os.environ:
+            if world_size not in taken and "GWT_TEST_ALL" not in os.environ:
                 continue
             marks = [pytest.mark.support(*engine.row, outcome=engine.outcome)]
             if world_size != engine.suite:
                 marks.append(pytest.mark.matrix)
             found.append(pytest.param(name, world_size, marks=marks, id=f"{name}-{world_size}"))
     return found
+
+
+def alone_of(name: str) -> int:
+    """The number of ranks on which an engine has all kinds: that of `make test` if any."""
+    engine, place = ENGINES[name], list(ENGINES).index(name)
+    return engine.suite or engine.worlds[place % len(engine.worlds)]
 
 
 def kinds(name: str, world_size: int) -> tuple[str, ...]:
@@ -147,7 +155,7 @@ def kinds(name: str, world_size: int) -> tuple[str, ...]:
     of masters, which are not.
     """
     engine, place = ENGINES[name], list(ENGINES).index(name)
-    alone = engine.suite or engine.worlds[place % len(engine.worlds)]
+    alone = alone_of(name)
     formats = "formats" if engine.family == "deepspeed" else "rounded"
     if world_size == alone:
         return "shapes", "vectors", formats
