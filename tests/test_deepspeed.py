@@ -127,7 +127,7 @@ def test_another_layout_on_one_rank_is_refused_by_all(ranks, stage, what, expect
         ),
         ({"checkpoint": {"load_universal": True}}, {}, "checkpoint.load_universal=True cannot be"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, "torch_autocast with float16 cannot be"),
-        ({}, {"levle": 2}, "unknown key 'levle'; did you mean 'level'?"),
+        ({}, {"levle": 2}, "unknown key 'levle' (did you mean 'level'?)"),
         ({}, {"level": 17}, "level=17 must be a whole number from 0"),
         ({}, {"wavelet": "har"}, "wavelet='har' is not a discrete wavelet"),
         ({}, {"targets": ["mpl"]}, "target 'mpl' matches no weight matrix"),
