@@ -120,6 +120,9 @@ def test_less_state_stands_beside_other_optimizers(capsys: pytest.CaptureFixture
     for row, whole in planned.items():
         assert whole == beside(*row.split()[1:])["exact"], row
     assert list(beside("--level", "5")) == ["exact", f"with {INT8}"]
+    # All but its embeddings is next to nothing, whatever the level: level 3 alone is no tenth less.
+    rows = beside("--recipe", "adalomo", "--rest", "recipe=energy")
+    assert list(rows) == ["exact", f"with {INT8}", f"with --level 3 {INT8}"]
     assert list(beside("--recipe", "low-rank", "--rank", "128")) == ["exact"]  # no levels, no int8
 
 

@@ -224,7 +224,7 @@ def _content(
     high = groups_of(spec, 1, options["targets"])
     targeted = {name for group in high if group.level for name, _ in group.tensors}
     otherwise = []
-    for name, keys in OTHERWISE.items():
+    for name, keys in OTHERWISE.items() if targeted else ():  # a model without matrices has been told so
         if keys.get("level", LEVELS[-1] + 1) <= options["level"] or keys.get("state_dtype") == options["state_dtype"]:
             continue
         said = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
